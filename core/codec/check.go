@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package codec
+
+import (
+	"context"
+	"sync/atomic"
+
+	"github.com/zipserv/zipserv/core/format"
+)
+
+// Check proves that a blob keeps every rule of docs/format.md that its bytes can show (the list there, section 8). With full it also decodes
+// the weights and compares their checksum with the header's.
+func Check(ctx context.Context, blob []byte, full bool) error {
+	v, err := Parse(blob)
+	if err != nil {
+		return err
+	}
+	if v.Header.Mode == format.Raw {
+		if !full {
+			return nil
+		}
+		sum, err := Checksum(ctx, blob[format.HeaderSize:], v.Header.M, v.Header.K)
+		if err != nil {
+			return err
+		}
+		return v.compareChecksum(sum)
+	}
+	for _, x := range blob[v.sec.TileHeaders+v.sec.Tiles*format.TileHeaderSize : v.sec.Fixed] {
+		if x != 0 {
+			return format.Invalidf("bytes between the tile headers and the fixed parts are not 0")
+		}
+	}
+	var sum atomic.Uint32
+	err = parallel(ctx, v.sec.Tiles, tileGrain, func(s *scratch, lo, hi uint64) error {
+		var part uint32
+		for t := lo; t < hi; t++ {
+			if err := v.checkTile(s, t); err != nil {
+				return format.InTile(t, err)
+			}
+			if full {
+				x, err := v.decodedChecksum(s, t)
+				if err != nil {
+					return err
+				}
+				part += x
+			}
+		}
+		sum.Add(part)
+		return nil
+	})
+	if err != nil || !full {
+		return err
+	}
+	return v.compareChecksum(sum.Load())
+}
+
+func (v *View) compareChecksum(sum uint32) error {
+	if sum != v.Header.Checksum {
+		return format.Invalidf("the weights' checksum is %08x, the header says %08x", sum, v.Header.Checksum)
+	}
+	return nil
+}
+
+// decodedChecksum is the checksum of tile t's weights.
+func (v *View) decodedChecksum(s *scratch, t uint64) (uint32, error) {
+	b := v.grid.tile(t)
+	top := b.mb * tileRows
+	out := rows{row0: top, row1: top + uint64(b.rows), kb0: b.kb, dst: s.out[:], stride: tileStride}
+	if err := v.decodeTile(s, t, out); err != nil {
+		return 0, err
+	}
+	return s.tileChecksum(b.mb, b.kb, s.out[:], tileStride, b.rows, b.cols), nil
+}
+
+func (v *View) checkTile(s *scratch, t uint64) error {
+	h, err := v.tileHeader(t)
+	if err != nil {
+		return err
+	}
+	l, err := readList(v.escapes(), h)
+	if err != nil {
+		return err
+	}
+	// Each list ends where the next begins, the first begins at 0, the last ends the section: so no two overlap and nothing is hidden between.
+	if t == 0 && h.EscOffset != 0 {
+		return format.Invalidf("the first list starts at unit %d, not 0", h.EscOffset)
+	}
+	end := uint64(h.EscOffset) + uint64(l.size/format.EscapeUnit)
+	next := v.Header.EscapeBytes / format.EscapeUnit
+	if t+1 < v.sec.Tiles {
+		next = uint64(format.ReadTileHeader(v.blob[v.sec.TileHeaders+(t+1)*format.TileHeaderSize:]).EscOffset)
+	}
+	if end != next {
+		return format.Invalidf("its list ends at unit %d, what follows starts at %d", end, next)
+	}
+	b, fixed := v.grid.tile(t), v.fixed(t)
+	if !b.whole() {
+		if err := checkPadding(fixed, b, v.Header.DType); err != nil {
+			return err
+		}
+	}
+	if h.Dense() {
+		return l.checkDense(fixed, b, v.Header.DType)
+	}
+	return l.check(s, fixed, b, v.Header.DType, h.Base)
+}
+
+// checkPadding wants all bits of padding to be 0.
+func checkPadding(fixed []byte, b block, dt format.DType) error {
+	for r := range tileRows {
+		start := 0
+		if r < b.rows {
+			start = b.cols
+		}
+		for c := start; c < tileCols; c++ {
+			p := format.PlaceOf(r, c)
+			o, swapped := p.SignMantissa()
+			mask := uint16(format.MaskA)
+			if swapped {
+				mask = format.MaskB
+			}
+			if le.Uint16(fixed[o:])&mask != 0 || code(fixed[format.BitmapOffset:], p) != 0 ||
+				dt == format.FP16 && code(fixed[format.LowBitmapOffset:], p) != 0 {
+				return format.Invalidf("padding in row %d, column %d is not 0", r, c)
+			}
+		}
+	}
+	return nil
+}
+
+// code reads the three bits of one weight from bitmaps.
+func code(bitmaps []byte, p format.Place) (code uint32) {
+	for k := range format.Planes {
+		o, bit := p.PlaneBit(k)
+		code |= le.Uint32(bitmaps[o:]) >> bit & 1 << k
+	}
+	return code
+}
+
+func (l list) checkDense(fixed []byte, b block, dt format.DType) error {
+	for _, x := range fixed[format.BitmapOffset:format.LowBitmapOffset] {
+		if x != 0 {
+			return format.Invalidf("dense tile has code bits that are not 0")
+		}
+	}
+	for p, e := range l.dense {
+		if int(e) > dt.MaxExponent() {
+			return format.Invalidf("exponent %d at position %d, the largest of %v is %d", e, p, dt, dt.MaxExponent())
+		}
+		if e != 0 && (p/tileCols >= b.rows || p%tileCols >= b.cols) {
+			return format.Invalidf("padding at position %d has exponent %d", p, e)
+		}
+	}
+	return nil
+}
+
+func (l list) check(s *scratch, fixed []byte, b block, dt format.DType, base uint8) error {
+	last := -1
+	clear(s.masks[:])
+	for i := 0; i < len(l.entries); i += 2 {
+		entry := le.Uint16(l.entries[i:])
+		position, symbol := int(entry&0xFFF), uint8(entry>>12)
+		literal := i/2 < len(l.literals)
+		if i/2 == len(l.literals) {
+			last = -1
+		}
+		if !literal && symbol == format.SymbolLiteral {
+			return errLiteralOrder
+		}
+		if position <= last {
+			return format.Invalidf("escape at position %d follows one at %d", position, last)
+		}
+		last = position
+		r, c := position/tileCols, position%tileCols
+		if r >= b.rows || c >= b.cols {
+			return format.Invalidf("escape at position %d is in the padding of a tile of %d x %d weights", position, b.rows, b.cols)
+		}
+		// Both groups rise, so only one with a literal and one without can meet.
+		if s.masks[r]>>c&1 != 0 {
+			return format.Invalidf("two escapes at position %d", position)
+		}
+		s.masks[r] |= 1 << c
+		e := format.SymbolExponent(base, symbol)
+		if literal {
+			e = int(l.literals[i/2])
+			if d := e - int(base); d >= 0 && d < format.WindowSize || format.Symbol(base, uint8(e)) != format.SymbolLiteral {
+				return format.Invalidf("literal exponent %d at position %d has a code or a symbol at base %d", e, position, base)
+			}
+		}
+		if e < 0 || e > dt.MaxExponent() {
+			return format.Invalidf("escape at position %d has exponent %d, allowed are 0 to %d", position, e, dt.MaxExponent())
+		}
+		if code(fixed[format.BitmapOffset:], format.PlaceOf(r, c)) != 0 {
+			return format.Invalidf("escape at position %d has a code that is not 0", position)
+		}
+	}
+	for _, x := range l.padding {
+		if x != 0 {
+			return format.Invalidf("bytes behind an escape list are not 0")
+		}
+	}
+	return nil
+}
+
+// Stats counts what a blob holds. It reads headers and lists; it does not check them as Check does.
+func (v *View) Stats(ctx context.Context) (Stats, error) {
+	st := Stats{Weights: v.Header.M * v.Header.K, Tiles: v.sec.Tiles, Bytes: v.sec.Total}
+	var escapes, literals, dense atomic.Uint64
+	err := parallel(ctx, v.sec.Tiles, 8*tileGrain, func(_ *scratch, lo, hi uint64) error {
+		for t := lo; t < hi; t++ {
+			h, err := v.tileHeader(t)
+			if err != nil {
+				return format.InTile(t, err)
+			}
+			l, err := readList(v.escapes(), h)
+			if err != nil {
+				return format.InTile(t, err)
+			}
+			escapes.Add(uint64(len(l.entries) / 2))
+			literals.Add(uint64(len(l.literals)))
+			if h.Dense() {
+				dense.Add(1)
+			}
+		}
+		return nil
+	})
+	st.Escapes, st.Literals, st.DenseTiles = escapes.Load(), literals.Load(), dense.Load()
+	return st, err
+}

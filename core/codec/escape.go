@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package codec
+
+import (
+	"math/bits"
+
+	"github.com/zipserv/zipserv/core/format"
+)
+
+// writeEscapes writes the list of a tile (format.md section 6) from the masks that the encode kernel left.
+func (s *scratch) writeEscapes(list, src []byte, stride int, plan tilePlan, rows, cols int) error {
+	n, literals := int(plan.header.EscCount), int(plan.literals)
+	base := plan.header.Base
+	columns := ^uint64(0) >> (tileCols - cols)
+	// The next place of an entry with a literal byte, and of one without.
+	lit, sym := 0, literals
+	for r := range rows {
+		for mask := s.masks[r] & columns; mask != 0; mask &= mask - 1 {
+			c := bits.TrailingZeros64(mask)
+			e := uint8(le.Uint16(src[r*stride+2*c:]) >> 7)
+			entry := uint16(r*tileCols + c)
+			if symbol := format.Symbol(base, e); symbol != format.SymbolLiteral {
+				if sym == n {
+					return errChanged
+				}
+				le.PutUint16(list[2*sym:], entry|uint16(symbol)<<12)
+				sym++
+				continue
+			}
+			if lit == literals {
+				return errChanged
+			}
+			le.PutUint16(list[2*lit:], entry|format.SymbolLiteral<<12)
+			list[2*n+lit] = e
+			lit++
+		}
+	}
+	if sym != n || lit != literals {
+		return errChanged
+	}
+	clear(list[2*n+literals:])
+	return nil
+}
+
+var errChanged = format.Argumentf("the weights were changed while they were being compressed")
+
+// writeDense writes the exponents of a whole tile; padding is 0 already.
+func writeDense(list, src []byte, stride int) {
+	for r := range tileRows {
+		row, out := src[r*stride:][:tileStride], list[r*tileCols:][:tileCols]
+		for c := range out {
+			out[c] = uint8(le.Uint16(row[2*c:]) >> 7)
+		}
+	}
+}
+
+// list is a tile's escape list, cut out of a blob and bounds-checked. Its entries may still say anything.
+type list struct {
+	dense    []byte // dense mode: the exponents
+	entries  []byte // 2 n bytes
+	literals []byte
+	padding  []byte
+	size     int
+}
+
+// readList finds the list of a tile in the escape section. It reads no more than the list's own bytes.
+func readList(escapes []byte, h format.TileHeader) (list, error) {
+	start := uint64(h.EscOffset) * format.EscapeUnit
+	if start > uint64(len(escapes)) {
+		return list{}, format.Invalidf("escape list starts at byte %d of %d", start, len(escapes))
+	}
+	rest := escapes[start:]
+	if h.Dense() {
+		if len(rest) < format.DenseSize {
+			return list{}, format.Invalidf("dense tile's exponents at byte %d end behind the escape section's %d bytes", start, len(escapes))
+		}
+		return list{dense: rest[:format.DenseSize], size: format.DenseSize}, nil
+	}
+	n := int(h.EscCount)
+	if len(rest) < 2*n {
+		return list{}, format.Invalidf("list of %d escapes at byte %d ends behind the escape section's %d bytes", n, start, len(escapes))
+	}
+	literals := 0
+	for literals < n && rest[2*literals+1]>>4 == format.SymbolLiteral {
+		literals++
+	}
+	size := format.ListSize(n, literals)
+	if len(rest) < size {
+		return list{}, format.Invalidf("list of %d escapes, %d literals at byte %d ends behind the escape section's %d bytes", n, literals, start, len(escapes))
+	}
+	end := 2*n + literals
+	return list{entries: rest[:2*n], literals: rest[2*n : end], padding: rest[end:size], size: size}, nil
+}
+
+// apply gives the escapes among rows [r0, r0+rows) x the first cols columns of a tile their exponents; dst starts at row r0. Nothing here
+// trusts the list: positions outside are skipped, and exponents are cut to their 8 bits.
+func (l list) apply(dst []byte, stride, r0, rows, cols int, base uint8) error {
+	if l.dense != nil {
+		for r := range rows {
+			row, exps := dst[r*stride:][:2*cols], l.dense[(r0+r)*tileCols:][:cols]
+			for c, e := range exps {
+				setExponent(row[2*c:], e)
+			}
+		}
+		return nil
+	}
+	for i := 0; i+1 < len(l.entries); i += 2 {
+		entry := le.Uint16(l.entries[i:])
+		r, c := int(entry>>6&63)-r0, int(entry&63)
+		if r < 0 || r >= rows || c >= cols {
+			continue
+		}
+		symbol := uint8(entry >> 12)
+		e := uint8(format.SymbolExponent(base, symbol))
+		if symbol == format.SymbolLiteral {
+			if i/2 >= len(l.literals) {
+				return errLiteralOrder
+			}
+			e = l.literals[i/2]
+		}
+		setExponent(dst[r*stride+2*c:], e)
+	}
+	return nil
+}
+
+var errLiteralOrder = format.Invalidf("an escape with a literal byte stands behind one without")
+
+func setExponent(w []byte, e uint8) { le.PutUint16(w, le.Uint16(w)&format.MaskA|uint16(e)<<7) }

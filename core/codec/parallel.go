@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package codec
+
+import (
+	"context"
+	"runtime"
+	"sync"
+	"sync/atomic"
+)
+
+// tileGrain is how many block tiles a worker takes at a time: 1 MiB of weights, so that a cancelled context is noticed within
+// a fraction of a millisecond and a matrix of a few tiles starts no goroutine.
+const tileGrain = 128
+
+// parallel calls work for consecutive ranges [lo, hi) that cover [0, n), on up to GOMAXPROCS goroutines, each with a scratch of its
+// own. It returns the first error, or the context's.
+func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	var next atomic.Uint64
+	var stop atomic.Bool
+	var once sync.Once
+	var first error
+	worker := func() {
+		s := scratchPool.Get().(*scratch)
+		defer scratchPool.Put(s)
+		s.reset()
+		for !stop.Load() {
+			lo := next.Add(grain) - grain
+			if lo >= n {
+				return
+			}
+			err := ctx.Err()
+			if err == nil {
+				err = work(s, lo, min(lo+grain, n))
+			}
+			if err != nil {
+				once.Do(func() { first = err })
+				stop.Store(true)
+				return
+			}
+		}
+	}
+	workers := min(uint64(runtime.GOMAXPROCS(0)), (n+grain-1)/grain)
+	var wg sync.WaitGroup
+	for range max(workers, 1) - 1 {
+		wg.Go(worker)
+	}
+	worker()
+	wg.Wait()
+	return first
+}
+
+// scratch is what one worker needs; nothing is allocated per tile.
+type scratch struct {
+	tile   [tileBytes]byte // a padded tile, or the tile of an FP16 weight's sign, exponent and upper mantissa
+	low    [tileBytes]byte // FP16: the lower mantissa bits, at the place of the exponent
+	fixed  [fixedBytes]byte
+	out    [tileBytes]byte   // a decoded tile that only its checksum is wanted of
+	exps   [tileWeights]byte // exponent fields, in an order of the kernel's own
+	masks  [tileRows]uint64  // escapes of each row, column c at bit c
+	rowA   [tileRows]uint32  // checksum factors of the rows of tile row mb
+	colB   [tileCols]uint16  // checksum factors of the columns of tile column kb
+	rowTag uint64            // mb + 1 of rowA, 0 = none
+	colTag uint64
+	work   kernelWork
+}
+
+var scratchPool = sync.Pool{New: func() any { return new(scratch) }}
+
+func (s *scratch) reset() { s.rowTag, s.colTag = 0, 0 }
