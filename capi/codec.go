@@ -135,7 +135,7 @@ func zsgo_header(header unsafe.Pointer, n C.uint64_t, info *C.zs_info_t) C.int32
 
 //export zsgo_info
 func zsgo_info(blob unsafe.Pointer, n C.uint64_t, info *C.zs_info_t) C.int32_t {
-	return guard(C.ZS_ERR_FORMAT, func() error {
+	return guardLong(C.ZS_ERR_FORMAT, uint64(n), func(ctx context.Context) error {
 		b, err := memory("blob", blob, n)
 		if err != nil {
 			return err
@@ -145,7 +145,10 @@ func zsgo_info(blob unsafe.Pointer, n C.uint64_t, info *C.zs_info_t) C.int32_t {
 			return err
 		}
 		fillHeader(v.Header, info)
-		s := v.Stats()
+		s, err := v.Stats(ctx)
+		if err != nil {
+			return err
+		}
 		info.tiles, info.dense_tiles = C.uint64_t(s.Tiles), C.uint64_t(s.DenseTiles)
 		info.escapes, info.literals = C.uint64_t(s.Escapes), C.uint64_t(s.Literals)
 		return nil

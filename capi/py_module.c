@@ -88,7 +88,8 @@ static PyObject *py_info(PyObject *self, PyObject *const *args, Py_ssize_t nargs
     ARG(0, ptr);
     ARG(1, length);
     zs_info_t info;
-    int32_t code = zs_info(POINTER(ptr), length, &info);
+    int32_t code;
+    ZS_PY_LONG(code = zs_info(POINTER(ptr), length, &info));
     return code != ZS_OK ? zs_py_fail(code) : info_dict(&info);
 }
 

@@ -94,7 +94,7 @@ ZS_API int32_t zs_plan_encode(uint64_t handle, void *dst, uint64_t len);
 /* Releases a plan. A handle that is not (or no longer) known is ZS_ERR_ARGUMENT; 0 is accepted and ignored. */
 ZS_API int32_t zs_plan_free(uint64_t handle);
 
-/* Reads a blob's header and tile headers. Cheap: it reads neither weights nor positions; use zs_check for a blob that is not trusted. */
+/* Reads what a blob says of itself: its header, tile headers and escape lists. Use zs_check for a blob that is not trusted. */
 ZS_API int32_t zs_info(const void *blob, uint64_t len, zs_info_t *info);
 
 /* The same from the first 128 bytes of a blob alone (len >= 128): tiles' counters are 0. Serves where the rest lies elsewhere. */
