@@ -18,15 +18,29 @@ type kindError struct {
 	msg  string
 }
 
-func (e *kindError) Error() string { return e.msg }
 func (e *kindError) Unwrap() error { return e.kind }
+
+func (e *kindError) Error() string {
+	if e.kind == ErrInvalid {
+		return ErrInvalid.Error() + ": " + e.msg
+	}
+	return e.msg
+}
 
 // Invalidf makes an error of the kind ErrInvalid.
 func Invalidf(msg string, args ...any) error {
-	return &kindError{ErrInvalid, "invalid ZipServ blob: " + fmt.Sprintf(msg, args...)}
+	return &kindError{ErrInvalid, fmt.Sprintf(msg, args...)}
 }
 
 // Argumentf makes an error of the kind ErrArgument.
 func Argumentf(msg string, args ...any) error {
 	return &kindError{ErrArgument, fmt.Sprintf(msg, args...)}
+}
+
+// InTile says in which block tile an error of these kinds was found.
+func InTile(t uint64, err error) error {
+	if e, ok := err.(*kindError); ok {
+		return &kindError{e.kind, fmt.Sprintf("block tile %d: %s", t, e.msg)}
+	}
+	return err
 }

@@ -81,7 +81,7 @@ func ParseHeader(b []byte) (Header, error) {
 		return Header{}, Invalidf("reserved header bytes are not 0")
 	}
 	if err := h.Validate(); err != nil {
-		return Header{}, Invalidf("%v", err)
+		return Header{}, Invalidf("%v", err) // what is an argument to a writer is data to a reader
 	}
 	return h, nil
 }

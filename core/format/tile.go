@@ -72,7 +72,9 @@ func SymbolExponent(base, symbol uint8) int {
 }
 
 // ListSize is the size of the list of n escapes of which `literals` carry a byte of their own.
-func ListSize(n, literals int) int { return (2*n + literals + EscapeUnit - 1) / EscapeUnit * EscapeUnit }
+func ListSize(n, literals int) int {
+	return (2*n + literals + EscapeUnit - 1) / EscapeUnit * EscapeUnit
+}
 
 // NeedsDense tells whether a tile must be in dense mode.
 func NeedsDense(n, literals int) bool { return 2*n+literals > DenseSize }
