@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+// #include "zipserv_cuda.h"
+import "C"
+
+import (
+	"encoding/json"
+	"errors"
+	"path/filepath"
+	"unsafe"
+
+	"github.com/zipserv/zipserv/core/cuda/driver"
+	"github.com/zipserv/zipserv/core/cuda/engine"
+)
+
+// onDevice runs fn for a device of the process's engine.
+func onDevice(device C.int32_t, fn func(*engine.Device) error) C.int32_t {
+	return guard(C.ZS_ERR_CUDA, func() error {
+		e, err := engine.Default()
+		if err != nil {
+			return err
+		}
+		d, err := e.Device(int(device))
+		if err == nil {
+			err = fn(d)
+		}
+		if wrong, ok := errors.AsType[engine.ArgumentError](err); ok {
+			return badArgument("%s", string(wrong))
+		}
+		return err
+	})
+}
+
+//export zsgo_cuda_set_dirs
+func zsgo_cuda_set_dirs(dirs *C.char) C.int32_t {
+	return guard(C.ZS_ERR_CUDA, func() error {
+		engine.SetCompilerDirs(filepath.SplitList(C.GoString(dirs)))
+		return nil
+	})
+}
+
+//export zsgo_cuda_describe
+func zsgo_cuda_describe(text *C.char, capacity C.uint64_t, length *C.uint64_t) C.int32_t {
+	return guard(C.ZS_ERR_CUDA, func() error {
+		out, err := json.Marshal(engine.Describe())
+		if err != nil {
+			return err
+		}
+		*length = C.uint64_t(len(out) + 1)
+		if capacity > 0 {
+			dst := unsafe.Slice((*byte)(unsafe.Pointer(text)), uint64(capacity))
+			dst[copy(dst[:len(dst)-1], out)] = 0
+		}
+		return nil
+	})
+}
+
+//export zsgo_cuda_clear_cache
+func zsgo_cuda_clear_cache() C.int32_t {
+	return guard(C.ZS_ERR_CUDA, engine.ClearCache)
+}
+
+//export zsgo_cuda_set_batch_invariant
+func zsgo_cuda_set_batch_invariant(on C.int32_t) C.int32_t {
+	return guard(C.ZS_ERR_CUDA, func() error {
+		engine.SetInvariant(on != 0)
+		return nil
+	})
+}
+
+//export zsgo_cuda_linear
+func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, expand *C.int32_t) C.int32_t {
+	*expand = 0
+	return onDevice(device, func(d *engine.Device) error {
+		p := engine.Matmul{
+			Stream: driver.Stream(job.stream), Blob: driver.Pointer(job.blob), M: uint64(job.m), K: uint64(job.k), N: uint64(job.n),
+			X: driver.Pointer(job.x), LdX: uint64(job.ldx), Bias: driver.Pointer(job.bias), Y: driver.Pointer(job.y), LdY: uint64(job.ldy),
+		}
+		wide, err := d.Linear(&p)
+		if wide {
+			*expand = 1
+		}
+		return err
+	})
+}
+
+//export zsgo_cuda_decompress
+func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, out, ld C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		return d.Decompress(driver.Stream(stream), driver.Pointer(blob), uint64(m), uint64(k), driver.Pointer(out), uint64(ld))
+	})
+}
+
+//export zsgo_cuda_warm
+func zsgo_cuda_warm(device C.int32_t, m, k, tokens C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error { return d.Warm(uint64(m), uint64(k), uint64(tokens)) })
+}
+
+//export zsgo_cuda_side_stream
+func zsgo_cuda_side_stream(device, i C.int32_t, stream *C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		*stream = C.uint64_t(d.SideStream(int(i)))
+		return nil
+	})
+}
+
+//export zsgo_cuda_follow
+func zsgo_cuda_follow(device C.int32_t, after, before C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error { return d.Follow(driver.Stream(after), driver.Stream(before)) })
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C functions of zipserv_cuda.h: they refuse in a forked child and check for NULL, then enter the Go code of cuda.go.
+#include "zipserv_cuda.h"
+
+#include <string.h>
+
+#include "_cgo_export.h"
+#include "internal.h"
+
+#define REFUSE_IN_CHILD() do { if (zs_forked()) return ZS_ERR_FORKED; } while (0)
+
+static int32_t null_argument(const char *text) {
+    zs_set_error(text, strlen(text));
+    return ZS_ERR_ARGUMENT;
+}
+#define REQUIRE(pointer) do { if ((pointer) == NULL) return null_argument(#pointer " is NULL"); } while (0)
+
+int32_t zs_cuda_set_dirs(const char *dirs) {
+    REFUSE_IN_CHILD();
+    REQUIRE(dirs);
+    return zsgo_cuda_set_dirs((char *)dirs);
+}
+
+int32_t zs_cuda_describe(char *text, uint64_t capacity, uint64_t *length) {
+    REFUSE_IN_CHILD();
+    REQUIRE(length);
+    if (capacity > 0) REQUIRE(text);
+    return zsgo_cuda_describe(text, capacity, length);
+}
+
+int32_t zs_cuda_clear_cache(void) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_clear_cache();
+}
+
+int32_t zs_cuda_set_batch_invariant(int32_t on) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_set_batch_invariant(on);
+}
+
+int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    REQUIRE(expand);
+    return zsgo_cuda_linear(device, (zs_cuda_linear_t *)job, expand);
+}
+
+int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t out, uint64_t ld) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_decompress(device, stream, blob, m, k, out, ld);
+}
+
+int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_warm(device, m, k, tokens);
+}
+
+int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream) {
+    REFUSE_IN_CHILD();
+    REQUIRE(stream);
+    if (i < 0) return null_argument("a side stream's number must be 0 or more");
+    return zsgo_cuda_side_stream(device, i, stream);
+}
+
+int32_t zs_cuda_follow(int32_t device, uint64_t after, uint64_t before) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_follow(device, after, before);
+}

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA functions of the Python module. Addresses, streams and sizes are ints; zipserv/cuda.py checks tensors and calls these.
+#include "py.h"
+#include "zipserv_cuda.h"
+
+#include <stdlib.h>
+
+#define ARG(i, name) \
+    uint64_t name;   \
+    if (!zs_py_u64(args, i, #name, &name)) return NULL
+#define ARGS(function, count) \
+    if (!zs_py_count(function, nargs, count)) return NULL
+
+// A launch may wait for room in the driver's queue, and compiling takes its time: both without the GIL. No poll function: neither can be
+// stopped half way.
+#define WITHOUT_GIL(statement)                     \
+    do {                                           \
+        PyThreadState *thread = PyEval_SaveThread(); \
+        statement;                                 \
+        PyEval_RestoreThread(thread);              \
+    } while (0)
+
+static int32_t device_number(uint64_t device) { return device > INT32_MAX ? -1 : (int32_t)device; }
+
+static PyObject *py_set_dirs(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_set_dirs", 1);
+    Py_ssize_t length;
+    const char *dirs = PyUnicode_AsUTF8AndSize(args[0], &length);
+    if (dirs == NULL) return NULL;
+    int32_t code = zs_cuda_set_dirs(dirs);
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_describe(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    uint64_t capacity = 16384, length = 0;
+    for (;;) {
+        char *text = malloc(capacity);
+        if (text == NULL) return PyErr_NoMemory();
+        int32_t code;
+        WITHOUT_GIL(code = zs_cuda_describe(text, capacity, &length));
+        PyObject *out = NULL;
+        if (code != ZS_OK) {
+            out = zs_py_fail(code);
+        } else if (length <= capacity) {
+            out = PyUnicode_FromStringAndSize(text, (Py_ssize_t)length - 1);
+        }
+        free(text);
+        if (code != ZS_OK || length <= capacity) return out;
+        capacity = length + 1024;
+    }
+}
+
+static PyObject *py_clear_cache(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    int32_t code = zs_cuda_clear_cache();
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_set_batch_invariant(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_set_batch_invariant", 1);
+    int on = PyObject_IsTrue(args[0]);
+    if (on < 0) return NULL;
+    int32_t code = zs_cuda_set_batch_invariant(on);
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_linear", 11);
+    ARG(0, device);
+    zs_cuda_linear_t job;
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"stream", &job.stream}, {"blob", &job.blob}, {"m", &job.m}, {"k", &job.k}, {"x", &job.x}, {"n", &job.n}, {"ldx", &job.ldx},
+        {"bias", &job.bias}, {"y", &job.y}, {"ldy", &job.ldy},
+    };
+    for (int i = 0; i < 10; i++)
+        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    int32_t code, expand = 0;
+    WITHOUT_GIL(code = zs_cuda_linear(device_number(device), &job, &expand));
+    if (code != ZS_OK) return zs_py_fail(code);
+    if (expand) Py_RETURN_FALSE;
+    Py_RETURN_TRUE;
+}
+
+static PyObject *py_decompress(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_decompress", 7);
+    ARG(0, device);
+    ARG(1, stream);
+    ARG(2, blob);
+    ARG(3, m);
+    ARG(4, k);
+    ARG(5, out);
+    ARG(6, ld);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_decompress(device_number(device), stream, blob, m, k, out, ld));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_warm(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_warm", 4);
+    ARG(0, device);
+    ARG(1, m);
+    ARG(2, k);
+    ARG(3, tokens);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_warm(device_number(device), m, k, tokens));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_side_stream(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_side_stream", 2);
+    ARG(0, device);
+    ARG(1, i);
+    uint64_t stream = 0;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_side_stream(device_number(device), (int32_t)(i & 0xFF), &stream));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return PyLong_FromUnsignedLongLong(stream);
+}
+
+static PyObject *py_follow(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_follow", 3);
+    ARG(0, device);
+    ARG(1, after);
+    ARG(2, before);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_follow(device_number(device), after, before));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+#define FUNCTION(name, doc) {"cuda_" #name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, doc}
+PyMethodDef zs_cuda_methods[] = {
+    FUNCTION(set_dirs, "cuda_set_dirs(dirs) -> None: directories, separated by ':', in which NVRTC may lie"),
+    {"cuda_describe", py_describe, METH_NOARGS, "cuda_describe() -> str: JSON about driver, devices, compiler, cache"},
+    {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
+    FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
+    FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
+    FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, out, ld) -> None"),
+    FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
+    FUNCTION(side_stream, "cuda_side_stream(device, i) -> stream"),
+    FUNCTION(follow, "cuda_follow(device, after, before) -> None"),
+    {NULL, NULL, 0, NULL},
+};

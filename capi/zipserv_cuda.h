@@ -1,0 +1,56 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * zipserv_cuda.h - the GPU side of the library, for BF16 weights on CUDA devices of compute capability 8.0 or newer.
+ *
+ * Addresses are device addresses in the primary context of the device, streams are CUstream handles (0: the legacy default stream). Calls
+ * queue work on the stream and do not wait for it, unless they say so; zs_last_error() tells more when one fails. A failure of the
+ * GPU, the driver or the kernel compiler is ZS_ERR_CUDA. Kernels are compiled at first use and kept on disk (see docs/gpu.md).
+ */
+#ifndef ZIPSERV_CUDA_H
+#define ZIPSERV_CUDA_H
+
+#include "zipserv.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Names directories, separated by ':', in which to look for NVRTC before the system's. Opens nothing. */
+ZS_API int32_t zs_cuda_set_dirs(const char *dirs);
+
+/* Writes a JSON text about driver, devices, compiler and kernel cache: at most capacity bytes with the ending zero; *length is what it
+ * takes. Never fails for a missing driver or compiler: the text then says what is missing. */
+ZS_API int32_t zs_cuda_describe(char *text, uint64_t capacity, uint64_t *length);
+
+/* Removes the compiled kernels on disk. */
+ZS_API int32_t zs_cuda_clear_cache(void);
+
+/* One token's result has the same bits whatever n is, at some cost in speed for large n. */
+ZS_API int32_t zs_cuda_set_batch_invariant(int32_t on);
+
+typedef struct zs_cuda_linear_t {
+    uint64_t stream;
+    uint64_t blob; /* a tiled BF16 blob, 16-byte aligned */
+    uint64_t m, k, n;
+    uint64_t x, ldx; /* [n, k] BF16, elements from row to row */
+    uint64_t bias;   /* [m] BF16 or 0 */
+    uint64_t y, ldy; /* [n, m] BF16, elements from row to row */
+} zs_cuda_linear_t;
+
+/* y = x w^T + bias. Where it is faster to decompress w and multiply by another library, does nothing and sets *expand to 1. */
+ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand);
+
+/* Decodes a tiled BF16 blob to out, whose rows start ld elements apart. */
+ZS_API int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t out, uint64_t ld);
+
+/* Compiles and loads what products with an m x k weight of up to `tokens` tokens need. Waits for the compiler, not for the device. */
+ZS_API int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens);
+
+/* Side stream i of the device, which the library owns, and: later work of `after` waits for the present work of `before`. */
+ZS_API int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream);
+ZS_API int32_t zs_cuda_follow(int32_t device, uint64_t after, uint64_t before);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

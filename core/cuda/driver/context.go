@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package driver
+
+// #include <stdlib.h>
+// #include "shim.h"
+import "C"
+
+import (
+	"runtime"
+	"unsafe"
+)
+
+// Handles of the driver are kept as numbers: they are not Go memory, and torch passes them as numbers too.
+type (
+	// Stream is a CUstream; 0 is the legacy default stream.
+	Stream uint64
+	// Event is a CUevent without timing.
+	Event uint64
+	// Module is a loaded cubin or PTX image.
+	Module uint64
+	// Function is a kernel of a module.
+	Function uint64
+	// Pointer is an address in device memory.
+	Pointer uint64
+	// Graph is a graph under construction by a stream capture.
+	Graph uint64
+)
+
+// Context is a device's primary context, the one that torch works in. It is retained for the life of the process.
+type Context struct {
+	d   *Driver
+	ctx C.uint64_t
+}
+
+// PrimaryContext retains the primary context of a device.
+func (d *Driver) PrimaryContext(ordinal int) (*Context, error) {
+	c := &Context{d: d}
+	if err := d.check(C.zs_primary(d.cu, C.int(ordinal), &c.ctx)); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// Load loads a cubin, or PTX that ends in a zero byte. It may be called while a stream is being captured.
+func (c *Context) Load(image []byte) (Module, error) {
+	var m C.uint64_t
+	err := c.d.check(C.zs_load(c.d.cu, c.ctx, unsafe.Pointer(unsafe.SliceData(image)), &m))
+	return Module(m), err
+}
+
+// Unload frees a module.
+func (c *Context) Unload(m Module) error {
+	return c.d.check(C.zs_unload(c.d.cu, c.ctx, C.uint64_t(m)))
+}
+
+// Function looks a kernel up and allows it the given dynamic shared memory.
+func (c *Context) Function(m Module, name string, smem uint32) (Function, error) {
+	cname := C.CString(name)
+	defer C.free(unsafe.Pointer(cname))
+	var f C.uint64_t
+	err := c.d.check(C.zs_function(c.d.cu, c.ctx, C.uint64_t(m), cname, C.uint32_t(smem), &f))
+	return Function(f), err
+}
+
+// Attributes of a loaded kernel, by the driver's numbers.
+const (
+	AttributeLocalBytes = 3
+	AttributeRegisters  = 4
+)
+
+// FunctionAttribute reads one attribute of a kernel.
+func (c *Context) FunctionAttribute(f Function, attribute int) (int, error) {
+	var v C.int
+	err := c.d.check(C.zs_function_attribute(c.d.cu, c.ctx, C.uint64_t(f), C.int(attribute), &v))
+	return int(v), err
+}
+
+// Occupancy is the number of blocks of a kernel that one SM holds at a time.
+func (c *Context) Occupancy(f Function, block, smem uint32) (int, error) {
+	var n C.int
+	err := c.d.check(C.zs_occupancy(c.d.cu, c.ctx, C.uint64_t(f), C.int(block), C.size_t(smem), &n))
+	return int(n), err
+}
+
+// MaxArgs is the largest number of parameters of a kernel.
+const MaxArgs = C.ZS_MAX_ARGS
+
+// Launch describes one kernel launch. Parameters of up to 8 bytes stand in one slot each, little-endian.
+type Launch struct {
+	Function     Function
+	Stream       Stream
+	Grid         [3]uint32
+	Block        uint32
+	Smem         uint32
+	Cluster      uint32
+	Programmatic bool // programmatic dependent launch
+	Args         [MaxArgs]uint64
+	NumArgs      int
+}
+
+// Launch queues a kernel. It allocates nothing.
+func (c *Context) Launch(l *Launch) error {
+	a := C.zs_launch_args{
+		ctx: c.ctx, function: C.uint64_t(l.Function), stream: C.uint64_t(l.Stream),
+		grid:  [3]C.uint32_t{C.uint32_t(l.Grid[0]), C.uint32_t(l.Grid[1]), C.uint32_t(l.Grid[2])},
+		block: C.uint32_t(l.Block), smem: C.uint32_t(l.Smem), cluster: C.uint32_t(l.Cluster), nargs: C.uint32_t(l.NumArgs),
+	}
+	if l.Programmatic {
+		a.programmatic = 1
+	}
+	for i := range l.NumArgs {
+		a.args[i] = C.uint64_t(l.Args[i])
+	}
+	r := C.zs_launch(c.d.cu, &a)
+	if r.code != 0 {
+		return c.d.check(r)
+	}
+	return nil
+}
+
+// NewStream makes a stream that does not wait for the legacy default stream.
+func (c *Context) NewStream() (Stream, error) {
+	var s C.uint64_t
+	err := c.d.check(C.zs_stream_create(c.d.cu, c.ctx, &s))
+	return Stream(s), err
+}
+
+// DestroyStream gives a stream back; work queued on it still runs.
+func (c *Context) DestroyStream(s Stream) error {
+	return c.d.check(C.zs_stream_destroy(c.d.cu, c.ctx, C.uint64_t(s)))
+}
+
+// Synchronize waits until all work queued on the stream is done.
+func (c *Context) Synchronize(s Stream) error {
+	return c.d.check(C.zs_stream_synchronize(c.d.cu, c.ctx, C.uint64_t(s)))
+}
+
+// Wait makes later work of the stream wait for the event.
+func (c *Context) Wait(s Stream, e Event) error {
+	return c.d.check(C.zs_stream_wait(c.d.cu, c.ctx, C.uint64_t(s), C.uint64_t(e)))
+}
+
+// Capture says whether the stream is being captured into a graph, and which capture and graph that is.
+func (c *Context) Capture(s Stream) (active bool, id uint64, g Graph, err error) {
+	var status C.int
+	var cid, graph C.uint64_t
+	r := C.zs_stream_capture(c.d.cu, c.ctx, C.uint64_t(s), &status, &cid, &graph)
+	if r.code != 0 {
+		return false, 0, 0, c.d.check(r)
+	}
+	return status == 1, uint64(cid), Graph(graph), nil
+}
+
+// NewEvent makes an event for ordering, without timing.
+func (c *Context) NewEvent() (Event, error) {
+	var e C.uint64_t
+	err := c.d.check(C.zs_event_create(c.d.cu, c.ctx, &e))
+	return Event(e), err
+}
+
+// DestroyEvent gives an event back.
+func (c *Context) DestroyEvent(e Event) error {
+	return c.d.check(C.zs_event_destroy(c.d.cu, c.ctx, C.uint64_t(e)))
+}
+
+// Record marks the present end of the stream's work by the event.
+func (c *Context) Record(e Event, s Stream) error {
+	return c.d.check(C.zs_event_record(c.d.cu, c.ctx, C.uint64_t(e), C.uint64_t(s)))
+}
+
+// MemoryInfo is the device's free and total memory in bytes.
+func (c *Context) MemoryInfo() (free, total uint64, err error) {
+	var f, t C.size_t
+	err = c.d.check(C.zs_memory_info(c.d.cu, c.ctx, &f, &t))
+	return uint64(f), uint64(t), err
+}
+
+// AllocZeroed allocates device memory and fills it with zeros by way of a stream of the caller's own. It waits for the zeros, and may be
+// called while another stream is being captured.
+func (c *Context) AllocZeroed(s Stream, bytes uint64) (Pointer, error) {
+	var p C.uint64_t
+	err := c.d.check(C.zs_alloc_zeroed(c.d.cu, c.ctx, C.uint64_t(s), C.size_t(bytes), &p))
+	return Pointer(p), err
+}
+
+// Free gives device memory back; it waits for the device.
+func (c *Context) Free(p Pointer) error {
+	return c.d.check(C.zs_free(c.d.cu, c.ctx, C.uint64_t(p)))
+}
+
+// Read copies device memory to the host in the order of the stream, and waits for it.
+func (c *Context) Read(s Stream, dst []byte, src Pointer) error {
+	return c.d.check(C.zs_read(c.d.cu, c.ctx, C.uint64_t(s), unsafe.Pointer(unsafe.SliceData(dst)), C.uint64_t(src), C.size_t(len(dst))))
+}
+
+// Write copies host memory to the device in the order of the stream. src may be reused on return.
+func (c *Context) Write(s Stream, dst Pointer, src []byte) error {
+	return c.d.check(C.zs_write(c.d.cu, c.ctx, C.uint64_t(s), C.uint64_t(dst), unsafe.Pointer(unsafe.SliceData(src)), C.size_t(len(src))))
+}
+
+// Released tells whether a graph, and everything instantiated from it, is gone.
+type Released struct{ flag *C.int32_t }
+
+// OnRelease ties a flag to the life of a graph. The flag is four bytes of C memory: the driver sets it from a thread of its own, at a
+// time that Go does not know.
+func (c *Context) OnRelease(g Graph) (*Released, error) {
+	flag := (*C.int32_t)(C.calloc(1, C.sizeof_int32_t))
+	if err := c.d.check(C.zs_graph_release_flag(c.d.cu, c.ctx, C.uint64_t(g), flag)); err != nil {
+		C.free(unsafe.Pointer(flag))
+		return nil, err
+	}
+	return &Released{flag: flag}, nil
+}
+
+// Done reports whether the graph is gone, and frees the flag when it is. It must not be called again after it has returned true.
+func (r *Released) Done() bool {
+	if C.zs_flag_load(r.flag) == 0 {
+		return false
+	}
+	C.free(unsafe.Pointer(r.flag))
+	r.flag = nil
+	runtime.KeepAlive(r)
+	return true
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/zipserv/zipserv/core/cuda/driver"
+	"github.com/zipserv/zipserv/core/cuda/jit"
+	"github.com/zipserv/zipserv/core/cuda/plan"
+	"github.com/zipserv/zipserv/core/cuda/stream"
+)
+
+// flagWords is the part of a workspace that kernels find and leave zero; partial sums follow it.
+const flagBytes = 16 << 10
+
+// Device is one GPU: its primary context, loaded kernels, plans, streams and workspaces.
+type Device struct {
+	engine     *Engine
+	props      driver.Device
+	planDevice plan.Device
+	ctx        *driver.Context
+	pool       *stream.Pool
+	workspaces *stream.Workspaces
+
+	mu      sync.Mutex
+	modules map[string]*loading // by variant
+	linears sync.Map            // linearKey -> *linearPlan
+	codecs  sync.Map            // codecKey -> *kernel
+}
+
+// kernel is a variant that is ready to launch.
+type kernel struct {
+	fn   driver.Function
+	plan plan.Kernel
+	grid uint32
+}
+
+type loading struct {
+	once sync.Once
+	fn   driver.Function
+	err  error
+}
+
+func openDevice(e *Engine, ordinal int) (*Device, error) {
+	props, err := e.driver.Device(ordinal)
+	if err != nil {
+		return nil, err
+	}
+	cc := 10*props.Major + props.Minor
+	if cc < jit.MinCapability {
+		return nil, fmt.Errorf("%s has compute capability %d.%d; 8.0 (Ampere) or newer is needed", props.Name, props.Major, props.Minor)
+	}
+	ctx, err := e.driver.PrimaryContext(ordinal)
+	if err != nil {
+		return nil, err
+	}
+	pool, err := stream.NewPool(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{
+		engine: e, props: props, ctx: ctx, pool: pool, modules: map[string]*loading{},
+		planDevice: plan.Device{
+			Capability: cc, SMs: props.SMs, SmemBlock: props.SmemBlock, SmemSM: props.SmemSM,
+			Bandwidth: props.Bandwidth(), ClockHz: float64(props.ClockKHz) * 1e3,
+		},
+	}
+	partials, flags := plan.Workspace(d.planDevice)
+	if uint64(flags)*4 > flagBytes {
+		return nil, fmt.Errorf("%d SMs are more than the engine's workspaces are made for", props.SMs)
+	}
+	d.workspaces = stream.NewWorkspaces(ctx, pool.Side(0), flagBytes+partials)
+	return d, nil
+}
+
+// Properties are the driver's words on the device.
+func (d *Device) Properties() driver.Device { return d.props }
+
+// load compiles and loads a variant once.
+func (d *Device) load(k plan.Kernel) (driver.Function, error) {
+	spec := jit.Spec{Source: k.Source, Defines: k.Defines}
+	id := spec.String()
+	d.mu.Lock()
+	l, known := d.modules[id]
+	if !known {
+		l = &loading{}
+		d.modules[id] = l
+	}
+	d.mu.Unlock()
+	l.once.Do(func() { l.fn, l.err = d.loadNow(spec, k) })
+	if l.err != nil {
+		d.mu.Lock()
+		if d.modules[id] == l {
+			delete(d.modules, id) // the next call tries again
+		}
+		d.mu.Unlock()
+	}
+	return l.fn, l.err
+}
+
+func (d *Device) loadNow(spec jit.Spec, k plan.Kernel) (driver.Function, error) {
+	image, err := d.engine.compiler.Compile(context.Background(), spec, d.props.Major, d.props.Minor)
+	if err != nil {
+		return 0, err
+	}
+	module, err := d.ctx.Load(image.Data)
+	if err != nil {
+		return 0, fmt.Errorf("loading %s for %s: %w", spec, image.Arch.Name, err)
+	}
+	fn, err := d.ctx.Function(module, k.Entry, k.Smem)
+	if err != nil {
+		_ = d.ctx.Unload(module)
+		return 0, fmt.Errorf("%s, kernel %s with %d bytes of shared memory: %w", spec, k.Entry, k.Smem, err)
+	}
+	return fn, nil
+}
+
+// prepare loads a kernel and settles its grid.
+func (d *Device) prepare(k plan.Kernel) (*kernel, error) {
+	fn, err := d.load(k)
+	if err != nil {
+		return nil, err
+	}
+	resident, err := d.ctx.Occupancy(fn, k.Block, k.Smem)
+	if err != nil {
+		return nil, err
+	}
+	if resident < 1 {
+		return nil, fmt.Errorf("%s: a block of %d threads and %d bytes of shared memory does not fit on an SM of %s", k.Source, k.Block, k.Smem, d.props.Name)
+	}
+	out := &kernel{fn: fn, plan: k, grid: k.Grid}
+	if k.PerSM > 0 {
+		out.grid = min(k.Grid, uint32(d.props.SMs)*min(k.PerSM, uint32(resident)))
+	}
+	return out, nil
+}
+
+func (d *Device) launch(k *kernel, s driver.Stream, args ...uint64) error {
+	l := driver.Launch{
+		Function: k.fn, Stream: s, Grid: [3]uint32{k.grid, 1, 1}, Block: k.plan.Block, Smem: k.plan.Smem,
+		Programmatic: k.plan.Programmatic, NumArgs: len(args),
+	}
+	copy(l.Args[:], args)
+	return d.ctx.Launch(&l)
+}
+
+// SideStream is side stream i of the device, which the engine owns.
+func (d *Device) SideStream(i int) driver.Stream { return d.pool.Side(i) }
+
+// Follow makes later work of one stream wait for the present work of another.
+func (d *Device) Follow(after, before driver.Stream) error { return d.pool.Follow(after, before) }

@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine
+
+import (
+	"github.com/zipserv/zipserv/core/cuda/driver"
+	"github.com/zipserv/zipserv/core/cuda/plan"
+)
+
+// Matmul is one product y[N,M] = x[N,K] W[M,K]^T + bias on device memory, BF16.
+type Matmul struct {
+	Stream  driver.Stream
+	Blob    driver.Pointer // 16-byte aligned
+	M, K, N uint64
+	X       driver.Pointer
+	LdX     uint64 // elements from one token to the next
+	Bias    driver.Pointer
+	Y       driver.Pointer
+	LdY     uint64
+}
+
+type linearKey struct {
+	m, k, class uint64
+	invariant   bool
+}
+
+type linearPlan struct {
+	plan   plan.Linear
+	kernel *kernel
+}
+
+const maxSide = 1<<31 - 1
+
+// Linear queues a product. Where the plan is to decompress the weights and leave the product to cuBLAS it does nothing and returns
+// expand.
+func (d *Device) Linear(p *Matmul) (expand bool, err error) {
+	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
+		return false, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
+	}
+	l, err := d.linear(p.M, p.K, p.N)
+	if err != nil || l.plan.Expand {
+		return err == nil, err
+	}
+	ws, err := d.workspaces.Get(p.Stream)
+	if err != nil {
+		return false, err
+	}
+	for first := uint64(0); first < p.N; first += l.plan.Tokens {
+		n := min(p.N-first, l.plan.Tokens)
+		err := d.launch(l.kernel, p.Stream, uint64(p.Blob), uint64(p.X)+2*first*p.LdX, p.LdX, uint64(p.Bias),
+			uint64(p.Y)+2*first*p.LdY, p.LdY, p.M, p.K, n, uint64(ws)+flagBytes, uint64(ws))
+		if err != nil {
+			return false, err
+		}
+	}
+	return false, nil
+}
+
+func (d *Device) linear(m, k, n uint64) (*linearPlan, error) {
+	key := linearKey{m, k, plan.Class(n), Invariant()}
+	if l, known := d.linears.Load(key); known {
+		return l.(*linearPlan), nil
+	}
+	p, err := plan.ForLinear(d.planDevice, plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant})
+	if err != nil {
+		return nil, err
+	}
+	l := &linearPlan{plan: p}
+	if !p.Expand {
+		if l.kernel, err = d.prepare(p.Kernel); err != nil {
+			return nil, err
+		}
+	}
+	d.linears.Store(key, l)
+	return l, nil
+}
+
+// Warm compiles and loads what products with an M x K weight of up to the given number of tokens need, so that no later call does.
+func (d *Device) Warm(m, k, tokens uint64) error {
+	if m-1 >= maxSide || k-1 >= maxSide {
+		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
+	}
+	if _, err := d.decompressor(m, k); err != nil {
+		return err
+	}
+	for n := uint64(1); n <= max(tokens, 1); n = plan.Class(n) + 1 {
+		l, err := d.linear(m, k, n)
+		if err != nil {
+			return err
+		}
+		if l.plan.Expand {
+			break
+		}
+	}
+	_, err := d.workspaces.Get(0)
+	return err
+}
