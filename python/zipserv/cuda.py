@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA implementations of the ops: tensors in, addresses out to the native engine, work on torch's current stream.
+
+Imported at the first CUDA call. Nothing here waits for the device, except ``compress``, which needs the size before it can allocate.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from . import _zipserv
+from .format import DTYPES, HEADER_BYTES
+
+__all__ = ["clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
+
+_BF16 = 1
+_bf16 = torch.bfloat16
+_linear = _zipserv.cuda_linear
+
+
+def _compiler_dirs() -> list[str]:
+    """Folders of pip packages that may hold NVRTC: of nvidia-cuda-nvrtc (CUDA 13, then 12), then torch's own."""
+    found = []
+    for package, folders in (("nvidia", ("cu13/lib", "cuda_nvrtc/lib")), ("torch", ("lib",))):
+        spec = importlib.util.find_spec(package)
+        roots = spec.submodule_search_locations if spec else None
+        found += [os.path.join(root, folder) for folder in folders for root in roots or ()]
+    return [path for path in found if os.path.isdir(path)]
+
+
+_zipserv.cuda_set_dirs(os.pathsep.join(_compiler_dirs()))
+
+
+def _current_stream(index: int) -> int:
+    return torch.cuda.current_stream(index).cuda_stream
+
+
+# The raw handle without a Stream object around it; present in every CUDA build of torch.
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
+
+
+# --- linear ---------------------------------------------------------------------------------------------------------
+
+
+def linear(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x @ W.T + bias`` for a compressed weight ``W (m, k)``; ``x (..., k)`` must not be empty."""
+    if dtype_code != _BF16 or blob.numel() == HEADER_BYTES + 2 * m * k:
+        return _linear_expanded(x, blob, m, k, dtype_code, bias)
+    index = blob.get_device()
+    shape = x.shape
+    if x.dtype is not _bf16 or shape[-1] != k or x.get_device() != index:
+        _refuse(x, "x", _bf16, f"(..., {k})", blob)
+    bias_ptr = 0
+    if bias is not None:
+        if bias.dtype is not _bf16 or bias.shape != (m,) or bias.get_device() != index:
+            _refuse(bias, "bias", _bf16, f"({m},)", blob)
+        if not bias.is_contiguous():
+            bias = bias.contiguous()
+        bias_ptr = bias.data_ptr()
+    address = blob.data_ptr()
+    if address % 16:
+        blob = blob.clone()  # the kernels copy 16 bytes at a time, and a slice of a larger tensor may start anywhere
+        address = blob.data_ptr()
+    if x.is_contiguous():
+        rows, ldx = x, k
+    else:
+        rows = x.reshape(-1, k)
+        if k > 1 and rows.stride(1) != 1:
+            rows = rows.contiguous()
+        ldx = rows.stride(0)
+    y = x.new_empty((*shape[:-1], m))
+    if _linear(index, _stream(index), address, m, k, rows.data_ptr(), x.numel() // k, ldx, bias_ptr, y.data_ptr(), m):
+        return y
+    return _linear_expanded(x, blob, m, k, dtype_code, bias)
+
+
+def _linear_expanded(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Decompresses the weight for the time of one product."""
+    dtype = DTYPES[dtype_code]
+    if _is_raw(blob, m, k) and blob.data_ptr() % 2 == 0:
+        return F.linear(x, _raw_matrix(blob, m, k, dtype), bias)
+    weight = torch.empty((m, k), dtype=dtype, device=blob.device)
+    decompress(blob, m, k, dtype_code, 0, weight)
+    return F.linear(x, weight, bias)
+
+
+def _refuse(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: str, blob: torch.Tensor) -> None:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{name} is {tensor.dtype}, the weight is {dtype}")
+    if tensor.device != blob.device:
+        raise ValueError(f"{name} is on {tensor.device}, the weight on {blob.device}")
+    raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should be {shape}")
+
+
+# --- decompress -----------------------------------------------------------------------------------------------------
+
+
+def _is_raw(blob: torch.Tensor, m: int, k: int) -> bool:
+    return blob.numel() == HEADER_BYTES + 2 * m * k
+
+
+def _raw_matrix(blob: torch.Tensor, m: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix of a raw blob, without a copy where its address allows."""
+    body = blob[HEADER_BYTES:]
+    return (body if body.data_ptr() % 2 == 0 else body.clone()).view(dtype).view(m, k)
+
+
+def decompress(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, out: torch.Tensor) -> None:
+    """Rows ``row0`` on of the matrix into ``out (rows, k)``, whose rows may lie apart."""
+    if out.dtype is not DTYPES[dtype_code] or out.dim() != 2 or out.shape[1] != k or out.get_device() != blob.get_device():
+        _refuse(out, "out", DTYPES[dtype_code], f"(rows, {k})", blob)
+    rows = out.shape[0]
+    if row0 < 0 or row0 + rows > m:
+        raise ValueError(f"rows {row0} .. {row0 + rows} of a matrix of {m} rows")
+    if _is_raw(blob, m, k):
+        out.copy_(_raw_matrix(blob, m, k, DTYPES[dtype_code])[row0 : row0 + rows])
+    elif dtype_code != _BF16:
+        out.copy_(_decode_on_host(blob, m, k, dtype_code, row0, rows))
+    elif rows != m:
+        whole = torch.empty((m, k), dtype=_bf16, device=blob.device)
+        decompress(blob, m, k, dtype_code, 0, whole)
+        out.copy_(whole[row0 : row0 + rows])
+    elif rows and k:
+        blob = blob if blob.data_ptr() % 16 == 0 else blob.clone()
+        index = blob.get_device()
+        ld = out.stride(0) if rows > 1 else k
+        _zipserv.cuda_decompress(index, _stream(index), blob.data_ptr(), m, k, out.data_ptr(), ld)
+
+
+def _decode_on_host(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, rows: int) -> torch.Tensor:
+    warnings.warn("there are GPU kernels for BF16 only: FP16 weights on a GPU are decoded by the CPU, which is slow", stacklevel=3)
+    host = blob.cpu()
+    out = torch.empty((rows, k), dtype=DTYPES[dtype_code])
+    if rows:
+        _zipserv.decode_rows(host.data_ptr(), host.numel(), row0, row0 + rows, out.data_ptr(), out.nbytes, k)
+    return out
+
+
+# --- compress -------------------------------------------------------------------------------------------------------
+
+
+def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device."""
+    code = next(code for code, dtype in DTYPES.items() if dtype is weight.dtype)
+    return _compress_on_host(weight, m, k, shape, code).to(weight.device)
+
+
+def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], code: int) -> torch.Tensor:
+    host = weight.cpu()
+    handle, nbytes = _zipserv.plan(host.data_ptr(), code, m, k, tuple(shape))
+    try:
+        blob = torch.empty(nbytes, dtype=torch.uint8)
+        _zipserv.encode(handle, blob.data_ptr(), nbytes)
+    finally:
+        _zipserv.free_plan(handle)
+    return blob
+
+
+# --- settings and information ---------------------------------------------------------------------------------------
+
+
+def set_batch_invariant(on: bool) -> None:
+    """A token's result has the same bits whatever else is in the batch, for every number of tokens.
+
+    Without it that holds as long as the number of tokens stays within what the fused kernel serves; many tokens may be multiplied by
+    cuBLAS. The environment variable ``VLLM_BATCH_INVARIANT=1`` switches it on at start. CUDA graphs that were captured before keep
+    what they have.
+    """
+    _zipserv.cuda_set_batch_invariant(on)
+
+
+def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
+    """Compiles and loads all that products with this weight need, so that no later call waits for the compiler.
+
+    Args:
+        blob: the weight on its GPU.
+        m: rows of the weight.
+        k: columns of the weight.
+        tokens: largest number of tokens to prepare for.
+    """
+    _zipserv.cuda_warm(blob.get_device(), m, k, tokens)
+
+
+def clear_cache() -> None:
+    """Removes the compiled kernels on disk; they are made again when needed."""
+    _zipserv.cuda_clear_cache()
+
+
+def describe() -> dict[str, Any]:
+    """Driver, devices, compiler (NVRTC) and kernel cache, as the engine sees them. Missing parts carry an ``error``."""
+    facts: dict[str, Any] = json.loads(_zipserv.cuda_describe())
+    return facts
+
+
+def report() -> dict[str, object]:
+    """The same in a line each, for ``zipserv doctor``."""
+    facts = describe()
+    driver, nvrtc, cache = facts["driver"], facts["nvrtc"], facts["cache"]
+    lines: dict[str, object] = {
+        "driver": driver.get("error") or f"CUDA {driver['cuda']} ({driver['path']})",
+        "compiler": nvrtc.get("error") or f"NVRTC {nvrtc['version']} ({nvrtc['path']})",
+        "cache": cache.get("error") or f"{cache['dir']}: {cache['files']} kernels, {cache['bytes'] / 1e6:.1f} of {cache['limit'] / 1e6:.0f} MB",
+    }
+    for device in facts["devices"]:
+        what = device.get("error") or f"compiles for {device.get('target', 'nothing: no compiler')}"
+        lines[f"device {device['index']}"] = f"{device.get('name', '?')}, compute capability {device.get('capability', '?')}, {what}"
+    return lines
