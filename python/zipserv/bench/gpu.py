@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scoreboard: ZipGEMM, decompression and compression against cuBLAS and the copy bandwidth, shape by shape.
+
+The same code runs on a CPU (small shapes, a clock in place of CUDA graphs), so that it can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import zipserv
+
+from . import machine, weights
+from .shapes import Shape
+from .timing import Loop, compare, measure
+
+# BF16 has 8 bits of precision: rounding a result is off by at most 2^-9 of it. A wrong tile is off by about 1.
+TOLERANCE = 2.0**-6
+
+LinearCall = Callable[[torch.Tensor, zipserv.ZipTensor], torch.Tensor]
+
+
+class WrongResult(zipserv.Error):
+    """What was computed is not what it should be; such a thing is not timed."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``budget``: seconds of measuring for one number; ``total``: seconds for the whole run (None: no limit)."""
+
+    device: torch.device
+    kinds: Sequence[str] = weights.KINDS
+    tokens: Sequence[int] = (1,)
+    budget: float = 0.3
+    total: float | None = None
+    min_copies: int = 8
+    min_rounds: int = 10
+    seed: int = 0
+    quick: bool = False
+
+
+@dataclass
+class Board:
+    """Everything a run measured, ready for JSON."""
+
+    about: dict[str, object]
+    limits: machine.Limits
+    weights: list[dict[str, object]] = field(default_factory=list)
+    points: list[dict[str, object]] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "about": self.about,
+            "limits": machine.limits_dict(self.limits),
+            "weights": self.weights,
+            "points": self.points,
+            "skipped": self.skipped,
+            "failed": self.failed,
+        }
+
+
+def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8) -> int:
+    """How many copies of a weight (compressed and plain: ``nbytes`` the smaller of them) rotate in a loop.
+
+    At least ``minimum``, and enough that four caches' worth passes before a weight comes round again; fewer only where
+    memory is short, and never so few that the cache could hold them.
+    """
+    wanted = max(minimum, -(-4 * cache // nbytes))
+    fits = max(1, free // (3 * nbytes))  # plain + compressed < 3 x compressed
+    copies = min(wanted, fits)
+    if copies < wanted and copies * nbytes < 2 * cache:
+        raise MemoryError(
+            f"a fair measurement needs {wanted} copies of this weight, memory has room for {copies}; free some memory or choose other shapes"
+        )
+    return max(copies, 2 if copies * nbytes < 4 * cache else 1)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0] * 0.8)
+    return 2 << 30
+
+
+def _spread(count: int, most: int, device: torch.device) -> torch.Tensor:
+    """Up to ``most`` indices spread over ``0 .. count-1``, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, most), device=device).round().long()
+
+
+def errors_against_float64(weight: torch.Tensor, compressed: zipserv.ZipTensor, x: torch.Tensor, linear: LinearCall) -> dict[str, float]:
+    """Max and RMS error of ``linear`` and of ``F.linear`` against float64, relative to the RMS of the result.
+
+    Both compute the whole product; the float64 product is made for up to 512 rows of the weight and 128 tokens, spread
+    over all of them, which keeps it affordable for any shape.
+    """
+    rows = _spread(weight.shape[0], 512, weight.device)
+    tokens = _spread(x.shape[0], 128, weight.device)
+    exact = x[tokens].double() @ weight[rows].double().T
+    scale = exact.square().mean().sqrt().clamp_min(1e-300)
+    ours = linear(x, compressed)[tokens][:, rows].double() - exact
+    theirs = F.linear(x, weight)[tokens][:, rows].double() - exact
+    return {
+        "max_error": float(ours.abs().max() / scale),
+        "rms_error": float(ours.square().mean().sqrt() / scale),
+        "blas_max_error": float(theirs.abs().max() / scale),
+        "blas_rms_error": float(theirs.square().mean().sqrt() / scale),
+    }
+
+
+def _compress(weight: torch.Tensor) -> zipserv.ZipTensor:
+    compressed = zipserv.compress(weight)
+    return compressed if compressed.device == weight.device else compressed.to(weight.device)
+
+
+def _clone(compressed: zipserv.ZipTensor) -> zipserv.ZipTensor:
+    return zipserv.ZipTensor.from_blob(compressed.blob.clone(), verify="none")
+
+
+class Bench:
+    """One weight shape on one device: its copies, the checks, and the loops over them."""
+
+    def __init__(self, shape: Shape, kind: str, limits: machine.Limits, settings: Settings) -> None:
+        self.shape, self.kind, self.limits, self.settings = shape, kind, limits, settings
+        device = settings.device
+        self.weight = weights.make(kind, shape.m, shape.k, device=device, seed=settings.seed)
+        self.compressed = _compress(self.weight)
+        copies = number_of_copies(self.compressed.nbytes, limits.cache_bytes, _free_memory(device), settings.min_copies)
+        self.plain = [self.weight, *(self.weight.clone() for _ in range(copies - 1))]
+        self.zipped = [self.compressed, *(_clone(self.compressed) for _ in range(copies - 1))]
+
+    def about_weight(self) -> dict[str, object]:
+        """Checks the round trip bit by bit, then times compression and decompression."""
+        s, settings = self.shape, self.settings
+        restored = self.compressed.decompress()
+        if not torch.equal(restored.view(torch.int16), self.weight.view(torch.int16)):
+            raise WrongResult(f"{s.label} ({self.kind}): the decompressed weight differs from the original")
+        del restored
+        raw = 2 * s.weights
+        targets = [torch.empty_like(self.weight) for _ in range(2)]
+        unpack = Loop([partial(z.decompress, out=targets[i % 2]) for i, z in enumerate(self.zipped)], settings.device)
+        decompress = measure(unpack, min_rounds=settings.min_rounds, budget=settings.budget)
+        unpack.close()
+        moved = raw + self.compressed.nbytes
+        return {
+            "model": s.model,
+            "layer": s.layer,
+            "m": s.m,
+            "k": s.k,
+            "weights": self.kind,
+            "bits_per_weight": self.compressed.bits_per_weight,
+            "ratio": self.compressed.ratio,
+            "bytes": self.compressed.nbytes,
+            "copies": len(self.plain),
+            "bit_exact": True,
+            "decompress_seconds": decompress.median,
+            "decompress_spread": decompress.spread,
+            "decompress_bytes_per_second": moved / decompress.median,
+            "decompress_of_copy": moved / decompress.median / self.limits.copy_bandwidth,
+            "compress_bytes_per_second": raw / self._compress_seconds(),
+        }
+
+    def _compress_seconds(self) -> float:
+        """Compression decides its output's size on the way, so it is timed as a user sees it: call to result."""
+        device, seconds = self.settings.device, []
+        for weight in (self.plain * 5)[:5]:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            _compress(weight)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        return sorted(seconds)[len(seconds) // 2]
+
+    def check(self, x: torch.Tensor, linear: LinearCall) -> dict[str, float]:
+        """The errors against float64; raises WrongResult where they are no rounding errors any more."""
+        errors = errors_against_float64(self.weight, self.compressed, x, linear)
+        if not errors["rms_error"] <= max(TOLERANCE, 2 * errors["blas_rms_error"]):
+            raise WrongResult(
+                f"{self.shape.label} ({self.kind}), {x.shape[0]} tokens: the product is wrong: RMS error "
+                f"{errors['rms_error']:.3g} of the result's RMS against float64; BLAS has {errors['blas_rms_error']:.3g}"
+            )
+        return errors
+
+    def point(self, tokens: int, linear: LinearCall = zipserv.linear) -> dict[str, object]:
+        """One number of tokens: accuracy, then both loops in turns."""
+        s, settings, limits = self.shape, self.settings, self.limits
+        x = weights.activations(tokens, s.k, device=settings.device, seed=settings.seed + 1)
+        accuracy = self.check(x, linear)
+        blas = Loop([partial(F.linear, x, w) for w in self.plain], settings.device)
+        ours = Loop([partial(linear, x, z) for z in self.zipped], settings.device)
+        pair = compare(blas, ours, min_rounds=settings.min_rounds, budget=settings.budget)
+        blas.close()
+        ours.close()
+        bound = limits.gemm_seconds(self.compressed.nbytes, s.m, s.k, tokens)
+        return {
+            "model": s.model,
+            "layer": s.layer,
+            "m": s.m,
+            "k": s.k,
+            "weights": self.kind,
+            "tokens": tokens,
+            "blas_seconds": pair.first.median,
+            "blas_spread": pair.first.spread,
+            "zip_seconds": pair.second.median,
+            "zip_spread": pair.second.spread,
+            "speedup": pair.ratio,
+            "speedup_low": pair.ratio_low,
+            "speedup_high": pair.ratio_high,
+            "rounds": pair.first.rounds,
+            "compressed_bytes_per_second": self.compressed.nbytes / pair.second.median,
+            "of_copy_bandwidth": self.compressed.nbytes / pair.second.median / limits.copy_bandwidth,
+            "bound_seconds": bound,
+            "of_bound": bound / pair.second.median,
+            **accuracy,
+        }
+
+    def close(self) -> None:
+        self.plain.clear()
+        self.zipped.clear()
+        del self.weight, self.compressed
+        gc.collect()
+        if self.settings.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def scoreboard(shapes: Iterable[Shape], settings: Settings) -> Iterator[Board]:
+    """Measures every shape, kind of weights and number of tokens; yields the board after each point.
+
+    The caller may stop at any time and keeps what was measured. When ``settings.total`` seconds are over, what is left
+    is named in ``Board.skipped``; a wrong result is named in ``Board.failed`` and gets no time.
+    """
+    start = time.perf_counter()
+    limits = machine.measure_limits(settings.device, quick=settings.quick)
+    board = Board(machine.describe(settings.device), limits)
+    for shape in shapes:
+        for kind in settings.kinds:
+            if settings.total is not None and time.perf_counter() - start > settings.total:
+                board.skipped.append(f"{shape.label} ({kind}): out of time")
+                continue
+            try:
+                bench = Bench(shape, kind, limits, settings)
+            except (MemoryError, torch.OutOfMemoryError) as error:
+                board.skipped.append(f"{shape.label} ({kind}): {error}")
+                continue
+            try:
+                board.weights.append(bench.about_weight())
+                yield board
+                for tokens in settings.tokens:
+                    if settings.total is not None and time.perf_counter() - start > settings.total:
+                        board.skipped.append(f"{shape.label} ({kind}), {tokens} tokens: out of time")
+                        continue
+                    try:
+                        board.points.append(bench.point(tokens))
+                    except WrongResult as error:
+                        board.failed.append(str(error))
+                    yield board
+            except WrongResult as error:
+                board.failed.append(str(error))
+                yield board
+            finally:
+                bench.close()
+    yield board
