@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers integration: ``from_pretrained`` compresses while it loads, and loads what was compressed before.
+
+    import zipserv
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype="bfloat16", quantization_config=zipserv.ZipServConfig())
+    model.save_pretrained("small")                          # 30 % smaller, the same bits
+    model = AutoModelForCausalLM.from_pretrained("small")   # needs nothing but `import zipserv` before it
+"""
+
+from .config import METHOD, ZipServConfig
+from .quantizer import ZipServQuantizer
+
+__all__ = ["ZipServConfig", "ZipServQuantizer", "register"]
+
+
+def register() -> None:
+    """Enter the configuration and the quantizer into transformers' registries; doing it twice does no harm."""
+    from transformers.quantizers import auto
+
+    if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        auto.register_quantization_config(METHOD)(ZipServConfig)
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantizer(METHOD)(ZipServQuantizer)
