@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Asynchronous copies. The bytes arrive at a random later point, in pieces and in any order; until somebody has properly waited for
+// them, every access to the destination is a fault, landed or not, so a missing wait is seen whatever the schedule.
+#include <algorithm>
+#include <cstring>
+#include "core.h"
+
+namespace zsemu {
+
+namespace {
+std::vector<CopyRef> flight;
+
+void take_off(const CopyRef& c) {
+  memset(c->to->base + c->off, kPoison, c->bytes + c->fill);
+  mark_written(*c->to, c->off, c->bytes + c->fill, c->gid, c->clock, c->pc, kFlight | (c->mbar == kNone ? 0 : kAsync));
+  flight.push_back(c);
+  g.copies++;
+}
+
+size_t shared_offset(uint32_t addr, uint32_t bytes, uint32_t align, const char* what) {
+  Region* s = cur->block->smem;
+  size_t off = addr - kSharedOrigin;
+  if (off + bytes > s->size) fault("bounds", "%s of %u bytes to shared address %zu: shared memory has %zu bytes", what, bytes, off, s->size);
+  if (off % align) fault("alignment", "%s to shared address %zu is not aligned to %u", what, off, align);
+  return off;
+}
+}  // namespace
+
+void settle(Copy& c, uint32_t gid, uint32_t clock) {
+  if (c.settled) return;
+  c.settled = true;
+  mark_written(*c.to, c.off, c.bytes + c.fill, gid, clock, c.pc, kInit);
+}
+
+void land(const CopyRef& c) {
+  if (c->landed) return;
+  c->landed = true;
+  for (auto& before : c->after) land(before);
+  auto it = std::find(flight.begin(), flight.end(), c);
+  if (it != flight.end()) {
+    std::swap(*it, flight.back());
+    flight.pop_back();
+  }
+  if (!c->knowledge.empty()) {   // an arrival
+    for (auto& before : c->after) settle(*before, c->gid, c->clock);
+    arrive_for(c->block, c->mbar, c->knowledge);
+    return;
+  }
+  uint8_t* to = c->to->base + c->off;
+  memcpy(to, c->from, c->bytes);
+  memset(to + c->bytes, 0, c->fill);
+  if (c->mbar != kNone) {
+    mark_written(*c->to, c->off, c->bytes, c->gid, c->clock, c->pc, kInit | kAsync);
+    complete_tx(c->block, c->mbar, uint32_t(c->bytes), c->gid, c->clock);
+  }
+}
+
+bool land_one() {
+  if (flight.empty()) return false;
+  CopyRef c = flight[rnd() % flight.size()];
+  for (auto& before : c->after)   // an arrival comes last
+    if (!before->landed) c = before;
+  land(CopyRef(c));
+  return true;
+}
+
+bool block_has_flight(const Block* b) {
+  for (auto& c : flight)
+    if (c->block == b && c->mbar != kNone && c->knowledge.empty()) return true;
+  return false;
+}
+
+void forget_copies(const Block* b) {
+  flight.erase(std::remove_if(flight.begin(), flight.end(), [&](const CopyRef& c) { return c->block == b; }), flight.end());
+}
+
+void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes) {
+  ZS_ENTER();
+  if (bytes != 4 && bytes != 8 && bytes != 16) fault("argument", "cp.async of %u bytes", bytes);
+  if (src_bytes > bytes) fault("argument", "cp.async with a source of %u bytes for %u", src_bytes, bytes);
+  size_t off = shared_offset(dst, bytes, bytes, "cp.async");
+  if (src_bytes) {
+    if (uintptr_t(src) % bytes) fault("alignment", "cp.async of %u bytes from %p", bytes, src);
+    checked(src, src_bytes, 1, false, Access::plain, "cp.async");
+  }
+  check_write(here(), *cur->block->smem, off, bytes, Access::plain);
+  auto c = std::make_shared<Copy>();
+  c->block = cur->block;
+  c->to = cur->block->smem;
+  c->off = off;
+  c->bytes = src_bytes;
+  c->fill = bytes - src_bytes;
+  c->from = (const uint8_t*)src;
+  c->gid = cur->gid;
+  c->clock = cur->clock;
+  c->pc = cur->pc;
+  take_off(c);
+  cur->open.copies.push_back(c);
+}
+
+void cp_async_commit() {
+  ZS_ENTER();
+  cur->groups.push_back(std::move(cur->open));
+  cur->open = {};
+}
+
+void cp_async_wait(uint32_t pending) {
+  ZS_ENTER();
+  yield();
+  size_t n = cur->groups.size() > pending ? cur->groups.size() - pending : 0;
+  for (size_t i = 0; i < n; i++)
+    for (auto& c : cur->groups[i].copies) {
+      land(c);
+      settle(*c, cur->gid, cur->clock);   // from here on the bytes are this thread's own writes: others still need a barrier
+    }
+  cur->groups.erase(cur->groups.begin(), cur->groups.begin() + long(n));
+}
+
+void cp_async_then_arrive(uint32_t mbar_off) {
+  auto c = std::make_shared<Copy>();
+  c->block = cur->block;
+  c->to = cur->block->smem;
+  c->off = c->bytes = c->fill = 0;
+  c->from = nullptr;
+  c->mbar = mbar_off;
+  c->gid = cur->gid;
+  c->clock = cur->clock;
+  c->pc = cur->pc;
+  c->knowledge.assign(2 * size_t(g.gids), 0);
+  release_into(c->knowledge, cur);
+  for (CopyGroup& group : cur->groups)
+    for (auto& before : group.copies)
+      if (!before->settled) c->after.push_back(before);
+  for (auto& before : cur->open.copies)
+    if (!before->settled) c->after.push_back(before);
+  flight.push_back(c);
+}
+
+void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
+  ZS_ENTER();
+  if (bytes == 0 || bytes % 16) fault("argument", "a bulk copy of %u bytes: the size must be a positive multiple of 16", bytes);
+  size_t off = shared_offset(dst, bytes, 16, "a bulk copy");
+  Block* b = cur->block;
+  auto it = b->mbars.find(mbar - kSharedOrigin);
+  if (it == b->mbars.end()) fault("mbarrier", "a bulk copy names shared address %u, where no mbarrier was initialised", mbar - kSharedOrigin);
+  Mbarrier& m = it->second;
+  if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
+    fault("race", "a bulk copy is not ordered after the mbarrier_init by %s [pc %x]", thread_name(m.init.gid).c_str(), m.init.pc);
+  if (!b->threads[m.init.gid - b->slot * g.threads].mbar_fenced)
+    fault("proxy", "a bulk copy uses the mbarrier at shared address %u, initialised with no fence_mbarrier_init since", mbar - kSharedOrigin);
+  checked(src, bytes, 16, false, Access::async, "a bulk copy");
+  check_write(here(), *b->smem, off, bytes, Access::async);
+  g.bulk_bytes += bytes;
+  static std::map<uint32_t, uint32_t> counts;   // one clock for each mbarrier
+  uint32_t gid = mbar_gid(b, m.index), clock = ++counts[gid];
+  for (uint32_t done = 0; done < bytes;) {
+    uint32_t piece = chance(2) ? bytes - done : std::min<uint32_t>(bytes - done, 16 * (1 + uint32_t(rnd() % (bytes / 16))));
+    auto c = std::make_shared<Copy>();
+    c->block = b;
+    c->to = b->smem;
+    c->off = off + done;
+    c->bytes = piece;
+    c->fill = 0;
+    c->from = (const uint8_t*)src + done;
+    c->mbar = mbar - kSharedOrigin;
+    c->gid = gid;
+    c->clock = clock;
+    c->pc = cur->pc;
+    take_off(c);
+    done += piece;
+  }
+  yield();
+}
+
+}  // namespace zsemu

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator's own structures. One CUDA thread is one fiber; all fibers of a launch run on one host thread.
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+#include "api.h"
+#include "clock.h"
+
+namespace zsemu {
+
+constexpr uint32_t kNone = 0xFFFFFFFFu;
+constexpr uint32_t kSharedOrigin = 1024;   // shared addresses start here, so that 0 is never one
+constexpr uint32_t kMaxMbarriers = 96;     // of one block
+constexpr uint8_t kPoison = 0xFF;          // NaN as BF16, FP16 and FP32; an absurd index as an integer
+
+struct Block;
+struct Warp;
+struct Fiber;
+
+// ---- what one byte of checked memory remembers (clock.h explains gid and clock)
+struct Cell {
+  uint32_t wclk, rclk;   // clock of the last write and of the last read
+  uint32_t wpc, rpc;     // code addresses of them
+  uint16_t wgid, rgid;   // who
+  uint32_t more;         // further readers: index in the table of read sets, 0 = none
+  uint8_t flags;
+};
+enum : uint8_t {
+  kInit = 1,      // has a value
+  kFlight = 2,    // an asynchronous copy into it is not yet waited for
+  kMbar = 4,      // part of an mbarrier
+  kAtomic = 8,    // the last write was atomic
+  kAsync = 16,    // the last write was made by the async proxy
+};
+constexpr uint16_t kNobody = 0xFFFF;
+
+struct Region {
+  std::string name;
+  uint8_t* base = nullptr;
+  size_t size = 0;
+  bool writable = false, dependent = false, shared = false;
+  Cell* cells = nullptr;   // null for read-only memory
+  bool holds(const void* p) const { return (const uint8_t*)p >= base && (const uint8_t*)p < base + size; }
+};
+enum class Access { plain, atomic, async };
+
+// Whoever an access is accounted to: a thread now, or a thread at the moment when it issued asynchronous work.
+struct Actor {
+  uint32_t gid, clock;
+  const View* view;
+  uint32_t pc;
+};
+void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind);
+void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind);
+void mark_written(Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock, uint32_t pc, uint8_t flags);
+Region* find_region(const void* p);
+Region* add_region(Region r);
+uint8_t* map_guarded(size_t size, size_t align, bool exact_align);
+// A checked access of a runtime function (not of compiled code) by the running thread.
+Region& checked(const void* p, size_t n, size_t align, bool write, Access kind, const char* what);
+
+// ---- asynchronous copies
+struct Copy {
+  Block* block;
+  Region* to;
+  size_t off, bytes, fill;      // fill: zero bytes after `bytes`
+  const uint8_t* from;
+  uint32_t mbar = kNone;        // shared offset of the mbarrier that counts the bytes; kNone: cp.async
+  uint32_t gid = 0, clock = 0;  // its account
+  uint32_t pc = 0;
+  bool landed = false, settled = false;   // settled: somebody has waited for it
+  // An arrival at an mbarrier instead of a copy: when these have landed.
+  std::vector<std::shared_ptr<Copy>> after;
+  Gathered knowledge;
+};
+using CopyRef = std::shared_ptr<Copy>;
+bool land_one();                       // lands a random piece; false when nothing is in flight
+void land(const CopyRef& c);           // lands it now
+bool block_has_flight(const Block* b);
+void forget_copies(const Block* b);
+void cp_async_then_arrive(uint32_t mbar_off);
+
+// ---- mbarriers and barriers
+struct Mbarrier {
+  uint32_t count = 0, pending = 0, phase = 0, index = 0;
+  int64_t tx = 0;
+  Actor init{};
+  std::vector<uint32_t> gathered, released;   // what arrivals of the current / last completed phase knew
+  std::vector<Fiber*> waiters;
+};
+void arrive_for(Block* b, uint32_t off, const Gathered& knowledge);
+void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t clock);
+
+struct Barrier {
+  uint32_t arrived = 0, expected = 0;
+  std::vector<Fiber*> waiting;
+  std::vector<uint32_t> gathered;
+  uint32_t votes_count = 0;
+};
+
+// ---- fibers, warps, blocks
+struct Slot {   // a lane that waits in a collective
+  int kind = 0;
+  uint32_t mask = 0;
+  void* data = nullptr;
+};
+struct Wgmma {
+  float* d[32];
+  uint32_t a[32][4];
+  bool from_regs, accumulate, fp16;
+  int n;
+  uint64_t desc_a, desc_b;
+  Actor issue;
+  Fiber* reader;
+  ViewRef keep;
+};
+struct Warp {
+  Block* block;
+  uint32_t id = 0, ready = 0, live = 0;
+  int64_t prio = 0;
+  uint32_t pos = kNone;      // place in the list of warps that can run
+  Fiber* lane[32] = {};
+  Slot slot[32];
+  std::vector<std::vector<Wgmma>> groups;   // committed, oldest first
+  std::vector<Wgmma> open;
+  std::map<float*, std::vector<float>> held;   // accumulators that are being computed
+};
+struct CopyGroup {
+  std::vector<CopyRef> copies;
+};
+struct Fiber {
+  void* sp = nullptr;
+  uint8_t* stack = nullptr;
+  Block* block = nullptr;
+  Warp* warp = nullptr;
+  uint32_t lane = 0, tid = 0;
+  Idx idx{};
+  uint32_t gid = 0, clock = 1;
+  ViewRef view;
+  Gathered release_fence, acquire_pending;   // what the last __threadfence released; what relaxed reads saw, until the next
+  uint32_t pc = 0;
+  bool done = false, wgmma_fenced = false, mbar_fenced = false;
+  std::string waits;          // for the deadlock report
+  std::vector<CopyGroup> groups;
+  CopyGroup open;
+  uint32_t votes[2] = {};
+  const void* spin_addr = nullptr;
+  uint64_t spin_value = 0;
+};
+struct Block {
+  Idx idx{};
+  uint32_t slot = 0, live = 0, copies = 0;
+  Region* smem = nullptr;
+  std::vector<Fiber> threads;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  std::map<uint32_t, Mbarrier> mbars;
+};
+
+// ---- the launch
+struct Options {
+  uint64_t seed = 1;
+  Idx grid{1, 1, 1}, block{32, 1, 1};
+  size_t shared = 0;
+  uint32_t resident = 0;
+  bool races = true, strict_init = true, pdl = false;
+};
+struct Launch {
+  Options opt;
+  Entry* entry = nullptr;
+  std::vector<uint64_t> args;
+  uint32_t threads = 0, resident = 0, gids = 0;
+  uint64_t switches = 0, collectives = 0, copies = 0, bulk_bytes = 0, matrices = 0, conflicts = 0;
+};
+extern Launch g;
+extern Fiber* cur;
+inline uint32_t mbar_gid(const Block* b, uint32_t index) { return g.resident * g.threads + b->slot * kMaxMbarriers + index; }
+inline uint32_t previous_grid_gid() { return g.gids - 1; }
+inline Actor here() { return Actor{cur->gid, cur->clock, cur->view.get(), cur->pc}; }
+std::string thread_name(uint32_t gid);
+
+void run_launch();
+void yield();          // let others run
+void spin_yield();     // the same, for a thread that polls
+void suspend();        // until wake()
+void wake(Fiber* f);
+void progress();       // something happened that a poller may see
+uint64_t rnd();
+inline bool chance(uint32_t one_in) { return one_in && rnd() % one_in == 0; }
+[[noreturn]] void fault(const char* kind, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
+std::string format(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
+
+#define ZS_ENTER() (::zsemu::cur->pc = uint32_t(uintptr_t(__builtin_return_address(0))))
+
+}  // namespace zsemu

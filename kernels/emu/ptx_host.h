@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+// Host twins of kernels/ptx.cuh: the same names, the same meaning, checked by the emulator.
+#pragma once
+#include "cuda_host.h"
+
+#define ZS_DEVICE inline
+
+inline uint32_t smem_addr(const void* p) { return zsemu::shared_addr(p); }
+
+// ---- bit work
+inline uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) { return (a & ~mask) | (b & mask); }
+inline uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) { return (a & mask) | c; }
+inline uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t sel) { return __byte_perm(a, b, sel); }
+inline uint32_t mad_lo(uint32_t a, uint32_t b, uint32_t c) { return a * b + c; }
+inline uint32_t round_bf16(float f) {
+  uint32_t u = __float_as_uint(f);
+  if ((u & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FFFu;   // the NaN that cvt makes
+  return (u + 0x7FFFu + (u >> 16 & 1)) >> 16;
+}
+inline uint32_t pack_bf16(float lo, float hi) { return round_bf16(lo) | round_bf16(hi) << 16; }
+
+// ---- global memory
+struct Vec4 {
+  uint32_t x, y, z, w;
+};
+namespace zsemu {
+template <class T>
+inline T from_global(const void* p) {
+  T v;
+  load_global(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline T from_shared(uint32_t addr) {
+  T v;
+  load_shared(&v, addr, sizeof v);
+  return v;
+}
+}  // namespace zsemu
+inline uint32_t ld_stream_u32(const void* p) { return zsemu::from_global<uint32_t>(p); }
+inline uint64_t ld_stream_u64(const void* p) { return zsemu::from_global<uint64_t>(p); }
+inline Vec4 ld_stream_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
+inline Vec4 ld_global_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
+inline void st_global_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
+inline void st_stream_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
+inline uint32_t ld_acquire_u32(const uint32_t* p) { return uint32_t(zsemu::atomic(zsemu::Atomic::load, zsemu::Order::acquire, (void*)p, 4, 0, 0)); }
+inline void st_release_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::store, zsemu::Order::release, p, 4, v, 0); }
+inline void red_release_add_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::add, zsemu::Order::release, p, 4, v, 0); }
+inline uint32_t atom_add_acq_rel(uint32_t* p, uint32_t v) { return uint32_t(zsemu::atomic(zsemu::Atomic::add, zsemu::Order::acq_rel, p, 4, v, 0)); }
+
+// ---- shared memory
+inline Vec4 ld_shared_v4(uint32_t addr) { return zsemu::from_shared<Vec4>(addr); }
+inline uint32_t ld_shared_u32(uint32_t addr) { return zsemu::from_shared<uint32_t>(addr); }
+inline uint32_t ld_shared_u16(uint32_t addr) { return zsemu::from_shared<uint16_t>(addr); }
+inline void st_shared_v4(uint32_t addr, Vec4 v) { zsemu::store_shared(addr, &v, sizeof v); }
+inline void st_shared_u32(uint32_t addr, uint32_t v) { zsemu::store_shared(addr, &v, sizeof v); }
+inline void st_shared_u16(uint32_t addr, uint32_t v) {
+  uint16_t h = uint16_t(v);
+  zsemu::store_shared(addr, &h, sizeof h);
+}
+inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, false); }
+inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) { zsemu::ldmatrix(r, 2, addr, false); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, true); }
+
+// ---- tensor cores
+inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { zsemu::mma_m16n8k16(d, a, b0, b1, false); }
+inline void wgmma_fence() { zsemu::wgmma_fence(); }
+inline void wgmma_commit() { zsemu::wgmma_commit(); }
+template <int N>
+inline void wgmma_wait() {
+  zsemu::wgmma_wait(N);
+}
+// d[64 x N] (+)= a[64 x 16] * b[N x 16]^T, both K-major; a and b by descriptor, or a in registers.
+template <int N>
+inline void wgmma_m64nNk16_bf16(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate = true) {
+  zsemu::wgmma(d, N, nullptr, desc_a, desc_b, accumulate, false);
+}
+template <int N>
+inline void wgmma_m64nNk16_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate = true) {
+  zsemu::wgmma(d, N, a, 0, desc_b, accumulate, false);
+}
+template <int N>
+inline void setmaxnreg_inc() {}
+template <int N>
+inline void setmaxnreg_dec() {}
+
+// ---- asynchronous copies
+inline void cp_async_16(uint32_t dst, const void* src) { zsemu::cp_async(dst, src, 16, 16); }
+inline void cp_async_16_zfill(uint32_t dst, const void* src, uint32_t src_bytes) { zsemu::cp_async(dst, src, 16, src_bytes); }
+inline void cp_async_commit() { zsemu::cp_async_commit(); }
+inline void cp_async_mbarrier_arrive(uint32_t bar) { zsemu::cp_async_mbarrier_arrive(bar); }
+template <int N>
+inline void cp_async_wait() {
+  zsemu::cp_async_wait(N);
+}
+inline void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) { zsemu::bulk_g2s(dst, src, bytes, bar); }
+
+// ---- barriers
+inline void mbarrier_init(uint32_t bar, uint32_t count) { zsemu::mbarrier_init(bar, count); }
+inline void mbarrier_arrive(uint32_t bar) { zsemu::mbarrier_arrive(bar, 1); }
+inline void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) { zsemu::mbarrier_expect_tx(bar, bytes); }
+inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+  zsemu::mbarrier_expect_tx(bar, bytes);
+  zsemu::mbarrier_arrive(bar, 1);
+}
+inline void mbarrier_wait(uint32_t bar, uint32_t parity) { zsemu::mbarrier_wait(bar, parity); }
+inline void fence_mbarrier_init() { zsemu::fence_mbarrier_init(); }
+inline void fence_proxy_async() { zsemu::fence_proxy_async(); }
+inline void named_barrier_sync(uint32_t id, uint32_t threads) { zsemu::barrier_sync(id, threads); }
+inline void named_barrier_arrive(uint32_t id, uint32_t threads) { zsemu::barrier_arrive(id, threads); }
+inline void griddep_wait() { zsemu::griddep_wait(); }
+inline void griddep_launch() { zsemu::griddep_launch(); }

@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io/fs"
+	"os"
+	"strconv"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/kernels"
+	"github.com/zipserv/zipserv/kernels/emu"
+)
+
+// seeds are the schedules a case runs under: derived from its name, so that cases differ and every run of the tests is the same, or
+// the one of ZS_EMU_SEED, to repeat a failure.
+func seeds(t *testing.T, n int) []uint64 {
+	if s := os.Getenv("ZS_EMU_SEED"); s != "" {
+		seed, err := strconv.ParseUint(s, 10, 64)
+		require.NoError(t, err)
+		return []uint64{seed}
+	}
+	h := fnv.New64a()
+	h.Write([]byte(t.Name()))
+	out := make([]uint64, n)
+	for i := range out {
+		out[i] = (h.Sum64() + uint64(i)*0x9E3779B97F4A7C15) >> 1
+	}
+	return out
+}
+
+func compile(t *testing.T, files fs.FS, main string, defines []string, names ...string) *emu.Program {
+	t.Helper()
+	p, err := emu.Compile(emu.Source{Files: files, Main: main, Defines: defines, Kernels: names})
+	require.NoError(t, err)
+	return p
+}
+
+func run(t *testing.T, p *emu.Program, l emu.Launch) {
+	t.Helper()
+	_, err := p.Run(context.Background(), l)
+	require.NoError(t, err)
+}
+
+// mutant compiles a kernel with one text in one file replaced.
+func mutant(t *testing.T, file, old, replacement string) fs.FS {
+	t.Helper()
+	files, err := emu.Mutate(kernels.Sources, file, old, replacement)
+	require.NoError(t, err)
+	return files
+}
+
+func faultKind(err error) string {
+	var f *emu.Fault
+	if errors.As(err, &f) {
+		return f.Kind
+	}
+	return ""
+}
+
+// requireSame compares 16-bit values bit by bit, and names the first few that differ.
+func requireSame(t *testing.T, want, got []byte, columns int, what string) {
+	t.Helper()
+	if bytes.Equal(want, got) {
+		return
+	}
+	require.Len(t, got, len(want), what)
+	text, wrong := "", 0
+	for i := range len(want) / 2 {
+		w, g := le.Uint16(want[2*i:]), le.Uint16(got[2*i:])
+		if w != g {
+			if wrong++; wrong <= 8 {
+				text += fmt.Sprintf("\n  element %d (row %d, column %d): %04x, want %04x", i, i/columns, i%columns, g, w)
+			}
+		}
+	}
+	t.Fatalf("%s: %d of %d values differ%s", what, wrong, len(want)/2, text)
+}
