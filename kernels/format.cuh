@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+// The format of docs/format.md as the kernels see it: layout constants, section addresses, the decode core, the escapes.
+#pragma once
+#include "ptx.cuh"
+
+// docs/format.md sections 1, 4, 5.
+#define ZS_BLOB_HEADER 128
+#define ZS_TILE 64u           // rows and columns of a block tile
+#define ZS_FIXED 5632u        // bytes of a BF16 tile's fixed part
+#define ZS_SIGN_MANTISSA 1024 // bytes of a warp tile's sign-and-mantissa words; they start at 0
+#define ZS_BITMAPS 4096       // where the bitmaps start
+#define ZS_WARP_BITMAPS 384   // bytes of a warp tile's three bitmaps
+#define ZS_FLAG_DENSE 1u
+
+#define ZS_HALVES(x) ((uint32_t)(x) * 0x10001u)  // the same 16 bits in both halves of a word
+
+// Where the sections of a blob are (section 1).
+struct Blob {
+    const uint8_t* headers;
+    const uint8_t* fixed;
+    const uint8_t* escapes;
+    uint32_t row_tiles, col_tiles;
+    ZS_DEVICE Blob(const uint8_t* blob, uint32_t m, uint32_t k) {
+        row_tiles = (m + ZS_TILE - 1) / ZS_TILE;
+        col_tiles = (k + ZS_TILE - 1) / ZS_TILE;
+        uint64_t tiles = (uint64_t)row_tiles * col_tiles;
+        headers = blob + ZS_BLOB_HEADER;
+        fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
+        escapes = fixed + tiles * ZS_FIXED;
+    }
+};
+
+// Section 4.
+struct TileHeader {
+    uint32_t offset, count, base, dense;
+    ZS_DEVICE TileHeader() {}
+    ZS_DEVICE explicit TileHeader(uint64_t bits) {
+        uint32_t hi = (uint32_t)(bits >> 32);
+        offset = (uint32_t)bits;
+        count = hi & 0xFFFFu;
+        base = (hi >> 16) & 0xFFu;
+        dense = hi >> 24 & ZS_FLAG_DENSE;
+    }
+};
+
+// Decodes the 32 weights of one lane (section 5): s = its eight sign-and-mantissa words, p0..p2 = its three bitmap words,
+// base2 = the base exponent at bit 7 of both halves. out[p] is pair p.
+//
+// Plane k is rotated by k, so three selects with masks bring the bits of one code side by side: at bits b, b+1, b+2 of X[r], with
+// r = -b mod 3, stand the three bits of the code of pair b. mad then moves the code to bit 7 and adds it to the base exponent in one
+// instruction (code + base never carries out of the exponent: base <= 248). 18 selects and ands less than shifting each code into place.
+ZS_DEVICE void decode32(const uint32_t (&s)[8], uint32_t p0, uint32_t p1, uint32_t p2, uint32_t base2, uint32_t (&out)[16]) {
+    const uint32_t M1 = ZS_HALVES(0x2492), M2 = ZS_HALVES(0x4924);  // bits 1, 4, 7, .. and 2, 5, 8, .. of a half
+    const uint32_t X[3] = {
+        select_bits(select_bits(p0, p1, M1), p2, M2),
+        select_bits(select_bits(p1, p2, M1), p0, M2),
+        select_bits(select_bits(p2, p0, M1), p1, M2),
+    };
+    const uint32_t Y[3] = {X[0] >> 6, X[1] >> 6, X[2] >> 6};  // pairs 8..13, so that their codes lie below bit 7 too
+#pragma unroll
+    for (int b = 0; b < 16; b++) {
+        const uint32_t sm = b < 8 ? s[b & 7] : byte_perm(s[b & 7], 0, 0x2301);
+        const uint32_t t = and_or(sm, ZS_HALVES(0x807F), base2);
+        const int r = (3 - b % 3) % 3;
+        if (b < 8)
+            out[b] = b < 7 ? mad_lo(X[r] & (ZS_HALVES(7) << b), 1u << (7 - b), t) : (X[r] & (ZS_HALVES(7) << 7)) + t;
+        else if (b < 14)
+            out[b] = b < 13 ? mad_lo(Y[r] & (ZS_HALVES(7) << (b - 6)), 1u << (13 - b), t) : (Y[r] & (ZS_HALVES(7) << 7)) + t;
+        else if (b == 14)  // the code's bits wrap around the half: 14, 15 in X[1], 0 in X[2]
+            out[b] = and_or(X[2] << 9, ZS_HALVES(0x0200), (X[1] >> 7) & ZS_HALVES(0x0180)) + t;
+        else  // 15 in X[0]; 0, 1 in X[1]
+            out[b] = and_or(X[1] << 8, ZS_HALVES(0x0300), (X[0] >> 8) & ZS_HALVES(0x0080)) + t;
+    }
+}
+
+// A decoded tile lies in shared memory as 128-byte rows whose 16-byte chunks are swizzled: chunk c of row r is at c ^ (r mod 8), as
+// ldmatrix reads it without conflicts and wgmma reads it in its 128-byte swizzle mode.
+ZS_DEVICE uint32_t swizzle_chunk(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
+// The same for a position (section 6) of a tile: byte offset of weight `row * 64 + column`.
+ZS_DEVICE uint32_t swizzle_position(uint32_t pos) { return (pos << 1) ^ ((pos >> 2) & 0x70); }
+
+// Decodes warp tile w, whose words start at `words` and bitmaps at `bitmaps` (shared addresses of warp tile 0), into rows 16 w .. of the
+// swizzled tile at `out`; one warp.
+ZS_DEVICE void decode_warp_tile(uint32_t words, uint32_t bitmaps, uint32_t out, uint32_t w, uint32_t base2, uint32_t lane) {
+    words += w * ZS_SIGN_MANTISSA + lane * 16;
+    const uint32_t bits = bitmaps + w * ZS_WARP_BITMAPS + lane * 4;
+    const Vec4 a = ld_shared_v4(words), b = ld_shared_v4(words + 512);
+    const uint32_t p0 = ld_shared_u32(bits), p1 = ld_shared_u32(bits + 128), p2 = ld_shared_u32(bits + 256);
+    const uint32_t s[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+    uint32_t d[16];
+    decode32(s, p0, p1, p2, base2, d);
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        // FragTile f = 4 i + lane / 8 (section 5): row block i / 2, column block 4 (i mod 2) + lane / 8.
+        const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
+        st_shared_v4(out + swizzle_chunk(row, chunk), Vec4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
+    }
+}
+
+// Puts exponent e into the weight at shared address `at`.
+ZS_DEVICE void patch_exponent(uint32_t at, uint32_t e) { st_shared_u16(at, (ld_shared_u16(at) & 0x807Fu) | e << 7); }
+
+// One entry of a list (section 6), whose tile lies at shared address `tile`: symbol to exponent, position to address.
+ZS_DEVICE void patch_entry(const uint8_t* list, const TileHeader& head, uint32_t index, uint32_t entry, uint32_t tile) {
+    const uint32_t symbol = entry >> 12;
+    uint32_t e = symbol < 12 ? head.base - 1 - symbol : head.base - 4 + symbol;
+    if (symbol == 15) e = list[2 * head.count + index];
+    patch_exponent(tile + swizzle_position(entry & 0xFFFu), e);
+}
+
+// A warp's view of one tile's escapes: the first 128 entries are loaded ahead, two words of two entries a lane.
+struct Escapes {
+    TileHeader head;
+    uint32_t words[2];
+
+    ZS_DEVICE void load(const uint8_t* escapes, TileHeader h, uint32_t lane) {
+        head = h;
+        const uint8_t* list = escapes + (uint64_t)h.offset * 16;
+        words[0] = 2 * lane < h.count ? ld_stream_u32(list + 4 * lane) : 0;
+        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 4 * lane + 128) : 0;
+    }
+
+    ZS_DEVICE void patch_one(const uint8_t* list, uint32_t index, uint32_t entry, uint32_t tile, uint32_t row0, uint32_t rows) const {
+        if (rows < ZS_TILE && ((entry & 0xFFFu) >> 6) - row0 >= rows) return;
+        patch_entry(list, head, index, entry - (row0 << 6), tile);
+    }
+
+    // Gives every escape of rows row0 .. row0+rows-1 of the tile its exponent in the decoded tile. The warp must have met (__syncwarp)
+    // since the decode, and must meet again before the tile is read.
+    ZS_DEVICE void patch(const uint8_t* escapes, uint32_t tile, uint32_t lane, uint32_t row0 = 0, uint32_t rows = ZS_TILE) const {
+        const uint8_t* list = escapes + (uint64_t)head.offset * 16;
+        if (head.dense) {
+            for (uint32_t p = (row0 << 6) + lane * 4; p < (row0 + rows) << 6; p += 128) {
+                const uint32_t e = ld_stream_u32(list + p);
+#pragma unroll
+                for (uint32_t i = 0; i < 4; i++) patch_exponent(tile + swizzle_position(p + i - (row0 << 6)), e >> 8 * i & 0xFFu);
+            }
+            return;
+        }
+#pragma unroll
+        for (uint32_t g = 0; g < 2; g++) {
+            if (64 * g >= head.count) return;
+            const uint32_t first = 64 * g + 2 * lane;
+            if (first < head.count) patch_one(list, first, words[g] & 0xFFFFu, tile, row0, rows);
+            if (first + 1 < head.count) patch_one(list, first + 1, words[g] >> 16, tile, row0, rows);
+        }
+        for (uint32_t first = 128 + 2 * lane; first < head.count; first += 64) {
+            const uint32_t two = ld_stream_u32(list + 2 * first);
+            patch_one(list, first, two & 0xFFFFu, tile, row0, rows);
+            if (first + 1 < head.count) patch_one(list, first + 1, two >> 16, tile, row0, rows);
+        }
+    }
+};

@@ -1,0 +1,237 @@
+// SPDX-License-Identifier: Apache-2.0
+// Each PTX instruction that the kernels use is one small named function here. kernels/emu has a host twin of each, so
+// that the same kernels run on a CPU in the tests.
+#pragma once
+
+#ifdef ZS_EMU
+#include "emu/ptx_host.h"
+#else
+
+typedef unsigned char uint8_t;
+typedef unsigned short uint16_t;
+typedef unsigned int uint32_t;
+typedef int int32_t;
+typedef unsigned long long uint64_t;
+typedef long long int64_t;
+
+#define ZS_DEVICE __device__ __forceinline__
+
+// All dynamic shared memory of the block. 1024-byte alignment is what the 128-byte swizzle of wgmma needs.
+#define ZS_SMEM(name)                                  \
+    extern __shared__ __align__(1024) uint8_t zs_smem_[]; \
+    uint8_t* const name = zs_smem_
+
+// Shared-memory addresses are 32-bit in PTX.
+ZS_DEVICE uint32_t smem_addr(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// ---- bit work: one integer instruction each -------------------------------------------------------------------------
+
+// mask ? b : a, bit by bit.
+ZS_DEVICE uint32_t select_bits(uint32_t a, uint32_t b, uint32_t mask) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xD8;" : "=r"(d) : "r"(a), "r"(b), "r"(mask));
+    return d;
+}
+
+// (a & mask) | c.
+ZS_DEVICE uint32_t and_or(uint32_t a, uint32_t mask, uint32_t c) {
+    uint32_t d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(c));
+    return d;
+}
+
+// Byte i of the result is byte (sel >> 4 i) & 7 of b:a.
+ZS_DEVICE uint32_t byte_perm(uint32_t a, uint32_t b, uint32_t sel) {
+    uint32_t d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(sel));
+    return d;
+}
+
+// a * b + c on the FMA pipe, which the decode leaves free otherwise. (asm, so that the compiler does not turn it into shifts and adds on the integer pipe.)
+ZS_DEVICE uint32_t mad_lo(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t d;
+    asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// Two floats to two BF16, round to nearest even; lo in the low half.
+ZS_DEVICE uint32_t pack_bf16(float lo, float hi) {
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo));
+    return d;
+}
+
+// ---- global memory --------------------------------------------------------------------------------------------------
+
+struct Vec4 {
+    uint32_t x, y, z, w;
+};
+
+// Weights are read once: keep them out of L1 and let L2 drop them first.
+ZS_DEVICE uint32_t ld_stream_u32(const void* p) {
+    uint32_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+ZS_DEVICE uint64_t ld_stream_u64(const void* p) {
+    uint64_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u64 %0, [%1];" : "=l"(v) : "l"(p));
+    return v;
+}
+ZS_DEVICE Vec4 ld_stream_v4(const void* p) {
+    Vec4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+    return v;
+}
+ZS_DEVICE Vec4 ld_global_v4(const void* p) {
+    Vec4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    return v;
+}
+ZS_DEVICE void st_global_v4(void* p, Vec4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+// Results that nobody reads soon.
+ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
+    asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// Flags between blocks of one grid.
+ZS_DEVICE uint32_t ld_acquire_u32(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+ZS_DEVICE void st_release_u32(uint32_t* p, uint32_t v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+ZS_DEVICE Vec4 ld_shared_v4(uint32_t addr) {
+    Vec4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
+    return v;
+}
+ZS_DEVICE uint32_t ld_shared_u32(uint32_t addr) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+ZS_DEVICE uint32_t ld_shared_u16(uint32_t addr) {
+    uint16_t v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(addr) : "memory");
+    return v;
+}
+ZS_DEVICE void st_shared_v4(uint32_t addr, Vec4 v) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+ZS_DEVICE void st_shared_u32(uint32_t addr, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
+ZS_DEVICE void st_shared_u16(uint32_t addr, uint32_t v) {
+    asm volatile("{ .reg .b16 h; cvt.u16.u32 h, %1; st.shared.b16 [%0], h; }" ::"r"(addr), "r"(v) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+ZS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(addr)
+                 : "memory");
+}
+
+// ---- tensor cores ---------------------------------------------------------------------------------------------------
+
+// d[16x8] += a[16x16] * b[16x8], BF16 in, FP32 sums.
+ZS_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- asynchronous copies, sm_80 -------------------------------------------------------------------------------------
+
+ZS_DEVICE void cp_async_16(uint32_t dst, const void* src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory"); }
+ZS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most N of this thread's groups are under way.
+template <int N>
+ZS_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Copies the first `bytes` (0..16) and fills the rest of the 16 with zeros.
+ZS_DEVICE void cp_async_16_zfill(uint32_t dst, const void* src, uint32_t bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+// Arrives on the barrier once all of this thread's earlier cp.async are complete; the thread goes on at once.
+ZS_DEVICE void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory"); }
+
+// ---- mbarrier -------------------------------------------------------------------------------------------------------
+
+ZS_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
+ZS_DEVICE void mbarrier_arrive(uint32_t bar) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(bar) : "memory");
+}
+// Waits until the phase of the given parity is complete.
+ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again: mbarrier.try_wait.parity.shared.b64 p, [%0], %1;\n"
+        "@!p bra again; }" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+#else
+    asm volatile(
+        "{ .reg .pred p;\n"
+        "again: mbarrier.test_wait.parity.shared.b64 p, [%0], %1;\n"
+        "@!p bra again; }" ::"r"(bar),
+        "r"(parity)
+        : "memory");
+#endif
+}
+
+#if __CUDA_ARCH__ >= 900
+ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(bytes) : "memory");
+}
+// Announces bytes without arriving.
+ZS_DEVICE void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
+}
+// Makes the initialised barriers visible to the copy engine.
+ZS_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Orders this thread's shared-memory accesses before later ones of the copy engine and of wgmma.
+ZS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// One run of bytes (16-byte aligned, a multiple of 16), global to shared; completes on the barrier.
+ZS_DEVICE void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
+                 : "memory");
+}
+// Programmatic dependent launch: wait for the kernel before this one; let the one after this start its prologue.
+ZS_DEVICE void griddep_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+ZS_DEVICE void griddep_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+#else
+ZS_DEVICE void fence_mbarrier_init() {}
+ZS_DEVICE void fence_proxy_async() {}
+ZS_DEVICE void griddep_wait() {}
+ZS_DEVICE void griddep_launch() {}
+#endif
+
+// ---- barriers -------------------------------------------------------------------------------------------------------
+
+// Barrier `id` (1..15) among `threads` threads of the block, whole warps.
+ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+ZS_DEVICE void named_barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+#endif  // ZS_EMU
+
+#ifdef ZS_WGMMA
+#include "wgmma.cuh"
+#endif
+
+// Bulk copies and mbarrier transactions: compute capability 9.0 and later. The emulator runs both paths.
+#ifndef ZS_BULK
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define ZS_BULK 1
+#else
+#define ZS_BULK 0
+#endif
+#endif
