@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import native
 from setuptools import build_meta
 from setuptools.build_meta import (  # noqa: F401 (these names are what makes a build backend)
     build_editable,
@@ -18,6 +17,8 @@ from setuptools.build_meta import (  # noqa: F401 (these names are what makes a 
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
+import native
 
 Settings = dict[str, Any] | None
 

@@ -195,7 +195,8 @@ def build(output: Path, *, portable: bool = False, arch: str | None = None, quie
     """Builds the library as the file `output`, which is replaced in one step."""
     arch = arch or os.environ.get("ZIPSERV_ARCH") or platform.machine()
     if not sys.platform.startswith("linux") or arch not in ARCHES:
-        raise BuildError(f"ZipServ runs on Linux on {' and '.join(ARCHES)}; this is {sys.platform} on {arch}. Cure: a Linux machine, WSL 2 or a container.")
+        known = " and ".join(ARCHES)
+        raise BuildError(f"ZipServ runs on Linux on {known}; this is {sys.platform} on {arch}. Cure: a Linux machine, WSL 2 or a container.")
     if sys.byteorder != "little" or sys.maxsize < 2**32:
         raise BuildError("ZipServ needs a 64-bit little-endian Python.")
     include = python_include()
