@@ -17,7 +17,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync"
 	"unsafe"
 )
@@ -67,7 +66,7 @@ func Open() (*Driver, error) {
 	if opened != nil {
 		return opened, nil
 	}
-	var reasons []string
+	var first error
 	for _, path := range candidates() {
 		d, err := OpenPath(path)
 		if err == nil {
@@ -77,10 +76,11 @@ func Open() (*Driver, error) {
 		if !errors.Is(err, ErrNoDriver) {
 			return nil, err
 		}
-		reasons = append(reasons, err.Error())
+		if first == nil {
+			first = err
+		}
 	}
-	return nil, fmt.Errorf("%w: %s; install one of CUDA 12.0 (driver 525) or newer, or set %s to the path of libcuda.so.1",
-		ErrNoDriver, strings.Join(reasons, "; "), EnvLibrary)
+	return nil, fmt.Errorf("%w: %s (install one of CUDA 12.0, driver 525, or newer, or set %s to the path of libcuda.so.1)", ErrNoDriver, first, EnvLibrary)
 }
 
 func candidates() []string {

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products with compressed weights: as exact as cuBLAS, the same from run to run and whatever the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_cases import assert_like_cublas, gaussian, islands, on_gpu, same_bits, trained
+
+import zipserv
+
+TOKENS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 200, 512]
+
+
+@pytest.mark.parametrize("n", TOKENS)
+@pytest.mark.parametrize("shape", [(256, 256), (512, 4096), (4096, 512), (1000, 777), (65, 63), (3072, 3072)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_against_float64(shape: tuple[int, int], n: int) -> None:
+    w = trained(*shape)
+    x = torch.randn(n, shape[1], device="cuda").bfloat16()
+    bias = torch.randn(shape[0], device="cuda").bfloat16() if n % 2 else None
+    y = zipserv.linear(x, on_gpu(w), bias)
+    assert y.shape == (n, shape[0])
+    assert_like_cublas(y, x, w.cuda(), bias)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 64), (64, 1), (3, 5), (1, 5000), (5000, 1), (17, 4097)], ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize("n", [1, 5, 64, 70])
+def test_odd_shapes(shape: tuple[int, int], n: int) -> None:
+    w = gaussian(*shape)
+    x = torch.randn(n, shape[1], device="cuda").bfloat16()
+    bias = torch.randn(shape[0], device="cuda").bfloat16()
+    assert_like_cublas(zipserv.linear(x, on_gpu(w), bias), x, w.cuda(), bias)
+
+
+@pytest.mark.parametrize("n", [1, 8, 40])
+def test_one_hot_activations_read_the_weights_exactly(n: int) -> None:
+    """x = unit vectors: the result is a column of W, bit for bit; finds every misplaced row, column, escape and padding."""
+    w = islands(520, 456)
+    w = torch.where(w.isfinite(), w, torch.zeros_like(w))  # infinities and NaNs times 0 would hide everything else
+    z = on_gpu(w)
+    for first in range(0, 456, n):
+        columns = torch.arange(first, min(first + n, 456))
+        x = torch.zeros(len(columns), 456)
+        x[torch.arange(len(columns)), columns] = 1.0
+        y = zipserv.linear(x.bfloat16().cuda(), z)
+        want = w[:, columns].T.float()
+        assert torch.equal(y.float().cpu(), want + 0.0)  # a sum of zeros makes -0 +0
+
+
+@pytest.mark.parametrize("shape", [(512, 1024), (4096, 4096), (1000, 777)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_a_token_does_not_see_its_batch(shape: tuple[int, int]) -> None:
+    """Within what one launch of the fused kernel serves a token's result has the same bits whatever N is and wherever it stands."""
+    z = on_gpu(trained(*shape))
+    x = torch.randn(64, shape[1], device="cuda").bfloat16()
+    alone = torch.cat([zipserv.linear(x[i : i + 1], z) for i in range(64)])
+    for n in (2, 3, 8, 9, 16, 17, 31, 32, 33, 64):
+        assert same_bits(zipserv.linear(x[:n], z), alone[:n]), f"N = {n}"
+    order = torch.randperm(64, device="cuda")
+    assert same_bits(zipserv.linear(x[order], z), alone[order])
+
+
+def test_batch_invariant_mode_holds_for_many_tokens() -> None:
+    z = on_gpu(trained(1024, 1536))
+    x = torch.randn(1000, 1536, device="cuda").bfloat16()
+    zipserv.cuda.set_batch_invariant(True)
+    try:
+        alone = zipserv.linear(x[:1], z)
+        for n in (64, 65, 128, 500, 1000):
+            y = zipserv.linear(x[:n], z)
+            assert same_bits(y[:1], alone), f"N = {n}"
+        middle = zipserv.linear(x[700:701], z)
+        assert same_bits(zipserv.linear(x, z)[700:701], middle)
+    finally:
+        zipserv.cuda.set_batch_invariant(False)
+
+
+@pytest.mark.parametrize("n", [1, 16, 64, 300])
+def test_the_same_from_run_to_run(n: int) -> None:
+    z = on_gpu(trained(4096, 4096))
+    x = torch.randn(n, 4096, device="cuda").bfloat16()
+    first = zipserv.linear(x, z)
+    for _ in range(20):
+        assert same_bits(zipserv.linear(x, z), first)
+
+
+def test_activations_that_lie_apart() -> None:
+    w = trained(384, 320)
+    z = on_gpu(w)
+    wide = torch.randn(24, 1000, device="cuda").bfloat16()
+    for x in (wide[:, :320], wide[:, 1:321], wide[::3, 8:328], torch.randn(320, 24, device="cuda").bfloat16().T, wide[:1, :320].expand(10, 320)):
+        assert_like_cublas(zipserv.linear(x, z), x, w.cuda(), None)
+
+
+def test_leading_dimensions_and_bias() -> None:
+    w = trained(200, 128)
+    x = torch.randn(2, 3, 5, 128, device="cuda").bfloat16()
+    bias = torch.randn(400, device="cuda").bfloat16()[::2]
+    y = zipserv.linear(x, on_gpu(w), bias)
+    assert y.shape == (2, 3, 5, 200)
+    assert_like_cublas(y.reshape(-1, 200), x.reshape(-1, 128), w.cuda(), bias)
+    assert zipserv.linear(x[0:0], on_gpu(w)).shape == (0, 3, 5, 200)
+
+
+def test_infinite_and_nan_activations_stay_in_their_token() -> None:
+    z = on_gpu(gaussian(256, 256))
+    x = torch.randn(8, 256, device="cuda").bfloat16()
+    clean = zipserv.linear(x, z)
+    x[3, 7] = float("inf")
+    x[5, 200] = float("nan")
+    y = zipserv.linear(x, z)
+    keep = torch.tensor([0, 1, 2, 4, 6, 7], device="cuda")
+    assert same_bits(y[keep], clean[keep])
+    assert y[5].isnan().all() and not y[3].isfinite().any()
+
+
+def test_wrong_arguments() -> None:
+    z = on_gpu(gaussian(128, 64))
+    x = torch.randn(2, 64, device="cuda").bfloat16()
+    for wrong in (x.float(), x[:, :63], x.cpu()):
+        with pytest.raises((TypeError, ValueError)):
+            zipserv.linear(wrong, z)
+    for wrong in (torch.zeros(127, dtype=torch.bfloat16, device="cuda"), torch.zeros(128, device="cuda"), torch.zeros(128, dtype=torch.bfloat16)):
+        with pytest.raises((TypeError, ValueError)):
+            zipserv.linear(x, z, wrong)
