@@ -36,7 +36,7 @@ PY
 
 correctness() {
     echo "== correctness"
-    "$python" -m pytest -q -x -p no:cacheprovider "$root/tests/gpu"
+    "$python" -m pytest -q --maxfail=40 -p no:cacheprovider "$root/tests/gpu"
 }
 
 sanitizer() {
