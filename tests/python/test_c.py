@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import native
 import zipserv.paths
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-import native  # noqa: E402 (found by the line above)
-
 LIBRARY = zipserv.paths.library_path()
 
 
