@@ -296,7 +296,7 @@ class ZipLinear(BlobModule, nn.Linear):
         if bias is not None and bias.dtype != self.weight_dtype:
             bias = bias.to(self.weight_dtype)  # after .float() or .half(), which the compressed weight ignores
         blob = self.weight_zipserv
-        if blob.numel() == 0:
+        if blob.numel() == 0 and not blob.is_meta:
             raise Error("ZipLinear holds no weight yet: load a state dict, or make it from a loaded layer")
         return linear_blob(input, blob, self.out_features, self.in_features, self.weight_dtype, bias)
 

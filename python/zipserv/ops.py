@@ -63,6 +63,13 @@ def _require_blob(blob: torch.Tensor, m: int, k: int, dtype_code: int) -> None:
         raise ValueError(f"the blob holds {header.m} x {header.k} {header.dtype}, not {m} x {k} {DTYPES.get(dtype_code)}")
 
 
+def _require_input(x: torch.Tensor, last: int, dtype_code: int) -> None:
+    if x.dtype != DTYPES[dtype_code]:
+        raise TypeError(f"the input is {x.dtype}, the weight is {DTYPES[dtype_code]}")
+    if x.dim() == 0 or x.shape[-1] != last:
+        raise ValueError(f"the input has the shape {tuple(x.shape)}, its last dimension should be {last}")
+
+
 def _panel_rows(m: int, k: int) -> int:
     rows = PANEL_BYTES // (2 * k) // TILE * TILE
     return min(m, max(rows, TILE))
@@ -70,6 +77,9 @@ def _panel_rows(m: int, k: int) -> int:
 
 def _linear_cpu(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor:
     _require_blob(blob, m, k, dtype_code)
+    _require_input(x, k, dtype_code)
+    if bias is not None and bias.shape != (m,):
+        raise ValueError(f"bias has the shape {tuple(bias.shape)}, it should be ({m},)")
     y = x.new_empty((*x.shape[:-1], m))
     if y.numel() == 0:
         return y
@@ -86,6 +96,7 @@ def _linear_cpu(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code:
 
 def _linear_grad_x_cpu(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
     _require_blob(blob, m, k, dtype_code)
+    _require_input(grad, m, dtype_code)
     g2 = grad.reshape(-1, m)
     # The sum runs over panels: partial sums in FP32, rounded once at the end.
     total = torch.zeros((g2.shape[0], k), dtype=torch.float32)

@@ -289,9 +289,10 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
     """:func:`linear` on a blob whose sizes the caller knows; what ``ZipLinear.forward`` runs."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if x.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        if x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
     if x.dtype != dtype:
         raise TypeError(f"x is {x.dtype}, the compressed weight is {dtype}: convert x with x.to({dtype}), or use autocast")
     if x.dim() == 0 or x.shape[-1] != k:
