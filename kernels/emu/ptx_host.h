@@ -70,14 +70,10 @@ template <int N>
 inline void wgmma_wait() {
   zsemu::wgmma_wait(N);
 }
-// d[64 x N] (+)= a[64 x 16] * b[N x 16]^T, both K-major; a and b by descriptor, or a in registers.
+// d[64 x N] += a[64 x 16] * b[16 x N], both operands given by descriptors.
 template <int N>
-inline void wgmma_m64nNk16_bf16(float (&d)[N / 2], uint64_t desc_a, uint64_t desc_b, bool accumulate = true) {
-  zsemu::wgmma(d, N, nullptr, desc_a, desc_b, accumulate, false);
-}
-template <int N>
-inline void wgmma_m64nNk16_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t desc_b, bool accumulate = true) {
-  zsemu::wgmma(d, N, a, 0, desc_b, accumulate, false);
+inline void wgmma_m64k16_bf16(float (&d)[N / 2], uint64_t a, uint64_t b) {
+  zsemu::wgmma(d, N, nullptr, a, b, true, false);
 }
 template <int N>
 inline void setmaxnreg_inc() {}

@@ -42,7 +42,7 @@ void land(const CopyRef& c) {
     flight.pop_back();
   }
   if (!c->knowledge.empty()) {   // an arrival
-    for (auto& before : c->after) settle(*before, c->gid, c->clock);
+    for (auto& before : c->after) settle(*before, before->gid, before->clock);   // a later arrival may land earlier
     arrive_for(c->block, c->mbar, c->knowledge);
     return;
   }

@@ -117,7 +117,7 @@ void wgmma(float* d, int n, const uint32_t* a, uint64_t desc_a, uint64_t desc_b,
   Issue me{d, n, a, desc_a, desc_b, accumulate, fp16};
   meet(kWgmma, 0xFFFFFFFFu, &me,
        [](Warp& w, uint32_t, void* const* data) {
-         if (g.threads % 128) fault("wgmma", "wgmma in a block of %u threads: not whole warpgroups", g.threads);
+         if ((w.id / 4 + 1) * 128 > g.threads) fault("wgmma", "wgmma by warp %u of a block of %u threads: not a whole warpgroup", w.id, g.threads);
          Wgmma op;
          auto& first = *(Issue*)data[0];
          op.n = first.n;

@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels_test
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"math"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/kernels"
+	"github.com/zipserv/zipserv/kernels/emu"
+)
+
+// gemm is one compiled variant of a ZipGEMM kernel. The sizes mirror ZS_GEMM_SMEM and the launch rules at the top of each .cu file.
+type gemm struct {
+	program                *emu.Program
+	entry                  string
+	n, rows, mw, kw        int
+	threads, smem, perTile int
+	allowUninitialised     bool
+}
+
+type variant struct{ n, rows, mw, kw, stages, xstages int }
+
+func (v variant) String() string {
+	return fmt.Sprintf("n=%d,rows=%d,mw=%d,kw=%d,stages=%d,xstages=%d", v.n, v.rows, v.mw, v.kw, v.stages, v.xstages)
+}
+
+func newMMA(t *testing.T, files fs.FS, v variant, bulk bool) gemm {
+	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_ROWS=%d", v.rows), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
+		fmt.Sprintf("ZS_STAGES=%d", v.stages), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), "ZS_BULK=0"}
+	if bulk {
+		defines[6] = "ZS_BULK=1"
+	}
+	warps := v.mw * v.kw
+	return gemm{
+		program: compile(t, files, "zipgemm_mma.cu", defines, "zs_zipgemm_mma"), entry: "zs_zipgemm_mma",
+		n: v.n, rows: v.rows, mw: v.mw, kw: v.kw, threads: 32 * (warps + 1),
+		smem: warps*v.rows*128 + warps*v.stages*(5632*v.rows/64) + v.xstages*v.kw*v.n*128 + warps*64 + 256,
+	}
+}
+
+func newWGMMA(t *testing.T, files fs.FS, v variant) gemm {
+	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
+		fmt.Sprintf("ZS_STAGES=%d", v.stages), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), "ZS_BULK=1"}
+	groups := v.mw * v.kw
+	return gemm{
+		program: compile(t, files, "zipgemm_wgmma.cu", defines, "zs_zipgemm_wgmma"), entry: "zs_zipgemm_wgmma",
+		n: v.n, rows: 64, mw: v.mw, kw: v.kw, threads: 128*groups + 64,
+		smem: groups*2*8192 + v.xstages*v.kw*v.n*128 + groups*v.stages*(5632+256+16) + (2*groups*v.stages+2*v.xstages)*8,
+		// Threads load an entry of the staged escapes before they know whether there is one.
+		allowUninitialised: true,
+	}
+}
+
+type product struct {
+	w        matrix
+	x        []float64 // tokens x k, each a BF16 value
+	n        int
+	bias     []float64 // m, or nil
+	grid     int
+	ldx, ldy int // 0: k and m
+	misalign bool
+	seed     uint64
+}
+
+func (g gemm) units(w matrix) int {
+	strips, cols := (w.m+g.rows-1)/g.rows, (w.k+63)/64
+	return (strips + g.mw - 1) / g.mw * ((cols + g.kw - 1) / g.kw)
+}
+
+// run returns y as BF16 bits, n x m.
+func (g gemm) run(p product) ([]uint16, error) {
+	if p.ldx == 0 {
+		p.ldx = p.w.k
+	}
+	if p.ldy == 0 {
+		p.ldy = p.w.m
+	}
+	align := 16
+	if p.misalign {
+		align = 2
+	}
+	grid := min(p.grid, g.units(p.w))
+	x := make([]uint16, (p.n-1)*p.ldx+p.w.k)
+	for i := range x {
+		x[i] = 0x7FFF // NaN between the rows
+	}
+	for r := range p.n {
+		for c := range p.w.k {
+			x[r*p.ldx+c] = bf16(p.x[r*p.w.k+c])
+		}
+	}
+	args := []any{
+		&emu.Buffer{Name: "blob", Data: encodeTiled(p.w), Mode: emu.In},
+		&emu.Buffer{Name: "x", Data: halves(x), Mode: emu.In, Align: align, Dependent: true},
+		p.ldx, nil, nil, p.ldy, p.w.m, p.w.k, p.n, nil, nil,
+	}
+	if p.bias != nil {
+		b := make([]uint16, p.w.m)
+		for i := range b {
+			b[i] = bf16(p.bias[i])
+		}
+		args[3] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
+	}
+	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: align, Dependent: true}
+	flags := &emu.Buffer{Name: "flags", Data: make([]byte, 4*grid), Mode: emu.InOut, Dependent: true}
+	args[4] = y
+	args[9] = &emu.Buffer{Name: "workspace", Data: make([]byte, 4*grid*g.mw*g.rows*g.n), Mode: emu.Out, Dependent: true}
+	args[10] = flags
+	_, err := g.program.Run(context.Background(), emu.Launch{
+		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.threads}, Shared: g.smem, Args: args, Seed: p.seed, PDL: true, AllowUninitialised: g.allowUninitialised,
+	})
+	if err != nil {
+		return nil, err
+	}
+	for i, f := range flags.Data {
+		if f != 0 {
+			return nil, fmt.Errorf("flag %d is not zero after the launch", i/4)
+		}
+	}
+	all := fromHalves(y.Data)
+	out := make([]uint16, 0, p.n*p.w.m)
+	for r := range p.n {
+		out = append(out, all[r*p.ldy:r*p.ldy+p.w.m]...)
+		for _, v := range all[r*p.ldy+p.w.m : min(len(all), (r+1)*p.ldy)] {
+			if v != 0xFFFF {
+				return nil, fmt.Errorf("the kernel wrote between rows %d and %d of y", r, r+1)
+			}
+		}
+	}
+	return out, nil
+}
+
+// check compares with float64: half a unit in the last place of the BF16 result, and for FP32 sums the usual k/16 + splits roundings of the
+// sum of magnitudes (the tensor core adds 16 products at a time).
+func (p product) check(t *testing.T, y []uint16) {
+	t.Helper()
+	bad := 0
+	for r := range p.n {
+		for m := range p.w.m {
+			var sum, magnitude float64
+			for k := range p.w.k {
+				v := p.x[r*p.w.k+k] * fromBF16(p.w.w[m*p.w.k+k])
+				sum += v
+				magnitude += math.Abs(v)
+			}
+			if p.bias != nil {
+				sum += p.bias[m]
+				magnitude += math.Abs(p.bias[m])
+			}
+			got := fromBF16(y[r*p.w.m+m])
+			bound := math.Abs(sum)/256*1.01 + magnitude*math.Ldexp(float64(p.w.k)/16+16, -24) + math.Ldexp(1, -133)
+			if diff := math.Abs(got - sum); !(diff <= bound) && bad < 5 {
+				bad++
+				t.Errorf("token %d, row %d: %g, want %g; off by %g, allowed %g", r, m, got, sum, diff, bound)
+			}
+		}
+	}
+	if bad > 0 {
+		t.FailNow()
+	}
+}
+
+func newProduct(m, k, n int, seed uint64) product {
+	rng := rand.New(rand.NewPCG(seed, 99))
+	p := product{w: newMatrix("moderate", m, k, seed), n: n, x: make([]float64, n*k), seed: seed}
+	for i := range p.x {
+		p.x[i] = fromBF16(bf16(rng.NormFloat64()))
+	}
+	if seed%2 == 0 {
+		p.bias = make([]float64, m)
+		for i := range p.bias {
+			p.bias[i] = fromBF16(bf16(rng.NormFloat64()))
+		}
+	}
+	return p
+}
+
+// Shapes with a ragged end in every dimension, a single row, column, tile; long k for the wrap-around of all stages; splits of a strip group over
+// two, three and many blocks.
+var gemmShapes = []struct{ m, k, grid int }{
+	{1, 1, 1}, {64, 64, 1}, {130, 72, 2}, {65, 1000, 3}, {200, 520, 2}, {128, 1536, 5}, {300, 330, 7}, {16, 4000, 4}, {333, 64, 3},
+}
+
+var mmaVariants = []struct {
+	variant
+	bulk bool
+}{
+	{variant{8, 64, 2, 4, 2, 2}, true},
+	{variant{8, 64, 1, 2, 3, 2}, false},
+	{variant{16, 32, 2, 2, 4, 2}, true},
+	{variant{32, 16, 2, 2, 2, 3}, false},
+	{variant{64, 32, 1, 2, 2, 2}, true},
+}
+
+func testShapes(t *testing.T, g gemm, schedules int) {
+	for i, s := range gemmShapes {
+		t.Run(fmt.Sprintf("%dx%d,grid=%d", s.m, s.k, s.grid), func(t *testing.T) {
+			for j, seed := range seeds(t, schedules) {
+				n := []int{1, g.n, g.n - 1, g.n/2 + 1, 3}[(i+j)%5]
+				p := newProduct(s.m, s.k, n, seed)
+				p.grid = s.grid
+				switch seed % 5 {
+				case 0:
+					p.ldx, p.ldy = s.k+8-s.k%8, s.m+5
+				case 1:
+					p.ldx, p.misalign = s.k+3, true
+				}
+				y, err := g.run(p)
+				require.NoError(t, err)
+				p.check(t, y)
+			}
+		})
+	}
+}
+
+func TestGEMM(t *testing.T) {
+	for _, v := range mmaVariants {
+		t.Run(fmt.Sprintf("%v,bulk=%v", v.variant, v.bulk), func(t *testing.T) {
+			t.Parallel()
+			testShapes(t, newMMA(t, kernels.Sources, v.variant, v.bulk), 1)
+		})
+	}
+}
+
+var wgmmaVariants = []variant{{8, 64, 1, 1, 2, 2}, {16, 64, 2, 1, 3, 2}, {32, 64, 1, 2, 2, 3}}
+
+func TestWGMMA(t *testing.T) {
+	for _, v := range wgmmaVariants {
+		t.Run(v.String(), func(t *testing.T) {
+			t.Parallel()
+			testShapes(t, newWGMMA(t, kernels.Sources, v), 1)
+		})
+	}
+}
+
+// A token's result has the same bits alone, in any batch, in any variant of the kernel (they differ in the number of tokens), and in any schedule.
+func TestBatchInvariance(t *testing.T) {
+	for _, set := range []string{"mma", "wgmma"} {
+		t.Run(set, func(t *testing.T) {
+			t.Parallel()
+			var all []gemm
+			for _, n := range []int{8, 16, 32} {
+				if set == "mma" {
+					all = append(all, newMMA(t, kernels.Sources, variant{n, 64, 1, 2, 2, 2}, n != 16))
+				} else {
+					all = append(all, newWGMMA(t, kernels.Sources, variant{n, 64, 1, 2, 2, 3}))
+				}
+			}
+			for _, s := range []struct{ m, k, grid int }{{130, 600, 4}, {64, 1300, 3}} {
+				whole := newProduct(s.m, s.k, 19, 4)
+				whole.grid = s.grid
+				want, err := all[2].run(whole)
+				require.NoError(t, err)
+				rng := rand.New(rand.NewPCG(1, uint64(s.k)))
+				for _, g := range all {
+					for _, seed := range seeds(t, 2) {
+						// Some tokens of the whole batch, in another order.
+						pick := rng.Perm(whole.n)[:1+rng.IntN(g.n)%whole.n]
+						p := whole
+						p.n, p.seed, p.x = len(pick), seed, nil
+						for _, i := range pick {
+							p.x = append(p.x, whole.x[i*s.k:(i+1)*s.k]...)
+						}
+						got, err := g.run(p)
+						require.NoError(t, err)
+						for j, i := range pick {
+							require.Equal(t, want[i*s.m:(i+1)*s.m], got[j*s.m:(j+1)*s.m], "token %d as number %d of %d, kernel for %d", i, j, p.n, g.n)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+// NaN and infinity in a padded or absent place must not leak into results.
+func TestGEMMIgnoresWhatIsNotThere(t *testing.T) {
+	t.Parallel()
+	g := newMMA(t, kernels.Sources, variant{8, 64, 2, 4, 2, 2}, true)
+	p := newProduct(70, 100, 3, 6)
+	p.grid, p.ldx = 2, 104
+	y, err := g.run(p)
+	require.NoError(t, err)
+	p.check(t, y)
+	require.False(t, strings.Contains(fmt.Sprint(y), "32767"))
+}
