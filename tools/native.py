@@ -148,6 +148,14 @@ def python_include() -> Path:
     )
 
 
+def include_flags(include: Path) -> list[str]:
+    """Flags that let any compiler find the headers. Debian's pyconfig.h includes another by its place under /usr/include, which a compiler with
+    headers of its own (zig) does not search: it does so last, so that its own C library's headers stand."""
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    split = multiarch and (include.parent / multiarch / include.name / "pyconfig.h").exists()
+    return [f"-I{include}", *(["-idirafter", str(include.parent)] if split else [])]
+
+
 def writable_cache(env: dict[str, str], variable: str, default: Path, fallback: Path) -> None:
     """Keeps a compiler's cache where it usually is, unless that place cannot be written (no home, a sandbox)."""
     if variable in env:
@@ -180,7 +188,7 @@ def go_environment(go: str, cc: list[str], arch: str, include: Path) -> dict[str
         GOARCH=ARCHES[arch],
         CGO_ENABLED="1",
         CC=quoted(cc),
-        CGO_CFLAGS=quoted(["-O2", f"-I{include}", *shlex.split(env.get("CGO_CFLAGS", ""))]),
+        CGO_CFLAGS=quoted(["-O2", *include_flags(include), *shlex.split(env.get("CGO_CFLAGS", ""))]),
         PATH=f"{Path(go).parent}{os.pathsep}{env.get('PATH', '')}",
     )
     if cc[0].endswith("zig"):
