@@ -27,6 +27,9 @@ func (d *Device) Decompress(s driver.Stream, blob driver.Pointer, m, k uint64, o
 	if m-1 >= maxSide || k-1 >= maxSide {
 		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
 	}
+	if blob%16 != 0 {
+		return badArgument("the blob at %#x is not aligned to 16 bytes", blob)
+	}
 	if ld < k {
 		return badArgument("rows of %d elements do not fit at a distance of %d", k, ld)
 	}

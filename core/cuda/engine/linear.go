@@ -37,6 +37,9 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
 		return false, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
 	}
+	if p.Blob%16 != 0 {
+		return false, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
+	}
 	l, err := d.linear(p.M, p.K, p.N)
 	if err != nil || l.plan.Expand {
 		return err == nil, err

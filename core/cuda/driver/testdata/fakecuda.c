@@ -46,7 +46,7 @@ static int planned(const char *call) {
   int rc = 0;
   pthread_mutex_lock(&mu);
   if (fail_call[0] == 0 && env != NULL) {
-    char copy[128];
+    char copy[64];
     snprintf(copy, sizeof copy, "%s", env);
     char *colon = strchr(copy, ':');
     if (colon != NULL) {

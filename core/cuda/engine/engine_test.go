@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package engine_test
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/cuda/driver"
+	"github.com/zipserv/zipserv/core/cuda/drivertest"
+	"github.com/zipserv/zipserv/core/cuda/engine"
+	"github.com/zipserv/zipserv/core/cuda/jit"
+)
+
+// open makes an engine over a fake driver. Kernels are really compiled; the cache lives as long as the test binary, so each is once.
+func open(t testing.TB) (*drivertest.Fake, *engine.Engine) {
+	t.Helper()
+	drivertest.Compiler(t)
+	t.Setenv(jit.EnvCacheDir, cacheDir(t))
+	engine.SetCompilerDirs(drivertest.CompilerDirs())
+	f := drivertest.New(t)
+	e, err := engine.New(f.Open())
+	require.NoError(t, err)
+	return f, e
+}
+
+func device(t testing.TB, e *engine.Engine, ordinal int) *engine.Device {
+	t.Helper()
+	d, err := e.Device(ordinal)
+	require.NoError(t, err)
+	return d
+}
+
+func launches(f *drivertest.Fake) (out []string) {
+	for _, line := range f.Log() {
+		if strings.HasPrefix(line, "launch ") {
+			out = append(out, line)
+		}
+	}
+	return out
+}
+
+func count(f *drivertest.Fake, word string) (n int) {
+	for _, line := range f.Log() {
+		if strings.HasPrefix(line, word) {
+			n++
+		}
+	}
+	return n
+}
+
+func job() engine.Matmul {
+	return engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 1024, K: 512, N: 5, X: 0x20000, LdX: 512, Y: 0x30000, LdY: 1024}
+}
+
+func TestLinearLaunchesOnceOnTheStreamItWasGiven(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := job()
+	expand, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.False(t, expand)
+	require.Len(t, launches(f), 1)
+	assert.Regexp(t, `^launch 0 zs_zipgemm_mma grid \d+,1,1 block \d+ smem \d+ stream 77 pdl [01] args 1000 20000 200 0$`, launches(f)[0])
+
+	f.Reset()
+	for range 10 {
+		_, err = d.Linear(&p)
+		require.NoError(t, err)
+	}
+	assert.Len(t, launches(f), 10)
+	for _, word := range []string{"alloc", "synchronize", "load", "record"} {
+		assert.Zero(t, count(f, word), "the hot path does not %s", word)
+	}
+}
+
+func TestManyTokens(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := job()
+	p.N = 8192
+	expand, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.True(t, expand)
+	assert.Empty(t, launches(f))
+
+	engine.SetInvariant(true)
+	defer engine.SetInvariant(false)
+	p.N = 200
+	expand, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.False(t, expand)
+	require.Len(t, launches(f), 4, "64 + 64 + 64 + 8 tokens")
+	for i, line := range launches(f) {
+		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*64*i), "the activations move on")
+	}
+}
+
+func TestDevicesHaveTheirOwnState(t *testing.T) {
+	f, e := open(t)
+	for ordinal := range 2 {
+		d := device(t, e, ordinal)
+		assert.Same(t, d, device(t, e, ordinal))
+		p := job()
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+	}
+	require.Len(t, launches(f), 2)
+	assert.True(t, strings.HasPrefix(launches(f)[0], "launch 0 "))
+	assert.True(t, strings.HasPrefix(launches(f)[1], "launch 1 "))
+	assert.Equal(t, 1, count(f, "retain 0"))
+	assert.Equal(t, 1, count(f, "retain 1"))
+	for _, ordinal := range []int{-1, 2, 1000} {
+		_, err := e.Device(ordinal)
+		var wrong engine.ArgumentError
+		assert.ErrorAs(t, err, &wrong)
+	}
+}
+
+func TestDecompress(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	require.NoError(t, d.Decompress(0x88, 0x1000, 1000, 777, 0x5000, 800))
+	require.Len(t, launches(f), 1)
+	assert.Regexp(t, `^launch 0 zs_decompress grid \d+,1,1 block \d+ smem \d+ stream 88 pdl [01] args 1000 5000 320 `, launches(f)[0])
+	assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, 0x5000, 776), "do not fit")
+	assert.ErrorContains(t, d.Decompress(0, 0x1000, 0, 777, 0x5000, 777), "M and K")
+}
+
+func TestWrongArguments(t *testing.T) {
+	_, e := open(t)
+	d := device(t, e, 0)
+	for _, change := range []func(*engine.Matmul){
+		func(p *engine.Matmul) { p.M = 0 }, func(p *engine.Matmul) { p.K = 0 }, func(p *engine.Matmul) { p.N = 0 },
+		func(p *engine.Matmul) { p.M = 1 << 31 }, func(p *engine.Matmul) { p.K = 1 << 40 }, func(p *engine.Matmul) { p.Blob = 0x1008 },
+	} {
+		p := job()
+		change(&p)
+		_, err := d.Linear(&p)
+		var wrong engine.ArgumentError
+		assert.ErrorAs(t, err, &wrong)
+	}
+}
+
+func TestWarmLeavesNothingToDo(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	require.NoError(t, d.Warm(1024, 512, 64))
+	f.Reset()
+	for _, n := range []uint64{1, 8, 9, 16, 30, 64} {
+		p := job()
+		p.Stream, p.N = 0, n
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+	}
+	require.NoError(t, d.Decompress(0, 0x1000, 1024, 512, 0x5000, 512))
+	assert.Zero(t, count(f, "load"))
+	assert.Zero(t, count(f, "alloc"))
+}
+
+func TestACaptureMayBeTheFirstUse(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	f.Capture(0x77, 1)
+	p := job()
+	_, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Len(t, launches(f), 1)
+}
+
+func TestFailuresPassAndAreNotRemembered(t *testing.T) {
+	for _, call := range []string{"cuModuleLoadData", "cuModuleGetFunction", "cuOccupancyMaxActiveBlocksPerMultiprocessor", "cuMemAlloc_v2", "cuLaunchKernelEx", "cuStreamGetCaptureInfo_v2"} {
+		t.Run(call, func(t *testing.T) {
+			f, e := open(t)
+			d := device(t, e, 0)
+			f.Fail(call, driver.OutOfMemory, 0)
+			p := job()
+			_, err := d.Linear(&p)
+			var failed *driver.Error
+			require.ErrorAs(t, err, &failed)
+			assert.Equal(t, call, failed.Call)
+			f.Reset()
+			_, err = d.Linear(&p)
+			require.NoError(t, err)
+			assert.Len(t, launches(f), 1)
+		})
+	}
+	f, e := open(t)
+	f.Fail("cuDevicePrimaryCtxRetain", 1, 0)
+	_, err := e.Device(0)
+	require.ErrorContains(t, err, "CUDA device 0: cuDevicePrimaryCtxRetain")
+	f.Reset()
+	device(t, e, 0)
+}
+
+func TestAnOldGPUIsRefused(t *testing.T) {
+	t.Setenv("FAKECUDA_CC", "75")
+	_, e := open(t)
+	_, err := e.Device(0)
+	require.ErrorContains(t, err, "compute capability 7.5")
+	facts := e.Describe()
+	assert.Contains(t, facts.Devices[0].Error, "too old")
+}
+
+func TestEveryGenerationGetsItsKernels(t *testing.T) {
+	for _, cc := range []string{"80", "89", "90", "100", "120"} {
+		t.Run(cc, func(t *testing.T) {
+			t.Setenv("FAKECUDA_CC", cc)
+			f, e := open(t)
+			p := job()
+			_, err := device(t, e, 0).Linear(&p)
+			require.NoError(t, err)
+			assert.Equal(t, 1, count(f, "load 0 cubin"))
+		})
+	}
+}
+
+func TestManyThreads(t *testing.T) {
+	f, e := open(t)
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			d, err := e.Device(i % 2)
+			if !assert.NoError(t, err) {
+				return
+			}
+			for range 20 {
+				p := job()
+				p.Stream = driver.Stream(0x100 + 0x10*(i/2))
+				_, err := d.Linear(&p)
+				assert.NoError(t, err)
+				assert.NoError(t, d.Decompress(p.Stream, 0x1000, 1024, 512, 0x5000, 512))
+				assert.NoError(t, d.Follow(d.SideStream(i), p.Stream))
+			}
+		})
+	}
+	wg.Wait()
+	assert.Equal(t, 4, count(f, "load"), "two kernels on two devices, each once")
+}
+
+func TestDescribe(t *testing.T) {
+	f, e := open(t)
+	facts := e.Describe()
+	assert.Equal(t, f.Path, facts.Driver.Path)
+	assert.Equal(t, "13.0", facts.Driver.CUDA)
+	require.Len(t, facts.Devices, 2)
+	assert.Equal(t, engine.DeviceDescription{Index: 0, Name: "Fake GPU 0", Capability: "9.0", Memory: 1 << 30, SMs: 132, Target: "sm_90a"}, facts.Devices[0])
+	assert.NotEmpty(t, facts.Compiler.Path)
+	assert.NotEmpty(t, facts.Cache.Dir)
+	assert.Zero(t, count(f, "retain"), "looking changes nothing")
+}
+
+func TestDescribeWithoutADriver(t *testing.T) {
+	t.Setenv(driver.EnvLibrary, "/nowhere/libcuda.so.1")
+	facts := engine.Describe()
+	assert.Contains(t, facts.Driver.Error, "no NVIDIA driver")
+	assert.Empty(t, facts.Devices)
+	assert.NotEqual(t, facts.Compiler.Path == "", facts.Compiler.Error == "")
+}
+
+func BenchmarkLinear(b *testing.B) {
+	f, e := open(b)
+	d := device(b, e, 0)
+	p := job()
+	_, err := d.Linear(&p)
+	require.NoError(b, err)
+	f.Reset()
+	b.ReportAllocs()
+	for b.Loop() {
+		if _, err := d.Linear(&p); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/cuda/plan"
+)
+
+// One device for each size of shared memory that there is.
+var devices = map[string]plan.Device{
+	"A100":     {Capability: 80, SMs: 108, SmemBlock: 166912, SmemSM: 167936, Bandwidth: 2.04e12, ClockHz: 1.41e9},
+	"A6000":    {Capability: 86, SMs: 84, SmemBlock: 101376, SmemSM: 102400, Bandwidth: 0.768e12, ClockHz: 1.8e9},
+	"L40S":     {Capability: 89, SMs: 142, SmemBlock: 101376, SmemSM: 102400, Bandwidth: 0.864e12, ClockHz: 2.5e9},
+	"H200":     {Capability: 90, SMs: 132, SmemBlock: 232448, SmemSM: 233472, Bandwidth: 4.9e12, ClockHz: 1.98e9},
+	"B200":     {Capability: 100, SMs: 148, SmemBlock: 232448, SmemSM: 233472, Bandwidth: 8e12, ClockHz: 1.9e9},
+	"RTX 5090": {Capability: 120, SMs: 170, SmemBlock: 101376, SmemSM: 102400, Bandwidth: 1.79e12, ClockHz: 2.4e9},
+	"untold":   {Capability: 90, SMs: 16, SmemBlock: 232448, SmemSM: 233472},
+}
+
+var matrices = [][2]uint64{{1, 1}, {64, 64}, {1000, 777}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}, {1, 1 << 20}, {1 << 20, 1}}
+
+func define(t *testing.T, k plan.Kernel, name string) (value int) {
+	t.Helper()
+	for _, d := range k.Defines {
+		if rest, found := strings.CutPrefix(d, name+"="); found {
+			_, err := fmt.Sscan(rest, &value)
+			require.NoError(t, err)
+			return value
+		}
+	}
+	t.Fatalf("%s is not defined by %v", name, k.Defines)
+	return 0
+}
+
+// What a kernel can be launched with, whatever the shape and the device.
+func checkKernel(t *testing.T, d plan.Device, k plan.Kernel) {
+	t.Helper()
+	assert.NotEmpty(t, k.Entry)
+	assert.Positive(t, k.Grid)
+	assert.LessOrEqual(t, int(k.Smem), d.SmemBlock)
+	assert.Positive(t, k.Block)
+	assert.LessOrEqual(t, k.Block, uint32(1024))
+	assert.Zero(t, k.Block%32)
+}
+
+func TestEveryPlanFitsItsDevice(t *testing.T) {
+	for name, d := range devices {
+		partials, flags := plan.Workspace(d)
+		for _, mk := range matrices {
+			for _, n := range []uint64{1, 2, 8, 9, 33, 64, 65, 100, 512, 8192} {
+				for _, invariant := range []bool{false, true} {
+					l, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: n, Invariant: invariant})
+					require.NoError(t, err)
+					label := fmt.Sprintf("%s %v N=%d invariant=%v", name, mk, n, invariant)
+					if l.Expand {
+						assert.False(t, invariant, label)
+						continue
+					}
+					checkKernel(t, d, l.Kernel)
+					assert.LessOrEqual(t, int(l.Kernel.Grid), d.SMs, label)
+					assert.LessOrEqual(t, l.Partials, partials, label)
+					assert.LessOrEqual(t, l.Flags, flags, label)
+					assert.GreaterOrEqual(t, l.Flags, l.Kernel.Grid, label)
+				}
+			}
+			checkKernel(t, d, plan.Decompress(d, mk[0], mk[1]))
+		}
+	}
+}
+
+// The sums of a token follow from the layout of warps and the grid. Both must be the same for every N, or the batch would show.
+func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range matrices {
+			var first plan.Linear
+			for n := uint64(1); n <= 300; n++ {
+				l, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: n, Invariant: true})
+				require.NoError(t, err)
+				if n == 1 {
+					first = l
+				}
+				label := fmt.Sprintf("%s %v N=%d", name, mk, n)
+				require.False(t, l.Expand, label)
+				require.Equal(t, first.Kernel.Grid, l.Kernel.Grid, label)
+				require.Equal(t, first.Kernel.Entry, l.Kernel.Entry, label)
+				for _, define_ := range []string{"ZS_ROWS", "ZS_MW", "ZS_KW"} {
+					require.Equal(t, define(t, first.Kernel, define_), define(t, l.Kernel, define_), label)
+				}
+				require.GreaterOrEqual(t, define(t, l.Kernel, "ZS_N"), int(min(n, l.Tokens)), label)
+			}
+		}
+	}
+}
+
+func TestFewTokensAreFusedManyAreExpanded(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range [][2]uint64{{4096, 4096}, {28672, 4096}} {
+			crossed := uint64(0)
+			for n := uint64(1); n <= 8192; n *= 2 {
+				l, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: n})
+				require.NoError(t, err)
+				if n <= 64 {
+					assert.False(t, l.Expand, "%s %v N=%d: one pass over the compressed weight beats two over the raw one", name, mk, n)
+				}
+				if l.Expand && crossed == 0 {
+					crossed = n
+				}
+				assert.Equal(t, crossed > 0, l.Expand, "%s %v N=%d: there is one crossing", name, mk, n)
+			}
+			assert.NotZero(t, crossed, "%s %v", name, mk)
+		}
+	}
+}
+
+func TestClassesCoverEveryN(t *testing.T) {
+	last := uint64(0)
+	for n := uint64(1); n <= 1000; n++ {
+		c := plan.Class(n)
+		assert.GreaterOrEqual(t, c, n)
+		assert.GreaterOrEqual(t, c, last)
+		assert.Equal(t, c, plan.Class(c), "a class stands for itself")
+		last = c
+	}
+}
+
+func TestTheH200sPlans(t *testing.T) {
+	d := devices["H200"]
+	l, err := plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: 5})
+	require.NoError(t, err)
+	assert.Equal(t, "zipgemm_mma.cu", l.Kernel.Source)
+	assert.Equal(t, 8, define(t, l.Kernel, "ZS_N"))
+	assert.EqualValues(t, 132, l.Kernel.Grid, "every SM has a share")
+	small, err := plan.ForLinear(d, plan.Problem{M: 64, K: 64, N: 5})
+	require.NoError(t, err)
+	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
+}
+
+func TestTooSmallAGPU(t *testing.T) {
+	_, err := plan.ForLinear(plan.Device{Capability: 80, SMs: 8, SmemBlock: 16 << 10}, plan.Problem{M: 64, K: 64, N: 1})
+	assert.ErrorContains(t, err, "16384 bytes of shared memory")
+	_, err = plan.ForLinear(devices["H200"], plan.Problem{M: 64, K: 0, N: 1})
+	assert.ErrorContains(t, err, "at least 1")
+}
