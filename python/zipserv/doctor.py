@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
-import importlib.util
-import os
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def _gpus() -> list[Finding]:
         import torch
 
         if not torch.cuda.is_available():
-            cure = "" if Path("/proc/driver/nvidia").exists() else "without an NVIDIA GPU the CPU is used"
+            cure = "without an NVIDIA GPU the CPU is used"
             if Path("/proc/driver/nvidia").exists():
                 cure = "a driver is loaded but torch sees no GPU: check nvidia-smi and CUDA_VISIBLE_DEVICES"
             return [Finding("GPU", "note", "none that torch can use", cure)]
@@ -91,35 +88,30 @@ def _gpus() -> list[Finding]:
         return []
 
 
-def _cuda() -> list[Finding]:
-    """What the CUDA side says of itself: driver, NVRTC, cache of compiled kernels."""
+def _cuda(gpu: bool) -> list[Finding]:
+    """What the CUDA side says of itself: driver, NVRTC, cache of compiled kernels; problems only where a GPU is."""
     try:
         from . import cuda
-    except ImportError as error:
-        return [Finding("CUDA kernels", "note", f"not in this build: {error}")]
-    report: Callable[[], dict[str, object]] | None = getattr(cuda, "report", None)
-    if report is None:
-        return []
-    try:
-        facts = report()
+
+        facts = cuda.describe()
     except Exception as error:
-        return [Finding("CUDA kernels", "note", str(error))]
-    return [Finding(f"CUDA {key.replace('_', ' ')}", "ok", str(value)) for key, value in facts.items()]
+        return [Finding("CUDA kernels", "problem" if gpu else "note", f"{type(error).__name__}: {error}")]
 
+    def finding(what: str, part: dict[str, Any], found: str, cure: str) -> Finding:
+        error = part.get("error")
+        if not error:
+            return Finding(what, "ok", found.format(**part))
+        return Finding(what, "problem" if gpu else "note", str(error).split(": ", 1)[0], cure if gpu else "")
 
-def _cache() -> Finding:
-    """Where compiled kernels are kept between runs."""
-    chosen = os.environ.get("ZIPSERV_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    path = Path(chosen or os.path.join(home, "zipserv"))
-    existing = path
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
-    if not os.access(existing, os.W_OK | os.X_OK):
-        cure = "set ZIPSERV_CACHE_DIR to a folder that can be written; until then kernels are compiled anew in every process"
-        return Finding("kernel cache", "problem", f"{path} cannot be written", cure)
-    files = [f for f in path.rglob("*") if f.is_file()] if path.exists() else []
-    return Finding("kernel cache", "ok", f"{path}, {len(files)} files, {sum(f.stat().st_size for f in files) / 1e6:.1f} MB")
+    findings = [
+        finding("CUDA driver", facts["driver"], "CUDA {cuda} ({path})", "install an NVIDIA driver, or set ZIPSERV_LIBCUDA to libcuda.so.1"),
+        finding("NVRTC", facts["nvrtc"], "{version} ({path})", "pip install nvidia-cuda-nvrtc, or set ZIPSERV_NVRTC to libnvrtc.so"),
+        finding("kernel cache", facts["cache"], "{dir}, {files} kernels, {bytes} bytes", "set ZIPSERV_CACHE_DIR to a folder that can be written"),
+    ]
+    for device in facts["devices"]:
+        name = f"kernels of GPU {device.get('index', '?')}"
+        findings.append(finding(name, device, "compiled for {target}" if device.get("target") else "no compiler for them", "see above"))
+    return findings
 
 
 def _package(name: str, use: str, install: str) -> Finding:
@@ -134,9 +126,8 @@ def examine() -> list[Finding]:
     findings = [_python(), _torch(), _library()]
     if all(finding.state != "problem" for finding in findings):
         findings.append(_round_trip())
-        findings += _gpus()
-        findings += _cuda()
-    findings.append(_cache())
+        gpus = _gpus()
+        findings += gpus + _cuda(gpu=any(finding.state == "ok" for finding in gpus))
     findings.append(_package("safetensors", "to read and write files", "pip install safetensors"))
     findings.append(_package("matplotlib", "for plots", "pip install 'zipserv[plots]'"))
     findings.append(_package("transformers", "to load Hugging Face models", "pip install transformers"))

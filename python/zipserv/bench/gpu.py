@@ -68,20 +68,22 @@ class Board:
         }
 
 
-def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8) -> int:
-    """How many copies of a weight (compressed and plain: ``nbytes`` the smaller of them) rotate in a loop.
+# More copies than this make graphs that take long to build; only weights far below a megabyte would need them.
+MOST_COPIES = 512
 
-    At least ``minimum``, and enough that four caches' worth passes before a weight comes round again; fewer only where
-    memory is short, and never so few that the cache could hold them.
+
+def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8) -> int:
+    """How many copies of a weight rotate in a loop; ``nbytes`` is its compressed size.
+
+    At least ``minimum``, and enough that four caches' worth passes before a weight comes round again. Where memory is
+    short fewer, down to twice the cache; raises MemoryError where not even these fit.
     """
-    wanted = max(minimum, -(-4 * cache // nbytes))
-    fits = max(1, free // (3 * nbytes))  # plain + compressed < 3 x compressed
+    wanted = min(max(minimum, -(-4 * cache // nbytes)), MOST_COPIES)
+    fits = free // (3 * nbytes)  # a plain and a compressed copy take less than three times the compressed size
     copies = min(wanted, fits)
-    if copies < wanted and copies * nbytes < 2 * cache:
-        raise MemoryError(
-            f"a fair measurement needs {wanted} copies of this weight, memory has room for {copies}; free some memory or choose other shapes"
-        )
-    return max(copies, 2 if copies * nbytes < 4 * cache else 1)
+    if copies < wanted and copies * nbytes < max(2 * cache, 3 * nbytes):
+        raise MemoryError(f"a fair measurement needs {wanted} copies of this weight, memory has room for {fits}: free some, or choose other shapes")
+    return copies
 
 
 def _free_memory(device: torch.device) -> int:
@@ -191,7 +193,7 @@ class Bench:
             )
         return errors
 
-    def point(self, tokens: int, linear: LinearCall = zipserv.linear) -> dict[str, object]:
+    def point(self, tokens: int, linear: LinearCall) -> dict[str, object]:
         """One number of tokens: accuracy, then both loops in turns."""
         s, settings, limits = self.shape, self.settings, self.limits
         x = weights.activations(tokens, s.k, device=settings.device, seed=settings.seed + 1)
@@ -260,7 +262,7 @@ def scoreboard(shapes: Iterable[Shape], settings: Settings) -> Iterator[Board]:
                         board.skipped.append(f"{shape.label} ({kind}), {tokens} tokens: out of time")
                         continue
                     try:
-                        board.points.append(bench.point(tokens))
+                        board.points.append(bench.point(tokens, zipserv.linear))
                     except WrongResult as error:
                         board.failed.append(str(error))
                     yield board

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command line and returns its exit code; never raises, never prints a traceback."""
+    """Runs one command line and returns its exit code; prints no traceback unless ZIPSERV_DEBUG is set."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     as_json = "--json" in arguments
     try:
@@ -94,6 +95,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return Code.OK
     except Exception as error:
+        if os.environ.get("ZIPSERV_DEBUG"):
+            raise
         code, message = output.explain(error)
         return _report(code, message, as_json)
 

@@ -14,7 +14,7 @@ from ..format import SUFFIX
 from ..progress import Bar
 from . import folder as folders
 from . import shards
-from .output import Code, Failure, WriteFailure, emit, json_option, rate, size
+from .output import Code, Failure, WriteFailure, emit, existing, json_option, rate, size
 from .rules import Rules, plain_modules
 from .shards import ShardReport
 
@@ -178,6 +178,7 @@ def _config(job: Job, config: dict[str, object], path: Path, reports: dict[Path,
 
 
 def _run(job: Job, as_json: bool) -> None:
+    existing(job.source)
     start = time.perf_counter()
     reports = _run_folder(job) if job.source.is_dir() else _run_file(job)
     seconds = time.perf_counter() - start
@@ -207,7 +208,7 @@ def _run(job: Job, as_json: bool) -> None:
     )
 
 
-_IN = click.Path(exists=True, path_type=Path)
+_IN = click.Path(path_type=Path)
 _OUT = click.Path(path_type=Path)
 
 

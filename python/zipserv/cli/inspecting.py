@@ -14,7 +14,7 @@ from ..progress import Bar
 from ..survey import LayerSurvey, Total, survey, total
 from . import folder as folders
 from . import shards
-from .output import Code, Failure, emit, json_option, size
+from .output import Code, Failure, emit, existing, json_option, size
 from .rules import DTYPES, SMALLEST
 
 
@@ -107,7 +107,7 @@ def _survey_table(layers: list[LayerSurvey], everything: Total) -> Table:
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
 @click.option("--plot", metavar="PNG", type=click.Path(path_type=Path), help="Write the picture here as well.")
 @click.option("--fast", is_flag=True, help="Read headers only: sizes, no exponents.")
 @json_option
@@ -120,7 +120,7 @@ def inspect(path: Path, plot: Path | None, fast: bool, as_json: bool) -> None:
     """
     if fast and plot is not None:
         raise click.UsageError("--plot needs the exponents, which --fast does not read")
-    files = _files(path)
+    files = _files(existing(path))
     if fast:
         rows = _read_headers(files)
         if as_json:

@@ -7,6 +7,7 @@ import errno
 import json
 from collections.abc import Callable, Mapping
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -58,6 +59,13 @@ def explain(error: Exception) -> tuple[Code, str]:
     if isinstance(error, (ValueError, TypeError, RuntimeError, KeyError)):  # zipserv.Error is a RuntimeError
         return Code.INPUT, text
     return Code.INPUT, f"{type(error).__name__}: {text}"
+
+
+def existing(path: Path) -> Path:
+    """The path, if there is something; Failure otherwise."""
+    if not path.exists():
+        raise Failure(Code.INPUT, f"{path}: no such file or folder")
+    return path
 
 
 def json_option(command: F) -> F:

@@ -68,6 +68,11 @@ def _entries(file: TensorFile) -> list[Entry]:
     return plainfile.ordered((info.name, tuple(info.shape), info.dtype) for info in infos)
 
 
+def _own_metadata(file: TensorFile) -> dict[str, str]:
+    """The file's strings without zipserv's, and with the mark that every compressed file gets."""
+    return {"format": "pt", **{key: value for key, value in file.metadata().items() if key != VERSION_KEY}}
+
+
 def entries(path: Path) -> list[Entry]:
     """Name, shape and dtype of every tensor; reads only headers."""
     with opened(path) as file:
@@ -105,7 +110,7 @@ def decompress_shard(source: Path, target: Path, bar: Bar) -> ShardReport:
     report = ShardReport(target.name)
     with opened(source) as file:
         found = _entries(file)
-        metadata = {key: value for key, value in file.metadata().items() if key != VERSION_KEY}
+        metadata = _own_metadata(file)
 
         def read(name: str) -> torch.Tensor:
             bar.say(name)
@@ -132,10 +137,13 @@ def _plain(stored: torch.Tensor | zipserv.ZipTensor) -> torch.Tensor:
     return stored.decompress() if isinstance(stored, zipserv.ZipTensor) else stored
 
 
-def differences(left: Path, right: Path, bar: Bar) -> list[str]:
-    """What differs between two files, one of which (or both, or none) is compressed; empty = the same bits."""
+def differences(left: Path, right: Path, bar: Bar, *, checksums: bool = False) -> list[str]:
+    """What differs between two files, one of which (or both, or none) is compressed; empty = the same bits.
+
+    ``checksums``: the checksums that the files carry must be right as well.
+    """
     found: list[str] = []
-    with opened(left, verify=False) as a, opened(right, verify=False) as b:
+    with opened(left, verify=checksums) as a, opened(right, verify=checksums) as b:
         names, others = list(a.keys()), set(b.keys())
         found += [f"{name}: not in {right}" for name in names if name not in others]
         found += [f"{name}: not in {left}" for name in sorted(others - set(names))]
@@ -193,9 +201,11 @@ def finished(source: Path, target: Path, rules: Rules | None, bar: Bar) -> Shard
         return None
     report = ShardReport(target.name, kept=True)
     try:
-        if differences(source, target, bar):
+        if differences(source, target, bar, checksums=True):
             return None
-        with opened(target) as file:
+        with opened(source) as original, opened(target) as file:
+            if _own_metadata(original) != _own_metadata(file):
+                return None
             for entry in _entries(file):
                 info = file.info(entry[0])
                 wanted = rules is not None and rules.wants(*entry)

@@ -10,7 +10,7 @@ import click
 from ..progress import Bar
 from . import folder as folders
 from . import shards
-from .output import Code, Failure, emit, json_option
+from .output import Code, Failure, emit, existing, json_option
 
 
 def _pairs(path: Path, original: Path) -> list[tuple[Path, Path]]:
@@ -34,8 +34,8 @@ def _files(path: Path) -> list[Path]:
 
 
 @click.command()
-@click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.argument("original", required=False, type=click.Path(exists=True, path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("original", required=False, type=click.Path(path_type=Path))
 @click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors; the exit code tells.")
 @json_option
 def verify(path: Path, original: Path | None, quiet: bool, as_json: bool) -> None:
@@ -44,10 +44,11 @@ def verify(path: Path, original: Path | None, quiet: bool, as_json: bool) -> Non
     Without ORIGINAL, every compressed tensor is decompressed and compared with the checksum of its original weights.
     Exit code 1 where anything differs.
     """
+    existing(path)
     found: list[str] = []
     checked = unchecked = 0
     if original is not None:
-        pairs = _pairs(path, original)
+        pairs = _pairs(path, existing(original))
         with Bar(sum(b.stat().st_size for _, b in pairs), "verify", quiet=quiet or as_json) as bar:
             for mine, theirs in pairs:
                 found += [f"{mine.name}: {text}" for text in shards.differences(mine, theirs, bar)]
