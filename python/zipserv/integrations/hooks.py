@@ -8,6 +8,7 @@ already, else from an import hook that waits for this one module and then takes 
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -29,9 +30,8 @@ def install() -> None:
 
 def _register() -> None:
     try:
-        from . import transformers as integration
-
-        integration.register()
+        # It registers itself at its end. Where it is being imported just now (and with it transformers), it still will.
+        importlib.import_module(".transformers", __package__)
     except Exception as error:  # a transformers release that changed its hooks must not break `import transformers`
         warnings.warn(f"zipserv could not register itself with transformers: {error!r}", RuntimeWarning, stacklevel=2)
 

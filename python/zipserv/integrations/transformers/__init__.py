@@ -23,3 +23,6 @@ def register() -> None:
         auto.register_quantization_config(METHOD)(ZipServConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(METHOD)(ZipServQuantizer)
+
+
+register()

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers: tiny models of many architectures, compressed while loading, saved, loaded again."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+import zipserv  # noqa: E402
+from zipserv import ZipEmbedding, ZipExperts, ZipLinear, ZipServConfig  # noqa: E402
+from zipserv.conv import ZipConv  # noqa: E402
+
+SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+GQA = {**SMALL, "num_key_value_heads": 2}
+MOE = {**GQA, "moe_intermediate_size": 128, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+
+#: name -> (config class, its arguments, auto class)
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", {**GQA, "tie_word_embeddings": False}, "AutoModelForCausalLM"),
+    "llama-tied": ("LlamaConfig", {**GQA, "tie_word_embeddings": True}, "AutoModelForCausalLM"),
+    "mistral": ("MistralConfig", GQA, "AutoModelForCausalLM"),
+    "qwen2": ("Qwen2Config", GQA, "AutoModelForCausalLM"),
+    "qwen3": ("Qwen3Config", {**GQA, "head_dim": 32}, "AutoModelForCausalLM"),
+    "gemma2": ("Gemma2Config", {**GQA, "head_dim": 32}, "AutoModelForCausalLM"),
+    "gemma3": ("Gemma3TextConfig", {**GQA, "head_dim": 32}, "AutoModelForCausalLM"),
+    "phi": ("PhiConfig", SMALL, "AutoModelForCausalLM"),
+    "phi3": ("Phi3Config", {**GQA, "pad_token_id": 0}, "AutoModelForCausalLM"),
+    "gpt2": ("GPT2Config", {"n_embd": 128, "n_layer": 2, "n_head": 4, "vocab_size": 320}, "AutoModelForCausalLM"),
+    "mixtral": ("MixtralConfig", {**GQA, "num_local_experts": 4}, "AutoModelForCausalLM"),
+    "qwen2-moe": ("Qwen2MoeConfig", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 128}, "AutoModelForCausalLM"),
+    "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "head_dim": 32}, "AutoModelForCausalLM"),
+    "t5": ("T5Config", {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 320, "decoder_start_token_id": 0}, "AutoModelForSeq2SeqLM"),
+    "bert": ("BertConfig", SMALL, "AutoModelForMaskedLM"),
+    "vit": ("ViTConfig", {**SMALL, "image_size": 32, "patch_size": 8}, "AutoModelForImageClassification"),
+}
+CAUSAL = [name for name, (_, _, auto) in MODELS.items() if auto == "AutoModelForCausalLM"]
+
+
+def make(name: str, folder: Path) -> Path:
+    """A folder with a randomly initialised BF16 model."""
+    if not (folder / "config.json").exists():
+        config_class, arguments, auto = MODELS[name]
+        config = getattr(transformers, config_class)(**arguments)
+        torch.manual_seed(1)
+        model = getattr(transformers, auto).from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+    return folder
+
+
+def load(name: str, folder: Path, **kwargs: Any) -> Any:
+    return getattr(transformers, MODELS[name][2]).from_pretrained(folder, dtype="auto", **kwargs)
+
+
+def run(name: str, model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        if name == "vit":
+            pixels = torch.randn(2, 3, 32, 32, generator=generator).to(torch.bfloat16)
+            return model(pixel_values=pixels).logits
+        ids = torch.randint(3, 320, (2, 9), generator=generator)
+        if name == "t5":
+            return model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits
+        return model(input_ids=ids).logits
+
+
+def reference(name: str, folder: Path) -> Any:
+    model = load(name, folder)
+    if "moe" in name or name == "mixtral":
+        model.set_experts_implementation("eager")  # the same order of additions
+    return model
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return lambda name: make(name, tmp_path_factory.getbasetemp() / "models" / name)
+
+
+def compressed_modules(model: Any) -> list[Any]:
+    return [m for m in model.modules() if isinstance(m, ZipLinear | ZipEmbedding | ZipExperts | ZipConv)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compresses_while_loading_and_round_trips(name: str, folders: Any, tmp_path: Path) -> None:
+    plain_folder = folders(name)
+    plain = reference(name, plain_folder)
+    expected = run(name, plain)
+
+    model = load(name, plain_folder, quantization_config=ZipServConfig())
+    assert compressed_modules(model)
+    assert not [key for key, p in model.named_parameters() if p.dim() > 1 and p.numel() >= 64 * 64], "stayed dense"
+    assert any(isinstance(m, ZipExperts) for m in model.modules()) == ("moe" in name or name == "mixtral")
+    assert any(isinstance(m, ZipConv) for m in model.modules()) == (name == "vit")
+    assert torch.equal(run(name, model), expected)
+
+    model.save_pretrained(tmp_path / "zip")
+    assert json.loads((tmp_path / "zip" / "config.json").read_text())["quantization_config"]["quant_method"] == "zipserv"
+    before = zipserv.load_file(plain_folder)
+    after = zipserv.load_file(tmp_path / "zip")
+    assert after.keys() == before.keys()
+    for key, tensor in before.items():
+        stored = after[key]
+        restored = stored.decompress() if isinstance(stored, zipserv.ZipTensor) else stored
+        assert restored.shape == tensor.shape and torch.equal(restored.view(torch.int16), tensor.view(torch.int16)), key
+    assert size(tmp_path / "zip") < 0.8 * size(plain_folder)
+
+    again, info = load(name, tmp_path / "zip", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len(compressed_modules(again)) == len(compressed_modules(model))
+    assert torch.equal(run(name, again), expected)
+
+    dense = again.dequantize()
+    assert not compressed_modules(dense)
+    assert torch.equal(run(name, dense), expected)
+    dense.save_pretrained(tmp_path / "dense")
+    assert zipserv.load_file(tmp_path / "dense").keys() == before.keys()
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
+def test_generates_the_same_tokens(name: str, folders: Any) -> None:
+    ids = torch.randint(3, 320, (1, 6), generator=torch.Generator().manual_seed(3))
+    arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    expected = reference(name, folders(name)).generate(ids, **arguments)
+    model = load(name, folders(name), quantization_config=ZipServConfig())
+    assert torch.equal(model.generate(ids, **arguments), expected)
+
+
+def test_tied_weights_are_compressed_once(folders: Any, tmp_path: Path) -> None:
+    model = load("llama-tied", folders("llama-tied"), quantization_config=ZipServConfig())
+    for each in (model, model.to("cpu"), reload(model, tmp_path)):
+        assert each.lm_head.weight_zipserv is each.model.embed_tokens.weight_zipserv
+    assert "lm_head.weight" not in zipserv.load_file(tmp_path)
+
+
+def reload(model: Any, folder: Path) -> Any:
+    model.save_pretrained(folder)
+    return type(model).from_pretrained(folder)
+
+
+def test_modules_to_not_convert(folders: Any, tmp_path: Path) -> None:
+    config = ZipServConfig(modules_to_not_convert=["lm_head", "model.layers.1", r"model\.layers\.\d+\.self_attn"])
+    model = load("llama", folders("llama"), quantization_config=config)
+    kept = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    assert kept == {"lm_head", *(f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo")} | {
+        f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")
+    }
+    again = reload(model, tmp_path)
+    assert {name for name, module in again.named_modules() if type(module) is torch.nn.Linear} == kept
+    assert torch.equal(run("llama", again), run("llama", load("llama", folders("llama"))))
+
+
+def test_a_tied_weight_that_must_stay_dense_on_one_side_stays_dense_on_both(folders: Any) -> None:
+    model = load("llama-tied", folders("llama-tied"), quantization_config=ZipServConfig(modules_to_not_convert=["lm_head"]))
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert isinstance(model.model.layers[0].mlp.up_proj, ZipLinear)
+
+
+def test_sharded_checkpoints(folders: Any, tmp_path: Path) -> None:
+    plain = load("mixtral", folders("mixtral"))
+    plain.save_pretrained(tmp_path / "plain", max_shard_size="200KB")
+    model = load("mixtral", tmp_path / "plain", quantization_config=ZipServConfig())
+    model.save_pretrained(tmp_path / "zip", max_shard_size="200KB")
+    assert len(list((tmp_path / "zip").glob("*.safetensors"))) > 2
+    again = load("mixtral", tmp_path / "zip")
+    assert torch.equal(run("mixtral", again), run("mixtral", model))
+
+
+def test_device_map_and_half_precision(folders: Any) -> None:
+    pytest.importorskip("accelerate")
+    model = load("llama", folders("llama"), quantization_config=ZipServConfig(), device_map={"": "cpu"})
+    assert torch.equal(run("llama", model), run("llama", load("llama", folders("llama"))))
+    auto = getattr(transformers, MODELS["llama"][2])
+    half = auto.from_pretrained(folders("llama"), dtype=torch.float16, quantization_config=ZipServConfig())
+    plain = auto.from_pretrained(folders("llama"), dtype=torch.float16)
+    assert half.lm_head.weight_dtype == torch.float16
+    assert torch.equal(run("llama", half), run("llama", plain))
+
+
+def test_float32_stays_as_it_is_and_says_so(folders: Any, caplog: pytest.LogCaptureFixture) -> None:
+    auto = getattr(transformers, MODELS["llama"][2])
+    model = auto.from_pretrained(folders("llama"), dtype=torch.float32, quantization_config=ZipServConfig())
+    assert not compressed_modules(model)
+    assert "compressed nothing" in caplog.text and "dtype=torch.bfloat16" in caplog.text
+
+
+def test_a_folder_with_dense_experts_and_compressed_ones(folders: Any, tmp_path: Path) -> None:
+    """Whoever wrote the folder may have left single experts alone; their order must hold."""
+    model = load("mixtral", folders("mixtral"), quantization_config=ZipServConfig())
+    model.save_pretrained(tmp_path)
+    tensors = zipserv.load_file(tmp_path)
+    mixed = {key: t.decompress() if isinstance(t, zipserv.ZipTensor) and ".experts.1." in key else t for key, t in tensors.items()}
+    zipserv.save_file(mixed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = load("mixtral", tmp_path)
+    assert torch.equal(run("mixtral", again), run("mixtral", model))
+
+
+def test_the_largest_layer_bounds_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense weights alive at the same time while loading."""
+    from zipserv.integrations.transformers import ZipServQuantizer
+
+    config = transformers.LlamaConfig(**{**GQA, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 256})
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    alive, peak, total = [0], [0], [0]
+    keep = ZipServQuantizer.keep_compressed
+
+    def watched(self: ZipServQuantizer, name: str, weight: torch.Tensor) -> torch.Tensor:
+        size = weight.untyped_storage().nbytes()
+        alive[0] += size
+        total[0] += size
+        peak[0] = max(peak[0], alive[0])
+        weakref.finalize(weight, lambda: alive.__setitem__(0, alive[0] - size))
+        return keep(self, name, weight)
+
+    monkeypatch.setattr(ZipServQuantizer, "keep_compressed", watched)
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", quantization_config=ZipServConfig())
+    largest = 2 * 256 * 512
+    assert total[0] > 20 * largest
+    assert largest <= peak[0] <= 2 * largest
+
+
+@pytest.mark.parametrize(("first", "second"), [("zipserv", "transformers.quantizers.auto"), ("transformers.quantizers.auto", "zipserv")])
+def test_import_order_does_not_matter_and_import_is_lazy(first: str, second: str) -> None:
+    code = f"""
+import sys
+import {first}
+assert {first!r} != "zipserv" or "transformers" not in sys.modules
+import {second}
+import transformers.quantizers.auto as auto
+assert "zipserv" in auto.AUTO_QUANTIZER_MAPPING and "zipserv" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING
+assert auto.__spec__.loader is auto.__loader__ and auto.__file__.endswith("auto.py")
+"""
+    subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], check=True)
+
+
+def test_config_refuses_what_it_does_not_know() -> None:
+    with pytest.raises(TypeError, match="a list of names"):
+        ZipServConfig(modules_to_not_convert="lm_head")
+    with pytest.raises(TypeError):
+        ZipServConfig(bits=4)
+    with pytest.raises(zipserv.Error, match="use a newer zipserv"):
+        ZipServConfig(version=2)
+    with pytest.raises(ValueError, match="quant_method"):
+        ZipServConfig(quant_method="gptq")
+
+
+def test_disk_is_refused_clearly(folders: Any) -> None:
+    with pytest.raises(ValueError, match="'disk'"):
+        load("llama", folders("llama"), quantization_config=ZipServConfig(), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_a_damaged_blob_is_an_error_that_names_the_weight(folders: Any, tmp_path: Path) -> None:
+    model = load("llama", folders("llama"), quantization_config=ZipServConfig())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    at = data.index(b"ZIPSERV\0") + 16
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(RuntimeError) as caught:
+        load("llama", tmp_path)
+    assert "zipserv" in str(caught.value).lower() or "conversion" in str(caught.value).lower()
