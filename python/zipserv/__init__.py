@@ -11,18 +11,24 @@ Example::
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
-from . import _zipserv
-from . import ops as ops  # registers torch.ops.zipserv.*
-from .checkpoint import FileWriter, TensorFile, TensorInfo, load_file, open_file, save_file
-from .errors import Error
 from .integrations import hooks as _hooks
-from .layers import ZipLinear
-from .model import CompressionReport, LayerReport, compress_model, load_model, prepare_model
-from .tensor import ZipTensor, compress, decompress, linear
 
-__version__: str = _zipserv.version()
+if TYPE_CHECKING:
+    from .checkpoint import FileWriter, TensorFile, TensorInfo, load_file, open_file, save_file
+    from .conv import ZipConv1d, ZipConv2d, ZipConv3d
+    from .cuda import set_batch_invariant
+    from .embedding import ZipEmbedding
+    from .errors import Error
+    from .experts import ZipExperts
+    from .integrations.transformers import ZipServConfig
+    from .layers import ZipLinear
+    from .model import CompressionReport, LayerReport, compress_model, load_model, prepare_model
+    from .tensor import ZipTensor, compress, decompress, linear
+
+    __version__: str
 
 __all__ = [
     "CompressionReport",
@@ -31,7 +37,13 @@ __all__ = [
     "LayerReport",
     "TensorFile",
     "TensorInfo",
+    "ZipConv1d",
+    "ZipConv2d",
+    "ZipConv3d",
+    "ZipEmbedding",
+    "ZipExperts",
     "ZipLinear",
+    "ZipServConfig",
     "ZipTensor",
     "__version__",
     "compress",
@@ -43,22 +55,45 @@ __all__ = [
     "open_file",
     "prepare_model",
     "save_file",
+    "set_batch_invariant",
 ]
 
-# Names that need more than torch to import, or that few need: loaded at first use.
-_LAZY = {
-    "ZipConv2d": "zipserv.conv",
-    "ZipEmbedding": "zipserv.embedding",
-    "ZipExperts": "zipserv.experts",
-    "ZipServConfig": "zipserv.integrations.transformers",
+# Which module each name is in. Modules are imported at the first use of one of their names, so that the command line
+# answers at once, and can still say what is wrong where torch or the native library does not load.
+_MODULES = {
+    "checkpoint": ("FileWriter", "TensorFile", "TensorInfo", "load_file", "open_file", "save_file"),
+    "conv": ("ZipConv1d", "ZipConv2d", "ZipConv3d"),
+    "cuda": ("set_batch_invariant",),
+    "embedding": ("ZipEmbedding",),
+    "errors": ("Error",),
+    "experts": ("ZipExperts",),
+    "integrations.transformers": ("ZipServConfig",),
+    "layers": ("ZipLinear",),
+    "model": ("CompressionReport", "LayerReport", "compress_model", "load_model", "prepare_model"),
+    "tensor": ("ZipTensor", "compress", "decompress", "linear"),
 }
+_WHERE = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module 'zipserv' has no attribute {name!r}")
+    if name == "__version__":
+        value: Any = importlib.import_module("._zipserv", __name__).version()
+    elif name in _WHERE:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module 'zipserv' has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Where torch is in use already, its ops (zipserv::linear and others) are there from the import on, as programs saved
+# by torch.export expect.
+if "torch" in sys.modules:
+    importlib.import_module(".ops", __name__)
 
 # Registers with transformers if and when that is imported; never imports it.
 _hooks.install()

@@ -17,6 +17,7 @@ from torch import nn
 
 from .errors import Error
 from .format import DTYPE_CODES, SUFFIX, Header
+from .lazy import LazyWeight
 from .tensor import ZipTensor, check_blob, compress, linear_blob
 
 __all__ = ["BlobModule", "ZipLinear"]
@@ -265,18 +266,18 @@ class ZipLinear(BlobModule, nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """A decompressed copy of the weight, ``(out_features, in_features)``, made anew at each access.
+        """The weight ``(out_features, in_features)`` for code that looks at it.
 
-        For libraries that look at a layer's weight. Changes to it would be lost, so they raise :class:`zipserv.Error`;
-        use :meth:`to_linear` for a weight that can be changed.
+        Shape, dtype and device cost nothing; its values are decompressed anew each time they are asked for. Changes in
+        place would be lost, so they raise :class:`zipserv.Error`; :meth:`to_linear` gives a weight that can be changed.
         """
-        if self.weight_zipserv.is_meta:
-            return torch.empty((self.out_features, self.in_features), dtype=self.weight_dtype, device="meta")
-        m, k = self.out_features, self.in_features
-        if not self.weight_zipserv.numel():
-            raise Error("ZipLinear holds no weight yet: load a state dict, or make it from a loaded layer")
-        weight: torch.Tensor = torch.ops.zipserv.decompress(self.weight_zipserv, m, k, DTYPE_CODES[self.weight_dtype])
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(_WeightCopy)
+        blob, m, k = self.weight_zipserv, self.out_features, self.in_features
+        if blob.is_meta or not blob.numel():
+            return torch.empty((m, k), dtype=self.weight_dtype, device="meta")
+        if torch.compiler.is_compiling():
+            weight: torch.Tensor = torch.ops.zipserv.decompress(blob, m, k, DTYPE_CODES[self.weight_dtype])
+            return weight
+        return LazyWeight(blob, (m, k), (m, k), self.weight_dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":
@@ -306,36 +307,3 @@ class ZipLinear(BlobModule, nn.Linear):
         if blob.numel():
             size = f"{8 * blob.numel() / (self.in_features * self.out_features):.2f} bits/weight"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.weight_dtype}, {size}"
-
-
-class _WeightCopy(torch.Tensor):
-    """A decompressed copy that refuses to be changed, for the change would be lost. Results of operations are plain."""
-
-    @classmethod
-    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        target = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
-        if (isinstance(target, cls) and _changes(func)) or isinstance(kwargs.get("out"), cls):
-            raise Error(
-                "this weight is a decompressed copy of a ZipLinear's, changes to it would be lost: replace the layer by "
-                "layer.to_linear(), change that, and compress it again with ZipLinear.from_linear"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            # The same memory under another name must not become writable.
-            return result.as_subclass(cls) if isinstance(target, cls) and _name(func) in ("data", "detach") else result
-
-
-def _name(func: Callable[..., Any]) -> str:
-    """Name of a function, or of the attribute that it gets or sets."""
-    name: str = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", "") if name in ("__get__", "__set__") else name
-
-
-def _changes(func: Callable[..., Any]) -> bool:
-    if getattr(func, "__name__", "") == "__set__":
-        return _name(func) == "data"
-    name = _name(func)
-    if name.startswith("__"):
-        return name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__", "__int__"))
-    return name.endswith("_") and name != "requires_grad_"

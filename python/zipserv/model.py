@@ -11,17 +11,19 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from .checkpoint import open_file
+from .conv import ZipConv, is_matmul
+from .embedding import ZipEmbedding
 from .errors import Error
 from .format import DTYPE_CODES
 from .layers import BlobModule, ZipLinear
 from .report import CompressionReport, LayerReport
-from .tensor import ZipTensor, compress, require_compressible
+from .tensor import compress, require_compressible
 
 __all__ = ["CompressionReport", "Converter", "LayerReport", "compress_model", "converters", "load_model", "prepare_model"]
 
@@ -38,14 +40,16 @@ class Converter:
         build: makes the new module from the old one and its compressed weights by name.
         weights: names of the parameters that are compressed.
         view: what of such a parameter is compressed, e.g. its transpose.
+        compress: compresses it; the result, with ``nbytes`` and ``is_raw``, is what ``build`` gets.
         empty: makes the new module without weights (for a dtype, by default the old one's), to load a compressed checkpoint
             into; None if it can't.
     """
 
     matches: Callable[[nn.Module], bool]
-    build: Callable[[nn.Module, Mapping[str, ZipTensor]], nn.Module]
+    build: Callable[[nn.Module, Mapping[str, Any]], nn.Module]
     weights: tuple[str, ...] = ("weight",)
     view: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
+    compress: Callable[[torch.Tensor], Any] = compress
     empty: Callable[[nn.Module, torch.dtype | None], nn.Module] | None = None
 
 
@@ -57,14 +61,26 @@ def _empty_linear(old: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return new
 
 
-#: The kinds of modules that are compressed; the first match counts. Exactly nn.Linear, for a subclass may use its
-#: weight in ways of its own.
+def _empty_embedding(old: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    assert isinstance(old, nn.Embedding)
+    dtype = dtype or (old.weight.dtype if old.weight.dtype in DTYPE_CODES else torch.bfloat16)
+    return ZipEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, old.weight.device, dtype)
+
+
+#: The kinds of modules that are compressed; the first match counts. Exactly these classes, for a subclass may use its
+#: weight in ways of its own. Other packages' kinds may be appended.
 converters: list[Converter] = [
     Converter(
         matches=lambda module: type(module) is nn.Linear,
         build=lambda old, weights: ZipLinear.from_ziptensor(weights["weight"], getattr(old, "bias", None)),
         empty=_empty_linear,
-    )
+    ),
+    Converter(
+        matches=lambda module: type(module) is nn.Embedding and module.max_norm is None,
+        build=lambda old, weights: ZipEmbedding.from_embedding(cast(nn.Embedding, old), weights["weight"]),
+        empty=_empty_embedding,
+    ),
+    Converter(matches=is_matmul, build=lambda old, weights: ZipConv.from_conv(old, weights["weight"])),
 ]
 
 
@@ -76,9 +92,10 @@ def compress_model(
     progress: bool | None = None,
     offload: str | None = None,
 ) -> CompressionReport:
-    """Compress the weights of a model's ``nn.Linear`` layers, in place and one at a time.
+    """Compress the weights of a model's layers, in place and one at a time.
 
-    Layers whose weight is neither BF16 nor FP16, or would not shrink, or is shared with a module that stays as it is,
+    Layers are ``nn.Linear``, ``nn.Embedding``, convolutions whose windows do not overlap, and what else is in
+    ``zipserv.model.converters``. Layers whose weight is neither BF16 nor FP16, or would not shrink, or is shared with a module that stays as it is,
     are kept and named in the report. Weights that several layers share are compressed once and stay shared.
 
     Args:
@@ -182,7 +199,7 @@ def load_model(
         odd = sorted(held.keys() - {f"{name}.weight" for name in prepared} - _blob_names(model))
         if odd:
             raise Error(f"{odd[0]!r} is compressed in the file, but the model has no layer there that can be compressed")
-        state = {name: file.get(name) for name in file.keys()}
+        state = file.load()
     return model.load_state_dict(state, strict=strict, assign=True)
 
 
@@ -191,7 +208,7 @@ class _Run:
 
     def __init__(self, model: nn.Module, chosen: list[tuple[str, nn.Module, Converter]]) -> None:
         self.model = model
-        self.done: dict[tuple[int, tuple[int, ...]], tuple[ZipTensor, str]] = {}
+        self.done: dict[tuple[int, tuple[int, ...]], tuple[Any, str]] = {}
         taken = {(id(module), weight) for _, module, converter in chosen for weight in converter.weights}
         # Parameters by id stay alive through the modules that hold them or through this table's own reference.
         self.elsewhere: dict[int, str] = {}
@@ -235,7 +252,7 @@ class _Run:
 
     def _compress(
         self, parameters: dict[str, torch.Tensor], labels: dict[str, str], converter: Converter
-    ) -> tuple[list[LayerReport], dict[str, ZipTensor]]:
+    ) -> tuple[list[LayerReport], dict[str, Any]]:
         """Entries and compressed weights; nothing where all of them would be kept raw."""
         entries, blobs = [], {}
         for weight, parameter in parameters.items():
@@ -246,7 +263,7 @@ class _Run:
                 blobs[weight], first = self.done[key]
                 entries.append(LayerReport(labels[weight], shape, dtype, size, 0, "tied", f"to {first}"))
                 continue
-            blob = blobs[weight] = compress(seen)
+            blob = blobs[weight] = converter.compress(seen)
             if any(parameter is other for other in self.alive):
                 self.done[key] = (blob, labels[weight])
             entries.append(LayerReport(labels[weight], shape, dtype, size, blob.nbytes, "compressed"))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import _zipserv
+from . import ops as ops  # registers torch.ops.zipserv.*
 from .errors import Error
 from .format import DTYPE_CODES, HEADER_BYTES, MAX_DIMS, Header, parse_header
 

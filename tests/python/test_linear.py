@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, bits, compressed, linear64, weights
 
 import zipserv
+from helpers import DTYPES, bits, compressed, linear64, weights
 from zipserv import ops
 
 # Raw and tiled weights, ragged and whole tiles, one row, one column.

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_same_bits, bits, compressed, flipped, weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zipserv
+from helpers import DTYPES, assert_same_bits, bits, compressed, flipped, weights
 from zipserv.format import DTYPE_CODES
 
 ops = torch.ops.zipserv

@@ -10,9 +10,9 @@ import tracemalloc
 
 import pytest
 import torch
-from helpers import DTYPES, assert_same_bits, bits, compressed, flipped, weights
 
 import zipserv
+from helpers import DTYPES, assert_same_bits, bits, compressed, flipped, weights
 from zipserv import ZipTensor, _zipserv
 from zipserv.format import HEADER_BYTES, parse_header, storage_shape
 
