@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that stream from host memory: on the CPU the order of events, on a GPU the streams too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import zipserv
+from zipserv import offload
+from zipserv.embedding import ZipEmbedding
+
+
+class Block(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.up = nn.Linear(size, 2 * size)
+        self.down = nn.Linear(2 * size, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = 4, size: int = 128, tied: bool = True) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(256, size)
+        self.layers = nn.ModuleList(Block(size) for _ in range(blocks))
+        self.head = nn.Linear(size, 256, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        x = self.embed(ids)
+        for index in order or range(len(self.layers)):
+            x = self.layers[index](x)
+        return self.head(x)
+
+
+@pytest.fixture(autouse=True)
+def small_weights_stream_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(offload, "SMALL_BYTES", 4096)
+    yield
+
+
+def model(**kwargs: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(**kwargs).to(torch.bfloat16).eval()
+
+
+def compressed(**kwargs: Any) -> Model:
+    made = model(**kwargs)
+    for block in made.layers:
+        zipserv.compress_model(block)
+    table = zipserv.compress(made.embed.weight)
+    made.embed, made.head = ZipEmbedding.from_ziptensor(table), zipserv.ZipLinear.from_ziptensor(table)
+    return made
+
+
+IDS = torch.arange(24).view(2, 12)
+
+
+@pytest.mark.parametrize("make", [model, compressed], ids=["plain", "compressed"])
+@torch.no_grad()
+def test_streams_blocks_and_gives_the_same_result(make: Any) -> None:
+    made = make()
+    expected = made(IDS)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    handle = offload.apply(made, "cpu", stage=True)
+    assert handle.blocks == ["layers.0", "layers.1", "layers.2", "layers.3", "head"]
+    pool = handle._pool
+    assert pool is not None
+    for step in range(3):
+        assert torch.equal(made(IDS), expected)
+        # The first block of the next step comes while the head computes: five fetches a step, no more.
+        assert pool.fetches == 5 * (step + 1) + 1
+    assert handle.device_bytes == 2 * max(block.nbytes for block in handle._blocks) < 0.7 * handle.host_bytes
+    after = made.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    handle.remove()
+    assert torch.equal(made(IDS), expected) and pool.fetches == 16
+
+
+@torch.no_grad()
+def test_a_weight_is_read_from_the_buffer_and_only_then() -> None:
+    made = compressed()
+    handle = offload.apply(made, "cpu", stage=True)
+    seen = []
+    layer = made.layers[1].up
+    layer.register_forward_pre_hook(lambda module, args: seen.append(module.weight_zipserv.untyped_storage().data_ptr()))
+    made(IDS)
+    slots = {slot.untyped_storage().data_ptr() for slot in handle._pool.slots}
+    assert set(seen) <= slots and layer.weight_zipserv.untyped_storage().data_ptr() not in slots
+
+
+@torch.no_grad()
+def test_any_order_of_blocks() -> None:
+    made = compressed()
+    orders = [[3, 0, 2], [1, 1, 1], [2, 3]]
+    expected = [made(IDS, order) for order in orders]
+    offload.apply(made, "cpu", stage=True)
+    assert all(torch.equal(made(IDS, order), result) for order, result in zip(orders, expected, strict=True))
+
+
+@torch.no_grad()
+def test_a_block_that_fails_leaves_the_model_whole() -> None:
+    made = compressed()
+    expected = made(IDS)
+    offload.apply(made, "cpu", stage=True)
+    handle = made.layers[2].down.register_forward_pre_hook(lambda module, args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made(IDS)
+    handle.remove()
+    assert torch.equal(made(IDS), expected)
+
+
+@torch.no_grad()
+def test_tied_weights_stay_one_in_host_memory() -> None:
+    made = compressed()
+    offload.apply(made, "cpu", stage=True)
+    assert made.embed.weight_zipserv.data_ptr() == made.head.weight_zipserv.data_ptr()
+
+
+def test_without_a_gpu_the_model_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made = model()
+    blobs = zipserv.compress_model(made, exclude="head", offload="cpu")
+    assert blobs.ratio > 1.2
+    handle = offload.apply(made)
+    assert handle.device.type == "cpu" and handle.device_bytes == 0 and len(handle.blocks) == 5
+    assert not any(module._forward_pre_hooks for module in made.modules())
+
+
+def test_training_through_a_streamed_weight_raises() -> None:
+    made = compressed()
+    offload.apply(made, "cpu", stage=True)
+    x = torch.randn(3, 128, dtype=torch.bfloat16, requires_grad=True)
+    y = x
+    for layer in made.layers:
+        y = layer(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_refusals() -> None:
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        offload.apply([])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="CUDA device or the CPU"):
+        offload.apply(model(), "meta")
+    with pytest.raises(ValueError, match="on meta"):
+        offload.apply(model().to("meta"), "cpu")
+    hooked = model()
+    hooked.layers[0]._hf_hook = object()
+    with pytest.raises(zipserv.Error, match="accelerate"):
+        offload.apply(hooked, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("make", [model, compressed], ids=["plain", "compressed"])
+@torch.no_grad()
+def test_streams_to_a_gpu(make: Any) -> None:
+    made, plain = make(blocks=8, size=1024), make(blocks=8, size=1024)
+    expected = plain.cuda()(IDS.cuda())
+    del plain
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    base = torch.cuda.memory_allocated()
+    handle = offload.apply(made)
+    for _ in range(5):
+        torch.testing.assert_close(made(IDS), expected, rtol=2e-2, atol=2e-2)
+    assert torch.cuda.max_memory_allocated() - base < handle.device_bytes + (64 << 20)
