@@ -128,8 +128,9 @@ func (d *Device) prepare(k plan.Kernel) (*kernel, error) {
 	if err != nil {
 		return nil, err
 	}
-	if resident < 1 {
-		return nil, fmt.Errorf("%s: a block of %d threads and %d bytes of shared memory does not fit on an SM of %s", k.Source, k.Block, k.Smem, d.props.Name)
+	if resident < max(1, int(k.Resident)) {
+		return nil, fmt.Errorf("%s: %d blocks of %d threads and %d bytes of shared memory do not fit on an SM of %s, which holds %d", k.Source,
+			max(1, k.Resident), k.Block, k.Smem, d.props.Name, resident)
 	}
 	out := &kernel{fn: fn, plan: k, grid: k.Grid}
 	if k.PerSM > 0 {

@@ -6,6 +6,7 @@ package engine
 
 import (
 	"fmt"
+	"io/fs"
 	"sync"
 	"sync/atomic"
 
@@ -37,12 +38,15 @@ func badArgument(format string, args ...any) error {
 	return ArgumentError(fmt.Sprintf(format, args...))
 }
 
-// New opens an engine over a driver.
-func New(d *driver.Driver) (*Engine, error) {
+// New opens an engine over a driver, with the kernels of the package.
+func New(d *driver.Driver) (*Engine, error) { return NewFrom(d, kernels.Sources) }
+
+// NewFrom is New with other sources of the same kernels.
+func NewFrom(d *driver.Driver, sources fs.FS) (*Engine, error) {
 	e := &Engine{driver: d}
 	cache, err := jit.OpenCache()
 	e.cacheErr = err
-	e.compiler, err = jit.NewCompiler(kernels.Sources, cache, e.findCompiler)
+	e.compiler, err = jit.NewCompiler(sources, cache, e.findCompiler)
 	if err != nil {
 		return nil, err
 	}

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/fstest"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -17,6 +18,13 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/jit"
 )
 
+// stubs have the kernels' names and nothing in them: they compile in no time.
+var stubs = fstest.MapFS{
+	"zipgemm_mma.cu":   {Data: []byte(`extern "C" __global__ void zs_zipgemm_mma() {}`)},
+	"zipgemm_wgmma.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
+	"decompress.cu":    {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
+}
+
 // open makes an engine over a fake driver. Kernels are really compiled; the cache lives as long as the test binary, so each is once.
 func open(t testing.TB) (*drivertest.Fake, *engine.Engine) {
 	t.Helper()
@@ -24,7 +32,7 @@ func open(t testing.TB) (*drivertest.Fake, *engine.Engine) {
 	t.Setenv(jit.EnvCacheDir, cacheDir(t))
 	engine.SetCompilerDirs(drivertest.CompilerDirs())
 	f := drivertest.New(t)
-	e, err := engine.New(f.Open())
+	e, err := engine.NewFrom(f.Open(), stubs)
 	require.NoError(t, err)
 	return f, e
 }
@@ -218,6 +226,20 @@ func TestEveryGenerationGetsItsKernels(t *testing.T) {
 			assert.Equal(t, 1, count(f, "load 0 cubin"))
 		})
 	}
+}
+
+func TestTheRealKernelsCompileAndLoad(t *testing.T) {
+	drivertest.Compiler(t)
+	t.Setenv(jit.EnvCacheDir, cacheDir(t))
+	engine.SetCompilerDirs(drivertest.CompilerDirs())
+	f := drivertest.New(t)
+	e, err := engine.New(f.Open())
+	require.NoError(t, err)
+	p := job()
+	_, err = device(t, e, 0).Linear(&p)
+	require.NoError(t, err)
+	require.NoError(t, device(t, e, 0).Decompress(0, 0x1000, 64, 64, 0x5000, 64))
+	assert.Len(t, launches(f), 2)
 }
 
 func TestManyThreads(t *testing.T) {

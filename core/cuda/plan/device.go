@@ -49,6 +49,7 @@ type Kernel struct {
 	Grid         uint32   // blocks along x
 	PerSM        uint32   // where not 0: the grid is this many blocks an SM, or fewer if fewer fit, and Grid is the most that are of use
 	Block        uint32   // threads
+	Resident     uint32   // where not 0: so many blocks must fit on an SM at a time
 	Smem         uint32   // bytes of dynamic shared memory
 	Programmatic bool     // may start before the kernel ahead of it has ended
 }

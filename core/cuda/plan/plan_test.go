@@ -64,7 +64,8 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 						continue
 					}
 					checkKernel(t, d, l.Kernel)
-					assert.LessOrEqual(t, int(l.Kernel.Grid), d.SMs, label)
+					assert.LessOrEqual(t, l.Kernel.Grid, uint32(d.SMs)*l.Kernel.Resident, label)
+					assert.LessOrEqual(t, int(l.Kernel.Resident*(l.Kernel.Smem+1024)), d.SmemSM, label)
 					assert.LessOrEqual(t, l.Partials, partials, label)
 					assert.LessOrEqual(t, l.Flags, flags, label)
 					assert.GreaterOrEqual(t, l.Flags, l.Kernel.Grid, label)
@@ -90,8 +91,8 @@ func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 				require.False(t, l.Expand, label)
 				require.Equal(t, first.Kernel.Grid, l.Kernel.Grid, label)
 				require.Equal(t, first.Kernel.Entry, l.Kernel.Entry, label)
-				for _, define_ := range []string{"ZS_ROWS", "ZS_MW", "ZS_KW"} {
-					require.Equal(t, define(t, first.Kernel, define_), define(t, l.Kernel, define_), label)
+				for _, layout := range []string{"ZS_MW", "ZS_KW", "ZS_BLOCKS"} {
+					require.Equal(t, define(t, first.Kernel, layout), define(t, l.Kernel, layout), label)
 				}
 				require.GreaterOrEqual(t, define(t, l.Kernel, "ZS_N"), int(min(n, l.Tokens)), label)
 			}

@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan_test
+
+import (
+	"fmt"
+	"io/fs"
+	"path"
+	"regexp"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/cuda/drivertest"
+	"github.com/zipserv/zipserv/core/cuda/jit"
+	"github.com/zipserv/zipserv/core/cuda/nvrtc"
+	"github.com/zipserv/zipserv/core/cuda/plan"
+	"github.com/zipserv/zipserv/kernels"
+)
+
+// The plans repeat the kernels' arithmetic of shared memory and threads. Here the compiler says what the sources make of it.
+func TestPlansAgreeWithTheSources(t *testing.T) {
+	lib := drivertest.Compiler(t)
+	files := map[string]string{}
+	require.NoError(t, fs.WalkDir(kernels.Sources, ".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() {
+			return err
+		}
+		data, err := fs.ReadFile(kernels.Sources, p)
+		files[p] = string(data)
+		return err
+	}))
+	seen := map[string]bool{}
+	for name, d := range devices {
+		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096)}
+		for _, n := range []uint64{1, 16, 32, 64} {
+			l, err := plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: n, Invariant: true})
+			require.NoError(t, err)
+			plans = append(plans, l.Kernel)
+		}
+		for _, k := range plans {
+			id := fmt.Sprint(k.Source, k.Defines, d.Capability/10)
+			if seen[id] {
+				continue
+			}
+			seen[id] = true
+			t.Run(fmt.Sprintf("%s/%s/%s", name, path.Base(k.Source), strings.Join(k.Defines, ",")), func(t *testing.T) {
+				smem := "ZS_GEMM_SMEM"
+				threads := "ZS_THREADS"
+				if strings.HasPrefix(k.Source, "decompress") {
+					smem, threads = "ZS_DECOMPRESS_SMEM", "32 * ZS_WARPS"
+				}
+				got := constants(t, lib, files, k, d.Capability, smem, threads)
+				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")
+			})
+		}
+	}
+}
+
+// constants compiles a source with a kernel behind it that stores the values of two expressions, and reads them from the PTX.
+func constants(t *testing.T, lib *nvrtc.Library, files map[string]string, k plan.Kernel, capability int, expressions ...string) (values []int) {
+	t.Helper()
+	source := fmt.Sprintf("#include \"%s\"\nextern \"C\" __global__ void probe(unsigned *p) {\n", k.Source)
+	for i, e := range expressions {
+		source += fmt.Sprintf("p[%d] = 1000000000u + (unsigned)(%s);\n", i, e)
+	}
+	arch, err := jit.Target(capability/10, capability%10, lib.Archs())
+	require.NoError(t, err)
+	options := []string{"-std=c++17", "-default-device", "-G", "-arch=" + strings.Replace(arch.Name, "sm_", "compute_", 1)}
+	for _, d := range k.Defines {
+		options = append(options, "-D"+d)
+	}
+	r, err := lib.Compile("probe.cu", source+"}", files, options, true)
+	require.NoError(t, err)
+	text := string(r.Image)
+	text = text[strings.Index(text, ".entry probe("):]
+	for _, found := range regexp.MustCompile(`\b1\d{9}\b`).FindAllString(text, len(expressions)) {
+		var v int
+		_, err := fmt.Sscan(found, &v)
+		require.NoError(t, err)
+		values = append(values, v-1000000000)
+	}
+	return values
+}
