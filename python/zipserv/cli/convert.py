@@ -104,19 +104,18 @@ def _check_configs(job: Job, folder: folders.Folder) -> dict[Path, dict[str, obj
 
 
 def _check_work(job: Job, folder: folders.Folder) -> None:
-    """Refuses a model that the rules select nothing of: a copy that is called compressed would be of no use."""
-    if job.rules is None:
+    """Reads the headers of all shards before hours of work are spent.
+
+    Refuses a damaged one, and a model that the rules select nothing of: a copy that is called compressed is of no use.
+    """
+    entries = [entry for shard in folder.shards for entry in shards.entries(job.source / shard)]
+    if job.rules is None or any(job.rules.wants(*entry) for entry in entries):
         return
-    seen: set[str] = set()
-    for shard in folder.shards:
-        entries = shards.entries(job.source / shard)
-        if any(job.rules.wants(*entry) for entry in entries):
-            return
-        seen.update(str(dtype).removeprefix("torch.") for _, _, dtype in entries)
+    dtypes = sorted({str(dtype).removeprefix("torch.") for _, _, dtype in entries})
     raise Failure(
         Code.INPUT,
         f"{job.source}: nothing to compress: no matrix in bfloat16 or float16 that the options select (found: "
-        f"{', '.join(sorted(seen)) or 'no tensors'}). zipserv casts nothing: save an FP32 model in BF16 first",
+        f"{', '.join(dtypes) or 'no tensors'}). zipserv casts nothing: save an FP32 model in BF16 first",
     )
 
 
