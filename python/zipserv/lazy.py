@@ -58,7 +58,8 @@ class LazyWeight(torch.Tensor):
             if isinstance(weight, cls) and not isinstance(x, cls) and weight.dim() == 2 and x.dtype == weight.dtype:
                 m, k = weight._matrix
                 return linear_blob(x, weight._blob, m, k, weight.dtype, bias)
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
