@@ -11,8 +11,8 @@ type kernels struct {
 	// it leaves the exponents in s.exps, in any order inside a row.
 	scan func(s *scratch, src []byte, stride, rows int) (sum uint32, lowest, highest uint8)
 
-	// count counts exponents of s.exps around the highest one.
-	count func(s *scratch, highest uint8) counts
+	// count counts exponents of s.exps around the highest one: all of counts, or only window, top[0], top[1] and below[0].
+	count func(s *scratch, highest uint8, all bool) counts
 
 	// outside counts exponents of s.exps below lo or above hi.
 	outside func(s *scratch, lo, hi uint8) int
@@ -35,7 +35,7 @@ type counts struct {
 // kernelWork is room for the kernels' own intermediate results.
 type kernelWork struct {
 	hist   [256]uint32
-	planes [3][16]uint64
+	planes [3 * 16]uint64 // code bits of the 16 rows of a warp tile
 	counts [8]uint32
 }
 

@@ -10,5 +10,8 @@ func kernelSets() []kernels {
 	if cpu.X86.HasAVX2 {
 		sets = append(sets, avx2)
 	}
+	if hasAVX512() {
+		sets = append(sets, avx512)
+	}
 	return sets
 }

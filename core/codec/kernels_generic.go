@@ -40,7 +40,7 @@ func scanPortable(s *scratch, src []byte, stride, rows int) (sum uint32, lowest,
 	return sum, lowest, highest
 }
 
-func countPortable(s *scratch, highest uint8) (c counts) {
+func countPortable(s *scratch, highest uint8, _ bool) (c counts) {
 	hist := &s.work.hist
 	histogram(hist, s.exps[:])
 	for i := range 8 {

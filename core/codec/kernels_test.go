@@ -34,7 +34,10 @@ func compareKernels(t *testing.T, src []byte, stride int, base uint8, rows int) 
 			r.exps = append(r.exps, e)
 		}
 		if r.high >= 10 && rows == tileRows {
-			r.counts = set.count(s, r.high)
+			r.counts = set.count(s, r.high, true)
+			few := set.count(s, r.high, false)
+			require.Equal(t, [4]uint32{r.counts.window, r.counts.top[0], r.counts.top[1], r.counts.below[0]},
+				[4]uint32{few.window, few.top[0], few.top[1], few.below[0]})
 			r.outside = set.outside(s, base/2, base/2+22)
 		}
 		if rows != tileRows {

@@ -55,25 +55,15 @@ func (s *scratch) chooseWindow(lowest, highest uint8, padding, maxBase int) wind
 // top-7 covers no more than the one at top-7, so the search goes down from there. The window at top-7-d misses the d exponents at the top;
 // as soon as that alone makes it worse than the best so far, so are all windows below it. Padding (exponent 0) must be in none of the counts.
 func (s *scratch) quickWindow(lowest, highest uint8, padding, weights, maxBase int) (window, bool) {
-	const depth = 3
 	first := int(highest) - (format.WindowSize - 1)
-	if first-depth <= 0 || first > maxBase {
+	if first-len(counts{}.below) <= 0 || first > maxBase {
 		return window{}, false
 	}
-	c := kern.count(s, highest)
-	covered := int(c.window)
-	best, base, above := covered, first, 0
-	for d := 1; ; d++ {
-		above += int(c.top[d-1])
-		if weights-above < best {
-			break
-		}
-		if d > depth {
+	// Two steps down are enough nine times out of ten.
+	best, base, ok := kern.count(s, highest, false).search(first, weights, 1)
+	if !ok {
+		if best, base, ok = kern.count(s, highest, true).search(first, weights, len(counts{}.below)); !ok {
 			return window{}, false
-		}
-		covered += int(c.below[d-1]) - int(c.top[d-1])
-		if covered >= best { // the smallest base on ties
-			best, base = covered, first-d
 		}
 	}
 	w := window{base: uint8(base), escapes: weights - best}
@@ -86,6 +76,26 @@ func (s *scratch) quickWindow(lowest, highest uint8, padding, weights, maxBase i
 		w.literals -= padding
 	}
 	return w, true
+}
+
+// search goes down from the window at `first`, up to `depth` steps.
+func (c counts) search(first, weights, depth int) (best, base int, ok bool) {
+	covered := int(c.window)
+	best, base = covered, first
+	above := 0
+	for d := 1; ; d++ {
+		above += int(c.top[d-1])
+		if weights-above < best {
+			return best, base, true
+		}
+		if d > depth {
+			return 0, 0, false
+		}
+		covered += int(c.below[d-1]) - int(c.top[d-1])
+		if covered >= best { // the smallest base on ties
+			best, base = covered, first-d
+		}
+	}
 }
 
 // histogram counts bytes; four tables, because runs of equal bytes would wait for each other's counter.

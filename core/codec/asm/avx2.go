@@ -63,26 +63,27 @@ func scanAVX2() {
 	DECQ(rows)
 	JNZ(LabelRef("row"))
 
-	reduce := func(y reg.VecVirtual, op func(...Op), smallest int, result string) {
-		x, t := XMM(), XMM()
-		VEXTRACTI128(U8(1), y, x)
-		op(y.AsX(), x, x)
-		for n := 8; n >= smallest; n /= 2 {
-			VPSRLDQ(U8(n), x, t)
-			op(t, x, x)
-		}
-		r := GP32()
-		VMOVD(x, r)
-		if smallest == 1 {
-			MOVBLZX(r.As8(), r)
-		}
-		Store(r, ReturnIndex(map[string]int{"sum": 0, "lowest": 1, "highest": 2}[result]))
-	}
-	reduce(sum, func(o ...Op) { VPADDD(o[0], o[1], o[2]) }, 4, "sum")
-	reduce(low, func(o ...Op) { VPMINUB(o[0], o[1], o[2]) }, 1, "lowest")
-	reduce(high, func(o ...Op) { VPMAXUB(o[0], o[1], o[2]) }, 1, "highest")
+	Store(reduce(sum, func(a, b, c Op) { VPADDD(a, b, c) }, 4), ReturnIndex(0))
+	Store(reduce(low, func(a, b, c Op) { VPMINUB(a, b, c) }, 1), ReturnIndex(1))
+	Store(reduce(high, func(a, b, c Op) { VPMAXUB(a, b, c) }, 1), ReturnIndex(2))
 	VZEROUPPER()
 	RET()
+}
+
+// reduce folds y with op down to its lowest 4 bytes or lowest byte.
+func reduce(y reg.VecVirtual, op func(a, b, c Op), smallest int) reg.GPVirtual {
+	x, t, r := XMM(), XMM(), GP32()
+	VEXTRACTI128(U8(1), y, x)
+	op(y.AsX(), x, x)
+	for n := 8; n >= smallest; n /= 2 {
+		VPSRLDQ(U8(n), x, t)
+		op(t, x, x)
+	}
+	VMOVD(x, r)
+	if smallest == 1 {
+		MOVBLZX(r.As8(), r)
+	}
+	return r
 }
 
 // sumBytes adds the 32 byte counters of y into a general register.
@@ -97,23 +98,22 @@ func sumBytes(y, zero reg.VecVirtual) reg.GPVirtual {
 	return r
 }
 
-func countAVX2() {
-	TEXT("countAVX2", NOSPLIT, "func(exps *byte, highest uint32, counts *uint32)")
+// countAVX2 counts 0..7 below the highest exponent, then the distances one by one.
+func countAVX2(name string, distances ...uint8) {
+	TEXT(name, NOSPLIT, "func(exps *byte, highest uint32, counts *uint32)")
 	exps := Load(Param("exps"), GP64())
 	high := broadcastByte(Load(Param("highest"), GP32()))
 	out := Load(Param("counts"), GP64())
-	// counts[0]: distance 0..7 from the highest; then these distances one by one.
-	distances := []uint8{0, 1, 2, 3, 8, 9, 10}
 	equal := make([]Mem, len(distances))
 	for i, d := range distances {
 		if d != 0 {
-			equal[i] = bytes8("distance"+string('a'+rune(d)), 32, d)
+			equal[i] = bytes8(name+"Distance"+string('A'+rune(d)), 32, d)
 		}
 	}
-	seven := bytes8("sevens", 32, 7)
+	seven := bytes8(name+"Sevens", 32, 7)
 	zero := YMM()
 	VPXOR(zero, zero, zero)
-	acc := make([]reg.VecVirtual, 8)
+	acc := make([]reg.VecVirtual, 1+len(distances))
 	for i := range acc {
 		acc[i] = YMM()
 		VPXOR(acc[i], acc[i], acc[i])

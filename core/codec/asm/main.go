@@ -28,10 +28,14 @@ const (
 func main() {
 	ConstraintExpr("amd64")
 	scanAVX2()
-	countAVX2()
+	countAVX2("countFewAVX2", 0, 1, 8)
+	countAVX2("countAVX2", 0, 1, 2, 3, 8, 9, 10)
 	outsideAVX2()
 	encodeAVX2()
 	decodeAVX2()
+	scanAVX512()
+	encodeAVX512()
+	decodeAVX512()
 	Generate()
 }
 
