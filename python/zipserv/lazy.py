@@ -68,7 +68,8 @@ class LazyWeight(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return args[0]
-        for argument, given in zip(func._schema.arguments, args, strict=False):
+        for index, argument in enumerate(func._schema.arguments):
+            given = args[index] if index < len(args) else kwargs.get(argument.name)
             if argument.is_write and isinstance(given, cls):
                 raise Error("a compressed weight can't be changed in place: decompress it, and compress the result")
         plain = tree_map(lambda value: value.decompress() if isinstance(value, cls) else value, (args, kwargs))
