@@ -65,13 +65,13 @@ def make_model(root: Path, layers: int = 3) -> Path:
     total = 0
     for i in range(layers):
         tensors = {
-            f"model.layers.{i}.q_proj.weight": weight(96, 128, seed=i),
-            f"model.layers.{i}.q_proj.bias": weight(1, 96, seed=i)[0],
+            f"model.layers.{i}.q_proj.weight": weight(192, 128, seed=i),
+            f"model.layers.{i}.q_proj.bias": weight(1, 192, seed=i)[0],
             f"model.layers.{i}.mlp.gate.weight": weight(64, 128, seed=20 + i),
             f"model.layers.{i}.norm.weight": torch.ones(128, dtype=torch.float32),
         }
         if i == 0:
-            tensors["model.embed_tokens.weight"] = weight(200, 128, seed=9)
+            tensors["model.embed_tokens.weight"] = weight(250, 128, seed=9)
             tensors["model.layers.0.odd.weight"] = any_bits(256, 256)
         name = f"model-{i + 1:05d}-of-{layers:05d}.safetensors"
         save_file(tensors, root / name, metadata={"format": "pt"})

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command ``zipserv``.
-
-Commands are loaded when they are called, so that ``zipserv --help`` does not wait for torch.
-"""
+"""The command ``zipserv``."""
 
 from __future__ import annotations
 
@@ -20,18 +17,19 @@ import click
 from . import output
 from .output import Code
 
+# Module, name and what it does, in the order of --help.
 _COMMANDS = {
-    "compress": ("convert", "compress"),
-    "decompress": ("convert", "decompress"),
-    "verify": ("verify", "verify"),
-    "inspect": ("inspecting", "inspect"),
-    "doctor": ("health", "doctor"),
-    "bench": ("benchmark", "bench"),
+    "compress": ("convert", "compress", "Compress a safetensors file or a model folder, losing no bit."),
+    "decompress": ("convert", "decompress", "Restore what was compressed, bit by bit."),
+    "verify": ("verify", "verify", "Check weights against the original or by their checksums."),
+    "inspect": ("inspecting", "inspect", "Show how small weights are, or would be; draw a picture."),
+    "doctor": ("health", "doctor", "Tell what was found on this machine, and what to do."),
+    "bench": ("benchmark", "bench", "Measure this machine: compressed against plain weights."),
 }
 
 
 class _Commands(click.Group):
-    """A group that imports a command's module at its first use."""
+    """A group that imports a command's module (and with it torch) when the command is called, not before."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -39,10 +37,14 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, name = _COMMANDS[cmd_name]
+        module, name, _ = _COMMANDS[cmd_name]
         command = getattr(importlib.import_module(f"{__name__}.{module}"), name)
         assert isinstance(command, click.Command)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in _COMMANDS.items()])
 
 
 def _version(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:

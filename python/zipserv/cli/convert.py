@@ -222,8 +222,8 @@ _OUT = click.Path(path_type=Path)
 def compress(source: Path, target: Path, include: tuple[str, ...], exclude: tuple[str, ...], force: bool, quiet: bool, as_json: bool) -> None:
     """Compress a safetensors file or a Hugging Face model folder, losing no bit.
 
-    From a file, every 16-bit tensor of two or more dimensions is compressed. From a folder, the weights of linear
-    layers are (not embeddings, norms, routers: --include changes that), all other files are copied, and config.json
+    From a file, every 16-bit tensor of two or more dimensions is compressed. From a folder, the weights of linear layers
+    and embeddings are (not positions, norms, routers: --include changes that), all other files are copied, and config.json
     says that the model is compressed. A folder is written shard by shard: run the same command again to go on after an
     interruption; what is finished is verified and kept.
     """

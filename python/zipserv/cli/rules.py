@@ -14,17 +14,28 @@ DTYPES = (torch.bfloat16, torch.float16)
 # Below this many weights the header and the padding to whole tiles eat the gain.
 SMALLEST = 64 * 64
 
-# In a model folder: what inference engines do not run through a linear layer that can be replaced. Embeddings are
-# looked up, norms are vectors, routers of mixture-of-experts models are read as plain parameters.
-LEFT_PLAIN = ("*embed*", "*wte*", "*wpe*", "*norm*", "*router*", "*.gate.weight", "*shared_expert_gate*")
+# In a model folder: small tables and vectors that are added, not multiplied, and the routers of mixture-of-experts
+# models, which engines read as plain parameters.
+LEFT_PLAIN = (
+    "*embed_positions*",
+    "*pos_embed*",
+    "*position_embedding*",
+    "*relative_attention*",
+    "*token_type_embedding*",
+    "*wpe*",
+    "*norm*",
+    "*router*",
+    "*.gate.weight",
+    "*shared_expert_gate*",
+)
 
 
 @dataclass(frozen=True)
 class Rules:
     """``include``: only these names (and then the defaults of a model folder do not count); ``exclude``: never these.
 
-    Names are matched with shell wildcards. ``folder``: the input is a model folder, whose linear layers an engine will
-    run: matrices named ``*.weight`` only. A single file may hold anything: every tensor of two or more dimensions.
+    Names are matched with shell wildcards. ``folder``: the input is a model folder, whose linear layers and embeddings an
+    engine will run: matrices named ``*.weight`` only. A single file may hold anything: every tensor of two or more dimensions.
     """
 
     include: tuple[str, ...] = ()
