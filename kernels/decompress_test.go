@@ -15,17 +15,14 @@ import (
 )
 
 // decompressor is one compiled variant of decompress.cu.
-type decompressor struct {
-	program       *emu.Program
-	warps, stages int
-}
+type decompressor struct{ program *emu.Program }
 
-func newDecompressor(t *testing.T, files fs.FS, warps, stages int, bulk bool) decompressor {
-	defines := []string{fmt.Sprintf("ZS_WARPS=%d", warps), fmt.Sprintf("ZS_STAGES=%d", stages), "ZS_BULK=0"}
-	if bulk {
-		defines[2] = "ZS_BULK=1"
-	}
-	return decompressor{compile(t, files, "decompress.cu", defines, "zs_decompress"), warps, stages}
+func newDecompressor(t *testing.T, files fs.FS, warps int) decompressor {
+	t.Helper()
+	p, err := emu.Compile(emu.Source{Files: files, Main: "decompress.cu", Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps)},
+		Kernels: []string{"zs_decompress"}, Constants: []string{"ZS_WARPS", "ZS_DECOMPRESS_SMEM"}})
+	require.NoError(t, err)
+	return decompressor{p}
 }
 
 type decompressCase struct {
@@ -42,7 +39,7 @@ func (d decompressor) run(c decompressCase) ([]byte, error) {
 	size := 2 * (c.spare + (c.x.m-1)*c.ld + c.x.k)
 	out := &emu.Buffer{Name: "out", Data: make([]byte, size), Mode: emu.Out, Align: c.align}
 	_, err := d.program.Run(context.Background(), emu.Launch{
-		Kernel: "zs_decompress", Grid: [3]int{c.blocks}, Block: [3]int{32 * d.warps}, Shared: d.warps * (8192 + d.stages*5632 + 128),
+		Kernel: "zs_decompress", Grid: [3]int{c.blocks}, Block: [3]int{32 * d.program.Constant("ZS_WARPS")}, Shared: d.program.Constant("ZS_DECOMPRESS_SMEM"),
 		Args: []any{blob, emu.Ptr{Buffer: out, Offset: 2 * c.spare}, c.ld, c.x.m, c.x.k}, Seed: c.seed,
 	})
 	return out.Data, err
@@ -60,31 +57,29 @@ func (c decompressCase) expected() []byte {
 }
 
 func TestDecompress(t *testing.T) {
-	for _, bulk := range []bool{false, true} {
-		for _, stages := range []int{2, 3} {
-			t.Run(fmt.Sprintf("bulk=%v,stages=%d", bulk, stages), func(t *testing.T) {
-				t.Parallel()
-				d := newDecompressor(t, kernels.Sources, 2, stages, bulk)
-				for _, s := range [][2]int{{1, 1}, {1, 64}, {64, 1}, {64, 64}, {65, 63}, {63, 65}, {128, 320}, {200, 72}, {77, 1000}, {320, 130}} {
-					for kind := range kinds {
-						t.Run(fmt.Sprintf("%dx%d,%s", s[0], s[1], kind), func(t *testing.T) {
-							for i, seed := range seeds(t, 1) {
-								c := decompressCase{x: newMatrix(kind, s[0], s[1], seed), blocks: 1 + int(seed%3), ld: s[1] + int(seed>>8)%3*4, align: 16, seed: seed}
-								got, err := d.run(c)
-								require.NoError(t, err)
-								requireSame(t, c.expected(), got, c.ld, fmt.Sprintf("schedule %d", i))
-							}
-						})
-					}
+	for _, warps := range []int{1, 3} {
+		t.Run(fmt.Sprintf("warps=%d", warps), func(t *testing.T) {
+			t.Parallel()
+			d := newDecompressor(t, kernels.Sources, warps)
+			for _, s := range [][2]int{{1, 1}, {1, 64}, {64, 1}, {64, 64}, {65, 63}, {63, 65}, {128, 320}, {200, 72}, {77, 1000}, {320, 130}} {
+				for kind := range kinds {
+					t.Run(fmt.Sprintf("%dx%d,%s", s[0], s[1], kind), func(t *testing.T) {
+						for i, seed := range seeds(t, 1) {
+							c := decompressCase{x: newMatrix(kind, s[0], s[1], seed), blocks: 1 + int(seed%3), ld: s[1] + int(seed>>8)%3*4, align: 16, seed: seed}
+							got, err := d.run(c)
+							require.NoError(t, err)
+							requireSame(t, c.expected(), got, c.ld, fmt.Sprintf("schedule %d", i))
+						}
+					})
 				}
-			})
-		}
+			}
+		})
 	}
 }
 
 func TestDecompressUnalignedOutput(t *testing.T) {
 	t.Parallel()
-	d := newDecompressor(t, kernels.Sources, 2, 2, true)
+	d := newDecompressor(t, kernels.Sources, 2)
 	for _, c := range []decompressCase{
 		{x: newMatrix("outliers", 70, 128, 1), ld: 128, align: 16, spare: 1, blocks: 1, seed: 1},
 		{x: newMatrix("outliers", 70, 128, 1), ld: 129, align: 16, blocks: 2, seed: 2},

@@ -17,46 +17,33 @@ import (
 	"github.com/zipserv/zipserv/kernels/emu"
 )
 
-// gemm is one compiled variant of a ZipGEMM kernel. The sizes mirror ZS_GEMM_SMEM and the launch rules at the top of each .cu file.
+// gemm is one compiled variant of a ZipGEMM kernel. What a launch needs (threads, shared memory, workspace) is read from the source's own macros.
 type gemm struct {
-	program                *emu.Program
-	entry                  string
-	n, rows, mw, kw        int
-	threads, smem, perTile int
-	allowUninitialised     bool
+	program            *emu.Program
+	entry              string
+	n, mw, kw          int
+	allowUninitialised bool
 }
 
-type variant struct{ n, rows, mw, kw, stages, xstages int }
+type variant struct{ n, mw, kw, stages, xstages int }
 
 func (v variant) String() string {
-	return fmt.Sprintf("n=%d,rows=%d,mw=%d,kw=%d,stages=%d,xstages=%d", v.n, v.rows, v.mw, v.kw, v.stages, v.xstages)
+	return fmt.Sprintf("n=%d,mw=%d,kw=%d,stages=%d,xstages=%d", v.n, v.mw, v.kw, v.stages, v.xstages)
 }
 
-func newMMA(t *testing.T, files fs.FS, v variant, bulk bool) gemm {
-	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_ROWS=%d", v.rows), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
+func newGEMM(t *testing.T, files fs.FS, kernel string, v variant, bulk bool) gemm {
+	t.Helper()
+	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
 		fmt.Sprintf("ZS_STAGES=%d", v.stages), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), "ZS_BULK=0"}
 	if bulk {
-		defines[6] = "ZS_BULK=1"
+		defines[5] = "ZS_BULK=1"
 	}
-	warps := v.mw * v.kw
-	return gemm{
-		program: compile(t, files, "zipgemm_mma.cu", defines, "zs_zipgemm_mma"), entry: "zs_zipgemm_mma",
-		n: v.n, rows: v.rows, mw: v.mw, kw: v.kw, threads: 32 * (warps + 1),
-		smem: warps*v.rows*128 + warps*v.stages*(5632*v.rows/64) + v.xstages*v.kw*v.n*128 + warps*64 + 256,
-	}
-}
-
-func newWGMMA(t *testing.T, files fs.FS, v variant) gemm {
-	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
-		fmt.Sprintf("ZS_STAGES=%d", v.stages), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), "ZS_BULK=1"}
-	groups := v.mw * v.kw
-	return gemm{
-		program: compile(t, files, "zipgemm_wgmma.cu", defines, "zs_zipgemm_wgmma"), entry: "zs_zipgemm_wgmma",
-		n: v.n, rows: 64, mw: v.mw, kw: v.kw, threads: 128*groups + 64,
-		smem: groups*2*8192 + v.xstages*v.kw*v.n*128 + groups*v.stages*(5632+256+16) + (2*groups*v.stages+2*v.xstages)*8,
-		// Threads load an entry of the staged escapes before they know whether there is one.
-		allowUninitialised: true,
-	}
+	entry := "zs_zipgemm_" + kernel
+	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: defines, Kernels: []string{entry},
+		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
+	require.NoError(t, err)
+	// Threads of the wgmma kernel load an entry of the staged escapes before they know whether there is one.
+	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: v.kw, allowUninitialised: kernel == "wgmma"}
 }
 
 type product struct {
@@ -71,7 +58,7 @@ type product struct {
 }
 
 func (g gemm) units(w matrix) int {
-	strips, cols := (w.m+g.rows-1)/g.rows, (w.k+63)/64
+	strips, cols := (w.m+63)/64, (w.k+63)/64
 	return (strips + g.mw - 1) / g.mw * ((cols + g.kw - 1) / g.kw)
 }
 
@@ -112,10 +99,10 @@ func (g gemm) run(p product) ([]uint16, error) {
 	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: align, Dependent: true}
 	flags := &emu.Buffer{Name: "flags", Data: make([]byte, 4*grid), Mode: emu.InOut, Dependent: true}
 	args[4] = y
-	args[9] = &emu.Buffer{Name: "workspace", Data: make([]byte, 4*grid*g.mw*g.rows*g.n), Mode: emu.Out, Dependent: true}
+	args[9] = &emu.Buffer{Name: "workspace", Data: make([]byte, 4*grid*g.mw*64*g.n), Mode: emu.Out, Dependent: true}
 	args[10] = flags
 	_, err := g.program.Run(context.Background(), emu.Launch{
-		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.threads}, Shared: g.smem, Args: args, Seed: p.seed, PDL: true, AllowUninitialised: g.allowUninitialised,
+		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true, AllowUninitialised: g.allowUninitialised,
 	})
 	if err != nil {
 		return nil, err
@@ -193,11 +180,11 @@ var mmaVariants = []struct {
 	variant
 	bulk bool
 }{
-	{variant{8, 64, 2, 4, 2, 2}, true},
-	{variant{8, 64, 1, 2, 3, 2}, false},
-	{variant{16, 32, 2, 2, 4, 2}, true},
-	{variant{32, 16, 2, 2, 2, 3}, false},
-	{variant{64, 32, 1, 2, 2, 2}, true},
+	{variant{8, 2, 4, 2, 4}, true},
+	{variant{8, 1, 2, 3, 2}, false},
+	{variant{16, 2, 2, 4, 2}, true},
+	{variant{32, 2, 1, 2, 3}, false},
+	{variant{64, 1, 2, 2, 2}, true},
 }
 
 func testShapes(t *testing.T, g gemm, schedules int) {
@@ -225,18 +212,18 @@ func TestGEMM(t *testing.T) {
 	for _, v := range mmaVariants {
 		t.Run(fmt.Sprintf("%v,bulk=%v", v.variant, v.bulk), func(t *testing.T) {
 			t.Parallel()
-			testShapes(t, newMMA(t, kernels.Sources, v.variant, v.bulk), 1)
+			testShapes(t, newGEMM(t, kernels.Sources, "mma", v.variant, v.bulk), 1)
 		})
 	}
 }
 
-var wgmmaVariants = []variant{{8, 64, 1, 1, 2, 2}, {16, 64, 2, 1, 3, 2}, {32, 64, 1, 2, 2, 3}}
+var wgmmaVariants = []variant{{8, 1, 1, 2, 2}, {16, 2, 1, 3, 2}, {32, 1, 2, 2, 3}}
 
 func TestWGMMA(t *testing.T) {
 	for _, v := range wgmmaVariants {
 		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
-			testShapes(t, newWGMMA(t, kernels.Sources, v), 1)
+			testShapes(t, newGEMM(t, kernels.Sources, "wgmma", v, true), 1)
 		})
 	}
 }
@@ -249,9 +236,9 @@ func TestBatchInvariance(t *testing.T) {
 			var all []gemm
 			for _, n := range []int{8, 16, 32} {
 				if set == "mma" {
-					all = append(all, newMMA(t, kernels.Sources, variant{n, 64, 1, 2, 2, 2}, n != 16))
+					all = append(all, newGEMM(t, kernels.Sources, "mma", variant{n, 1, 2, 2, 2}, n != 16))
 				} else {
-					all = append(all, newWGMMA(t, kernels.Sources, variant{n, 64, 1, 2, 2, 3}))
+					all = append(all, newGEMM(t, kernels.Sources, "wgmma", variant{n, 1, 2, 2, 3}, true))
 				}
 			}
 			for _, s := range []struct{ m, k, grid int }{{130, 600, 4}, {64, 1300, 3}} {
@@ -284,7 +271,7 @@ func TestBatchInvariance(t *testing.T) {
 // NaN and infinity in a padded or absent place must not leak into results.
 func TestGEMMIgnoresWhatIsNotThere(t *testing.T) {
 	t.Parallel()
-	g := newMMA(t, kernels.Sources, variant{8, 64, 2, 4, 2, 2}, true)
+	g := newGEMM(t, kernels.Sources, "mma", variant{8, 2, 4, 2, 4}, true)
 	p := newProduct(70, 100, 3, 6)
 	p.grid, p.ldx = 2, 104
 	y, err := g.run(p)

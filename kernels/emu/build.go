@@ -29,11 +29,23 @@ type Source struct {
 	Main    string   // the .cu file
 	Defines []string // NAME=VALUE
 	Kernels []string // its __global__ functions that a Launch may name
+	// Constants are macros and constants of the source that Program.Constant tells.
+	Constants []string
 }
 
 // Program is a compiled Source. Its launches may run in parallel.
 type Program struct {
-	path string
+	path      string
+	constants map[string]int
+}
+
+// Constant is the value of one of Source.Constants.
+func (p *Program) Constant(name string) int {
+	v, ok := p.constants[name]
+	if !ok {
+		panic("emu: the program has no constant " + name)
+	}
+	return v
 }
 
 // Compiled code calls the emulator before every memory access because of -fsanitize=thread, whose hooks the emulator defines itself. The
@@ -170,7 +182,7 @@ func Compile(src Source) (*Program, error) {
 		return nil, err
 	}
 	parts := append([]string{host, src.Main}, src.Defines...)
-	parts = append(append(parts, src.Kernels...), kernelFlags...)
+	parts = append(append(append(parts, src.Kernels...), src.Constants...), kernelFlags...)
 	key, err := hashTree(src.Files, parts...)
 	if err != nil {
 		return nil, err
@@ -183,6 +195,9 @@ func Compile(src Source) (*Program, error) {
 		fmt.Fprintf(&main, "#include \"%s\"\n#include \"emu/host/entry.h\"\n", src.Main)
 		for _, k := range src.Kernels {
 			fmt.Fprintf(&main, "ZS_EMU_ENTRY(%s)\n", k)
+		}
+		for _, k := range src.Constants {
+			fmt.Fprintf(&main, "ZS_EMU_CONSTANT(%s)\n", k)
 		}
 		if err := os.WriteFile(filepath.Join(dir, "program.cc"), []byte(main.String()), 0o600); err != nil {
 			return err
@@ -205,7 +220,23 @@ func Compile(src Source) (*Program, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Program{filepath.Join(dir, "program")}, nil
+	p := &Program{filepath.Join(dir, "program"), map[string]int{}}
+	if len(src.Constants) == 0 {
+		return p, nil
+	}
+	out, err := exec.Command(p.path, "--constants").Output()
+	if err != nil {
+		return nil, fmt.Errorf("emu: the constants of %s: %w", src.Main, err)
+	}
+	for line := range strings.Lines(string(out)) {
+		var name string
+		var value int
+		if _, err := fmt.Sscan(line, &name, &value); err != nil {
+			return nil, fmt.Errorf("emu: the constants of %s: %w", src.Main, err)
+		}
+		p.constants[name] = value
+	}
+	return p, nil
 }
 
 // Mutate returns files with one text in one file replaced, for seeding bugs. The text must occur just once.

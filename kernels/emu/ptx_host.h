@@ -58,6 +58,9 @@ inline void st_shared_u16(uint32_t addr, uint32_t v) {
   uint16_t h = uint16_t(v);
   zsemu::store_shared(addr, &h, sizeof h);
 }
+inline void pin(const uint8_t*&) {}
+// Bytes that nobody reads: races on them mean nothing.
+inline void scratch_bytes(uint32_t addr, uint32_t bytes) { zsemu::scratch(addr, bytes); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, false); }
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) { zsemu::ldmatrix(r, 2, addr, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, true); }
@@ -70,6 +73,9 @@ template <int N>
 inline void wgmma_wait() {
   zsemu::wgmma_wait(N);
 }
+// Holds the accumulators in place for the compiler: nothing to do here, they live in memory.
+template <int N>
+inline void wgmma_pin(float (&)[N]) {}
 // d[64 x N] += a[64 x 16] * b[16 x N], both operands given by descriptors.
 template <int N>
 inline void wgmma_m64k16_bf16(float (&d)[N / 2], uint64_t a, uint64_t b) {

@@ -19,6 +19,9 @@ Idx grid_dim();
 uint8_t* shared_base();
 uint32_t shared_addr(const void* p);
 
+// From now on the checks of order and of initialisation leave these bytes of shared memory alone.
+void scratch(uint32_t addr, uint32_t bytes);
+
 // Vector accesses by instruction: naturally aligned, or a fault.
 void load_shared(void* to, uint32_t addr, uint32_t bytes);
 void store_shared(uint32_t addr, const void* from, uint32_t bytes);
@@ -81,6 +84,14 @@ struct Entry {
   int params;
   Entry* next;
   Entry(const char* n, void (*c)(const uint64_t*), int p);
+};
+
+// A number of the program that tests want to know, such as the shared memory that a variant needs.
+struct Constant {
+  const char* name;
+  long long value;
+  Constant* next;
+  Constant(const char* n, long long v);
 };
 
 }  // namespace zsemu

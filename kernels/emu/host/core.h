@@ -33,6 +33,7 @@ enum : uint8_t {
   kMbar = 4,      // part of an mbarrier
   kAtomic = 8,    // the last write was atomic
   kAsync = 16,    // the last write was made by the async proxy
+  kScratch = 32,  // declared to be nobody's
 };
 constexpr uint16_t kNobody = 0xFFFF;
 

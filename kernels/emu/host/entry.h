@@ -30,3 +30,5 @@ constexpr int count_params(void (*)(P...)) {
 #define ZS_EMU_ENTRY(kernel)                                                            \
   static void zsemu_call_##kernel(const uint64_t* a) { zsemu::call_kernel(&kernel, a); } \
   static zsemu::Entry zsemu_entry_##kernel(#kernel, zsemu_call_##kernel, zsemu::count_params(&kernel));
+
+#define ZS_EMU_CONSTANT(name) static zsemu::Constant zsemu_constant_##name(#name, (long long)(name));

@@ -5,7 +5,7 @@
 //   arg ptr BUFFER OFFSET | arg val HEX
 //   data
 // then the bytes of the in and inout buffers. Standard output gets a line of counts, then the bytes of the out and inout buffers.
-// A fault goes to standard error; the exit status is then 3.
+// With --constants it prints the program's constants instead. A fault goes to standard error; the exit status is then 3.
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
@@ -16,6 +16,8 @@
 namespace zsemu {
 static Entry* entries;
 Entry::Entry(const char* n, void (*c)(const uint64_t*), int p) : name(n), call(c), params(p), next(entries) { entries = this; }
+static Constant* constants;
+Constant::Constant(const char* n, long long v) : name(n), value(v), next(constants) { constants = this; }
 }  // namespace zsemu
 
 using namespace zsemu;
@@ -32,7 +34,11 @@ static void on_signal(int sig, siginfo_t* info, void*) {
   fault("crash", "%s", text);
 }
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1 && !strcmp(argv[1], "--constants")) {
+    for (Constant* c = constants; c; c = c->next) printf("%s %lld\n", c->name, c->value);
+    return 0;
+  }
   static uint8_t alternate[64 << 10];
   stack_t ss{};
   ss.ss_sp = alternate;

@@ -121,6 +121,7 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
   }
   for (size_t i = off; i < off + n; i++) {
     Cell& c = r.cells[i];
+    if (c.flags & kScratch) continue;
     if (c.flags & (kFlight | kMbar)) check_state(who, r, i, n, c, false);
     if (!(c.flags & kInit) && g.opt.strict_init) {
       if (cur) cur->pc = who.pc;
@@ -144,6 +145,7 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
   }
   for (size_t i = off; i < off + n; i++) {
     Cell& c = r.cells[i];
+    if (c.flags & kScratch) continue;
     if (c.flags & (kFlight | kMbar)) check_state(who, r, i, n, c, true);
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
@@ -166,7 +168,7 @@ void mark_written(Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock,
     c.wgid = uint16_t(gid);
     c.wclk = clock;
     c.wpc = pc;
-    c.flags = flags;
+    c.flags = uint8_t(flags | (c.flags & kScratch));
   }
 }
 
@@ -197,6 +199,12 @@ static uint8_t* shared_place(uint32_t addr, uint32_t bytes, const char* what) {
   size_t off = size_t(addr) - kSharedOrigin;
   if (off > s->size || off + bytes > s->size) fault("bounds", "%s of %u bytes at shared address %zd: shared memory has %zu bytes", what, bytes, ssize_t(off), s->size);
   return s->base + off;
+}
+
+void scratch(uint32_t addr, uint32_t bytes) {
+  ZS_ENTER();
+  size_t off = size_t(shared_place(addr, bytes, "scratch_bytes") - cur->block->smem->base);
+  for (size_t i = off; i < off + bytes; i++) cur->block->smem->cells[i].flags |= kScratch;
 }
 
 void load_shared(void* to, uint32_t addr, uint32_t bytes) {
