@@ -18,6 +18,8 @@ from .errors import Error
 from .format import DTYPE_CODES
 from .tensor import linear_blob
 
+_READ_ONLY = "a compressed weight can't be changed in place: decompress it, and compress the result"
+
 
 class LazyWeight(torch.Tensor):
     """A read-only view of a compressed weight that decompresses when its values are asked for.
@@ -58,6 +60,8 @@ class LazyWeight(torch.Tensor):
             if isinstance(weight, cls) and not isinstance(x, cls) and weight.dim() == 2 and x.dtype == weight.dtype:
                 m, k = weight._matrix
                 return linear_blob(x, weight._blob, m, k, weight.dtype, bias)
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], cls):
+            raise Error(_READ_ONLY)  # it would write into a view of a copy
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **kwargs)
 
@@ -71,7 +75,7 @@ class LazyWeight(torch.Tensor):
         for index, argument in enumerate(func._schema.arguments):
             given = args[index] if index < len(args) else kwargs.get(argument.name)
             if argument.is_write and isinstance(given, cls):
-                raise Error("a compressed weight can't be changed in place: decompress it, and compress the result")
+                raise Error(_READ_ONLY)
         plain = tree_map(lambda value: value.decompress() if isinstance(value, cls) else value, (args, kwargs))
         return func(*plain[0], **plain[1])
 
