@@ -69,6 +69,9 @@ def save_file(
     path = Path(path)
     if not isinstance(tensors, Mapping):
         raise TypeError(f"tensors must be a mapping of names to tensors, not {type(tensors).__name__}")
+    odd = next((name for name in tensors if not isinstance(name, str)), None)
+    if odd is not None:
+        raise TypeError(f"a tensor's name is a string, not {odd!r}")
     # Larger items first: each tensor then starts where its dtype can be mapped.
     order = sorted(tensors, key=lambda name: -_item_size(tensors[name]))
     unique, aliases = _find_tied(tensors, order)
