@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 import torch
-import zipserv
 from torch import nn
+
+import zipserv
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
