@@ -23,6 +23,9 @@ __all__ = ["clear_cache", "compress", "decompress", "describe", "linear", "repor
 _BF16 = 1
 _bf16 = torch.bfloat16
 _linear = _zipserv.cuda_linear
+_grad_enabled = torch.is_grad_enabled
+_mode_count = torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack
 
 
 def _compiler_dirs() -> list[str]:
@@ -78,9 +81,31 @@ def linear(
             rows = rows.contiguous()
         ldx = rows.stride(0)
     y = x.new_empty((*shape[:-1], m))
-    if _linear(index, _stream(index), address, m, k, rows.data_ptr(), x.numel() // k, ldx, bias_ptr, y.data_ptr(), m):
-        return y
-    return _linear_expanded(x, blob, m, k, dtype_code, bias)
+    job = (index, _stream(index), address, m, k, rows.data_ptr(), x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
+    try:
+        done = _linear(*job)
+    except _zipserv.Error as error:
+        if "OUT_OF_MEMORY" not in str(error) or torch.cuda.is_current_stream_capturing():
+            raise
+        torch.cuda.empty_cache()  # the engine's workspaces and code come from the memory that torch leaves
+        done = _linear(*job)
+    return y if done else _linear_expanded(x, blob, m, k, dtype_code, bias)
+
+
+def eager_linear(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """:func:`linear` past torch's dispatcher, which costs more than the call itself. None where something needs the dispatcher: a
+    gradient, a transform, a mode, a tensor subclass, an empty batch. Not to be called while torch.compile traces."""
+    if (
+        (x.__class__ is not torch.Tensor and x.__class__ is not torch.nn.Parameter)
+        or (_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        or _mode_count()
+        or _transform() is not None
+        or x.numel() == 0
+    ):
+        return None
+    return linear(x, blob, m, k, dtype_code, bias)
 
 
 def _linear_expanded(
