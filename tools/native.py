@@ -106,10 +106,16 @@ def system_cc() -> str | None:
     return next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
 
 
-def needed(portable: bool = False) -> list[str]:
-    """The packages that a build needs on this machine."""
+def system_cxx() -> str | None:
+    """The system's C++ compiler. Only tests need one: they run the kernels as host code."""
+    return next(filter(None, map(shutil.which, ("g++", "clang++"))), None)
+
+
+def needed(portable: bool = False, tests: bool = False) -> list[str]:
+    """The packages that a build, or a build and the tests, need on this machine."""
     has_cc = os.environ.get("CC") or (system_cc() and not portable)
-    return ([] if system_go() else [GO_PACKAGE]) + ([] if has_cc else [ZIG_PACKAGE])
+    has_cxx = not tests or system_cxx()
+    return ([] if system_go() else [GO_PACKAGE]) + ([] if has_cc and has_cxx else [ZIG_PACKAGE])
 
 
 def find_cc(portable: bool, arch: str) -> list[str]:
@@ -191,8 +197,11 @@ def go_environment(go: str, cc: list[str], arch: str, include: Path) -> dict[str
         CGO_CFLAGS=quoted(["-O2", *include_flags(include), *shlex.split(env.get("CGO_CFLAGS", ""))]),
         PATH=f"{Path(go).parent}{os.pathsep}{env.get('PATH', '')}",
     )
-    if cc[0].endswith("zig"):
-        env["CXX"] = quoted([cc[0], "c++", *cc[2:]])
+    zig = find_zig()
+    if cc[0] == zig:
+        env["CXX"] = quoted([zig, "c++", *cc[2:]])
+    if zig and not system_cxx():
+        env.setdefault("ZS_EMU_CXX", f"{zig} c++")  # what the tests of the kernels compile them with
     env.pop("GOBIN", None)
     return env
 
@@ -257,12 +266,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Builds ZipServ's native library.")
     parser.add_argument("--output", type=Path, help=f"file to write (default: python/zipserv/{NAME})")
     parser.add_argument("--portable", action="store_true", help=f"build with zig for glibc {GLIBC} and later")
-    parser.add_argument("--need", action="store_true", help="print the PyPI packages that this machine needs for a build in place, and stop")
+    parser.add_argument("--need", action="store_true", help="print the PyPI packages that this machine needs for development, and stop")
     parser.add_argument("--go", nargs=argparse.REMAINDER, metavar="ARG", help="run a Go command (test, vet, gofmt ...) in the build's environment")
     options = parser.parse_args()
     try:
         if options.need:
-            print(*needed())
+            print(*needed(tests=True))
         elif options.go is not None:
             return run_go(options.go)
         elif options.output or options.portable:
