@@ -3,20 +3,17 @@
 //
 // Launch: block (32 * ZS_WARPS), grid = multiprocessors x blocks that fit, dynamic shared memory ZS_DECOMPRESS_SMEM, any number of
 // blocks is right. Each warp takes every (number of warps)-th tile. Limit: (compressed + raw bytes) / copy bandwidth.
-#include "stream.cuh"
+#include "format.cuh"
 
 #ifndef ZS_WARPS
 #define ZS_WARPS 8
 #endif
-#ifndef ZS_STAGES
-#define ZS_STAGES 2
+#ifndef ZS_BLOCKS
+#define ZS_BLOCKS 2  // blocks a multiprocessor
 #endif
 
-typedef TileRing<ZS_TILE, ZS_STAGES> Ring;
-
-// Per warp: the decoded tile, the ring, its barriers.
-#define ZS_WARP_SMEM (8192 + Ring::SMEM + 128)
-#define ZS_DECOMPRESS_SMEM (ZS_WARPS * ZS_WARP_SMEM)
+// Per warp the decoded tile; then spare bytes (Escapes::patch).
+#define ZS_DECOMPRESS_SMEM (ZS_WARPS * 8192 + 16)
 
 // Writes the decoded tile at shared address `tile` to out; rows and columns: how much of it exists.
 ZS_DEVICE void store_tile(uint32_t tile, uint16_t* out, uint64_t ld, uint32_t rows, uint32_t columns, bool aligned, uint32_t lane) {
@@ -33,38 +30,32 @@ ZS_DEVICE void store_tile(uint32_t tile, uint16_t* out, uint64_t ld, uint32_t ro
         for (uint32_t c = lane; c < columns; c += 32) out[row * ld + c] = (uint16_t)ld_shared_u16(tile + swizzle_position(row * 64 + c));
 }
 
-extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS)
+extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
 zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, uint64_t ld, uint32_t m, uint32_t k) {
     ZS_SMEM(smem);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Blob blob(blob_ptr, m, k);
     const uint32_t tiles = blob.row_tiles * blob.col_tiles, step = gridDim.x * ZS_WARPS;
-    const uint32_t tile = smem_addr(smem) + warp * 8192, ring_data = smem_addr(smem) + ZS_WARPS * 8192 + warp * Ring::SMEM;
-    Ring ring(ring_data, smem_addr(smem) + ZS_WARPS * (8192 + Ring::SMEM) + warp * 128, lane);
+    const uint32_t tile = smem_addr(smem) + warp * 8192, spare = smem_addr(smem) + ZS_WARPS * 8192;
     const bool aligned = ld % 8 == 0 && (uint64_t)out % 16 == 0;
-
     const uint32_t first = blockIdx.x * ZS_WARPS + warp;
-    uint32_t ahead = first;  // next tile to copy
-    for (uint32_t s = 0; s < ZS_STAGES; s++, ahead += step) {
-        if (ahead < tiles) ring.fill(blob.fixed + (uint64_t)ahead * ZS_FIXED, 0);
-        else ring.fill_none();
-    }
-    // Headers are read two tiles ahead, escape lists one.
+    if (first >= tiles) return;
+
+    // Of the tile after the present one the words and escapes are under way, of the one after that the header.
+    const uint8_t* lane_escapes = blob.escapes + 4 * lane;
+    pin(lane_escapes);
+    TileStream stream;
+    stream.load(blob.fixed + (uint64_t)first * ZS_FIXED, lane);
     Escapes now;
-    if (first < tiles) now.load(blob.escapes, TileHeader(ld_stream_u64(blob.headers + (uint64_t)first * 8)), lane);
-    TileHeader next_head(first + step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(first + step) * 8) : 0);
-
-    for (uint32_t t = first; t < tiles; t += step, ahead += step) {
+    now.load(lane_escapes, TileHeader(ld_stream_u64(blob.headers + (uint64_t)first * 8)), lane);
+    uint64_t next_head = first + step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(first + step) * 8) : 0;
+    for (uint32_t t = first; t < tiles; t += step) {
         Escapes next;
-        next.load(blob.escapes, next_head, lane);
-        next_head = TileHeader(t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0);
-
-        ring.decode(ring.wait(), tile, now.head.base);
+        next.load(lane_escapes, TileHeader(next_head), lane);
+        next_head = t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0;
+        stream.decode(tile, now.head.base, t + step < tiles ? blob.fixed + (uint64_t)(t + step) * ZS_FIXED : 0, lane);
         __syncwarp();
-        ring.release();
-        if (ahead < tiles) ring.fill(blob.fixed + (uint64_t)ahead * ZS_FIXED, 0);
-        else ring.fill_none();
-        now.patch(blob.escapes, tile, lane);
+        now.patch(blob.escapes, tile, spare, lane);
         __syncwarp();
         const uint32_t row0 = t / blob.col_tiles * ZS_TILE, col0 = t % blob.col_tiles * ZS_TILE;
         store_tile(tile, out + (uint64_t)row0 * ld + col0, ld, min(ZS_TILE, m - row0), min(ZS_TILE, k - col0), aligned, lane);

@@ -27,6 +27,7 @@ struct Blob {
         headers = blob + ZS_BLOB_HEADER;
         fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
         escapes = fixed + tiles * ZS_FIXED;
+        pin(headers), pin(fixed), pin(escapes);
     }
 };
 
@@ -79,33 +80,79 @@ ZS_DEVICE uint32_t swizzle_chunk(uint32_t row, uint32_t chunk) { return row * 12
 // The same for a position (section 6) of a tile: byte offset of weight `row * 64 + column`.
 ZS_DEVICE uint32_t swizzle_position(uint32_t pos) { return (pos << 1) ^ ((pos >> 2) & 0x70); }
 
-// Decodes warp tile w, whose words start at `words` and bitmaps at `bitmaps` (shared addresses of warp tile 0), into rows 16 w .. of the
-// swizzled tile at `out`; one warp.
-ZS_DEVICE void decode_warp_tile(uint32_t words, uint32_t bitmaps, uint32_t out, uint32_t w, uint32_t base2, uint32_t lane) {
-    words += w * ZS_SIGN_MANTISSA + lane * 16;
-    const uint32_t bits = bitmaps + w * ZS_WARP_BITMAPS + lane * 4;
-    const Vec4 a = ld_shared_v4(words), b = ld_shared_v4(words + 512);
-    const uint32_t p0 = ld_shared_u32(bits), p1 = ld_shared_u32(bits + 128), p2 = ld_shared_u32(bits + 256);
-    const uint32_t s[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+// The compressed words of one lane of a warp tile.
+struct LaneWords {
+    Vec4 a, b;            // sign and mantissa
+    uint32_t p0, p1, p2;  // bitmaps
+    ZS_DEVICE LaneWords() {}
+    // From warp tile w of the fixed part at shared address `fixed`.
+    ZS_DEVICE LaneWords(uint32_t fixed, uint32_t w, uint32_t lane) {
+        const uint32_t words = fixed + w * ZS_SIGN_MANTISSA + lane * 16, bits = fixed + ZS_BITMAPS + w * ZS_WARP_BITMAPS + lane * 4;
+        a = ld_shared_v4(words), b = ld_shared_v4(words + 512);
+        p0 = ld_shared_u32(bits), p1 = ld_shared_u32(bits + 128), p2 = ld_shared_u32(bits + 256);
+    }
+    // From global memory.
+    ZS_DEVICE LaneWords(const uint8_t* fixed, uint32_t w, uint32_t lane) {
+        const uint8_t *words = fixed + w * ZS_SIGN_MANTISSA + lane * 16, *bits = fixed + ZS_BITMAPS + w * ZS_WARP_BITMAPS + lane * 4;
+        a = ld_stream_v4(words), b = ld_stream_v4(words + 512);
+        p0 = ld_stream_u32(bits), p1 = ld_stream_u32(bits + 128), p2 = ld_stream_u32(bits + 256);
+    }
+};
+
+// Decodes a lane's words of warp tile w into the swizzled tile at shared address `tile`.
+ZS_DEVICE void decode_lane(const LaneWords& in, uint32_t tile, uint32_t w, uint32_t base2, uint32_t lane) {
+    const uint32_t s[8] = {in.a.x, in.a.y, in.a.z, in.a.w, in.b.x, in.b.y, in.b.z, in.b.w};
     uint32_t d[16];
-    decode32(s, p0, p1, p2, base2, d);
+    decode32(s, in.p0, in.p1, in.p2, base2, d);
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
         // FragTile f = 4 i + lane / 8 (section 5): row block i / 2, column block 4 (i mod 2) + lane / 8.
         const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
-        st_shared_v4(out + swizzle_chunk(row, chunk), Vec4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
+        st_shared_v4(tile + swizzle_chunk(row, chunk), Vec4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
     }
 }
+
+// A warp's stream of tiles: the compressed words of the next tile are always under way, in registers. Nothing of it passes through shared memory,
+// and no warp waits for another.
+struct TileStream {
+    LaneWords words[4];
+    ZS_DEVICE void load(const uint8_t* fixed, uint32_t lane) {
+#pragma unroll
+        for (uint32_t w = 0; w < 4; w++) words[w] = LaneWords(fixed, w, lane);
+    }
+    // Decodes the tile into shared memory at `tile`; as its registers become free, starts the loads of the tile at `next` (0: none).
+    ZS_DEVICE void decode(uint32_t tile, uint32_t base, const uint8_t* next, uint32_t lane) {
+        const uint32_t base2 = ZS_HALVES(base << 7);
+#pragma unroll
+        for (uint32_t w = 0; w < 4; w++) {
+            decode_lane(words[w], tile, w, base2, lane);
+            if (next) words[w] = LaneWords(next, w, lane);
+        }
+    }
+};
 
 // Puts exponent e into the weight at shared address `at`.
 ZS_DEVICE void patch_exponent(uint32_t at, uint32_t e) { st_shared_u16(at, (ld_shared_u16(at) & 0x807Fu) | e << 7); }
 
-// One entry of a list (section 6), whose tile lies at shared address `tile`: symbol to exponent, position to address.
-ZS_DEVICE void patch_entry(const uint8_t* list, const TileHeader& head, uint32_t index, uint32_t entry, uint32_t tile) {
+// Symbol (entry >> 12, not 15) to exponent (section 6).
+ZS_DEVICE uint32_t escape_exponent(uint32_t entry, uint32_t base) {
     const uint32_t symbol = entry >> 12;
-    uint32_t e = symbol < 12 ? head.base - 1 - symbol : head.base - 4 + symbol;
-    if (symbol == 15) e = list[2 * head.count + index];
+    return symbol < 12 ? base - 1 - symbol : base - 4 + symbol;
+}
+
+// One entry of a list, whose tile lies at shared address `tile`.
+ZS_DEVICE void patch_entry(const uint8_t* list, const TileHeader& head, uint32_t index, uint32_t entry, uint32_t tile) {
+    const uint32_t e = entry >> 12 == 15 ? list[2 * head.count + index] : escape_exponent(entry, head.base);
     patch_exponent(tile + swizzle_position(entry & 0xFFFu), e);
+}
+
+// All exponents of a dense tile; `threads` threads, this one is `tid`.
+ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t tid, uint32_t threads) {
+    for (uint32_t p = tid * 4; p < 4096; p += 4 * threads) {
+        const uint32_t e = ld_stream_u32(list + p);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) patch_exponent(tile + swizzle_position(p + i), e >> 8 * i & 0xFFu);
+    }
 }
 
 // A warp's view of one tile's escapes: the first 128 entries are loaded ahead, two words of two entries a lane.
@@ -113,41 +160,43 @@ struct Escapes {
     TileHeader head;
     uint32_t words[2];
 
-    ZS_DEVICE void load(const uint8_t* escapes, TileHeader h, uint32_t lane) {
+    // lane_escapes: the escape section plus 4 * lane bytes.
+    ZS_DEVICE void load(const uint8_t* lane_escapes, TileHeader h, uint32_t lane) {
         head = h;
-        const uint8_t* list = escapes + (uint64_t)h.offset * 16;
-        words[0] = 2 * lane < h.count ? ld_stream_u32(list + 4 * lane) : 0;
-        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 4 * lane + 128) : 0;
+        const uint8_t* list = lane_escapes + (uint64_t)h.offset * 16;
+        words[0] = 2 * lane < h.count ? ld_stream_u32(list) : 0;
+        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 128) : 0;
     }
 
-    ZS_DEVICE void patch_one(const uint8_t* list, uint32_t index, uint32_t entry, uint32_t tile, uint32_t row0, uint32_t rows) const {
-        if (rows < ZS_TILE && ((entry & 0xFFFu) >> 6) - row0 >= rows) return;
-        patch_entry(list, head, index, entry - (row0 << 6), tile);
-    }
-
-    // Gives every escape of rows row0 .. row0+rows-1 of the tile its exponent in the decoded tile. The warp must have met (__syncwarp)
-    // since the decode, and must meet again before the tile is read.
-    ZS_DEVICE void patch(const uint8_t* escapes, uint32_t tile, uint32_t lane, uint32_t row0 = 0, uint32_t rows = ZS_TILE) const {
-        const uint8_t* list = escapes + (uint64_t)head.offset * 16;
-        if (head.dense) {
-            for (uint32_t p = (row0 << 6) + lane * 4; p < (row0 + rows) << 6; p += 128) {
-                const uint32_t e = ld_stream_u32(list + p);
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) patch_exponent(tile + swizzle_position(p + i - (row0 << 6)), e >> 8 * i & 0xFFu);
-            }
+    // Gives every escape its exponent in the decoded tile. The warp must have met (__syncwarp) since the decode, and must meet again before the tile
+    // is read. `spare`: two bytes of shared memory that nobody reads.
+    ZS_DEVICE void patch(const uint8_t* escapes, uint32_t tile, uint32_t spare, uint32_t lane) const {
+        // Literals come first in a list, so the first entry tells whether there are any.
+        const bool rare = head.dense || head.count > 128 || __shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15;
+        if (rare) {
+            patch_rare(escapes + (uint64_t)head.offset * 16, tile, lane);
             return;
         }
+        scratch_bytes(spare, 2);
+        // No branch: lanes without an entry write to the spare bytes. Loads first, then stores: four latencies become one.
+        uint32_t at[4], value[4];
 #pragma unroll
-        for (uint32_t g = 0; g < 2; g++) {
-            if (64 * g >= head.count) return;
-            const uint32_t first = 64 * g + 2 * lane;
-            if (first < head.count) patch_one(list, first, words[g] & 0xFFFFu, tile, row0, rows);
-            if (first + 1 < head.count) patch_one(list, first + 1, words[g] >> 16, tile, row0, rows);
+        for (uint32_t i = 0; i < 4; i++) {
+            const uint32_t entry = i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFu;
+            at[i] = 64 * (i / 2) + 2 * lane + (i & 1) < head.count ? tile + swizzle_position(entry & 0xFFFu) : spare;
+            value[i] = escape_exponent(entry, head.base) << 7;
         }
-        for (uint32_t first = 128 + 2 * lane; first < head.count; first += 64) {
-            const uint32_t two = ld_stream_u32(list + 2 * first);
-            patch_one(list, first, two & 0xFFFFu, tile, row0, rows);
-            if (first + 1 < head.count) patch_one(list, first + 1, two >> 16, tile, row0, rows);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) value[i] = and_or(ld_shared_u16(at[i]), 0x807Fu, value[i]);
+#pragma unroll
+        for (uint32_t i = 0; i < 4; i++) st_shared_u16(at[i], value[i]);
+    }
+
+    ZS_DEVICE void patch_rare(const uint8_t* list, uint32_t tile, uint32_t lane) const {
+        if (head.dense) {
+            patch_dense(list, tile, lane, 32);
+            return;
         }
+        for (uint32_t i = lane; i < head.count; i += 32) patch_entry(list, head, i, ((const uint16_t*)list)[i], tile);
     }
 };

@@ -96,13 +96,15 @@ ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
-// Flags between blocks of one grid.
-ZS_DEVICE uint32_t ld_acquire_u32(const uint32_t* p) {
-    uint32_t v;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+// Between blocks of one grid: each word is seen whole, in no order with others.
+ZS_DEVICE Vec4 ld_relaxed_v4(const void* p) {
+    Vec4 v;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
-ZS_DEVICE void st_release_u32(uint32_t* p, uint32_t v) { asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+ZS_DEVICE void st_relaxed_v4(void* p, Vec4 v) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
@@ -220,6 +222,12 @@ ZS_DEVICE void griddep_launch() {}
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 ZS_DEVICE void named_barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Bytes that nobody reads: told to the emulator, nothing on a GPU.
+ZS_DEVICE void scratch_bytes(uint32_t addr, uint32_t bytes) {}
+
+// Keeps a pointer in registers, where the compiler would compute it anew at every use.
+ZS_DEVICE void pin(const uint8_t*& p) { asm volatile("" : "+l"(p)); }
 
 #endif  // ZS_EMU
 

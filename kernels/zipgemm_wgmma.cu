@@ -2,11 +2,11 @@
 // zipgemm on sm_90a: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
 //
 // A warpgroup decodes a 64x64 tile together (16 rows a warp, an escape or two a thread) into one of its two swizzled buffers and hands it to
-// wgmma; while the tensor cores read that buffer, it decodes the next tile into the other. Two more warps bring the data: one the
-// compressed tiles with their escapes and headers, one the activations. gemm.cuh says how the work is dealt out.
+// wgmma; while the tensor cores read that buffer, it decodes the next tile into the other. One more warp brings the compressed tiles with
+// their escapes and headers. gemm.cuh says how the work is dealt out.
 //
 // Launch: block ZS_THREADS, grid <= min(blocks resident at once, units), dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
-// flags: grid words, zero before the first launch; every launch leaves them zero. n <= ZS_N.
+// Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N.
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
@@ -27,13 +27,14 @@
 #ifndef ZS_BLOCKS
 #define ZS_BLOCKS 1  // blocks a multiprocessor
 #endif
-#define ZS_ROWS 64
 #define ZS_NTILES (ZS_N / 8)
+#define ZS_TEAM 128
 
+#include "activations.cuh"
 #include "gemm.cuh"
 
 #define ZS_GROUPS (ZS_MW * ZS_KW)
-#define ZS_THREADS (128 * ZS_GROUPS + 64)
+#define ZS_THREADS (128 * ZS_GROUPS + 32)
 
 // A weight stage: fixed part | the first escapes | tile header.
 #define ZS_STAGED_ESCAPES 128u
@@ -43,7 +44,7 @@
 // Shared memory: decoded tiles | activation stages | weight stages | barriers. The first two need 1024-byte alignment.
 #define ZS_TILE_SMEM (ZS_GROUPS * 2 * 8192)
 #define ZS_RING_SMEM (ZS_GROUPS * ZS_STAGES * ZS_STAGE_BYTES)
-#define ZS_BARS ((2 * ZS_GROUPS * ZS_STAGES + 2 * ZS_XSTAGES) * 8)
+#define ZS_BARS ((ZS_GROUPS * ZS_STAGES + ZS_KW * ZS_XSTAGES) * 16)
 #define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_RING_SMEM + ZS_BARS)
 
 // The ring of one warpgroup.
@@ -61,9 +62,9 @@ struct Ring {
 };
 
 // Starts the copy of a tile's fixed part.
-ZS_DEVICE void copy_fixed(const Ring& ring, const Blob& blob, uint32_t tile) {
+ZS_DEVICE void copy_fixed(const Ring& ring, const uint8_t* fixed) {
     mbarrier_expect_tx(ring.full_bar(), ZS_FIXED);
-    bulk_copy_g2s(ring.at(), blob.fixed + (uint64_t)tile * ZS_FIXED, ZS_FIXED, ring.full_bar());
+    bulk_copy_g2s(ring.at(), fixed, ZS_FIXED, ring.full_bar());
 }
 // Adds the header and the first escapes, and arrives.
 ZS_DEVICE void copy_escapes(const Ring& ring, const Blob& blob, uint64_t bits) {
@@ -79,7 +80,7 @@ ZS_DEVICE void copy_escapes(const Ring& ring, const Blob& blob, uint64_t bits) {
 ZS_DEVICE void weight_producer(const Blob& blob, const Work& work, uint32_t rings, uint32_t bars, uint32_t lane) {
     if (lane >= ZS_GROUPS) return;
     Ring ring(rings, bars, lane, 1);  // a fresh barrier's previous phase counts as complete
-    Cursor at(work, lane / ZS_KW, lane % ZS_KW);
+    Cursor at(work, blob, lane / ZS_KW, lane % ZS_KW);
     // The first stages: all the large copies before the first header is looked at.
     Ring first = ring;
     uint64_t heads[ZS_STAGES];
@@ -89,16 +90,16 @@ ZS_DEVICE void weight_producer(const Blob& blob, const Work& work, uint32_t ring
         have[s] = at.exists(work);
         heads[s] = 0;
         if (have[s]) {
-            heads[s] = ld_stream_u64(blob.headers + (uint64_t)at.tile(work) * 8);
-            copy_fixed(ring, blob, at.tile(work));
+            heads[s] = ld_stream_u64(at.header);
+            copy_fixed(ring, at.fixed);
             ring.next();
         }
-        at.advance(work);
+        at.advance(work, blob);
     }
     Cursor ahead = at;  // headers are read two tiles before they are needed
-    uint64_t next = ahead.exists(work) ? ld_stream_u64(blob.headers + (uint64_t)ahead.tile(work) * 8) : 0;
-    ahead.advance(work);
-    uint64_t next2 = ahead.exists(work) ? ld_stream_u64(blob.headers + (uint64_t)ahead.tile(work) * 8) : 0;
+    uint64_t next = ahead.exists(work) ? ld_stream_u64(ahead.header) : 0;
+    ahead.advance(work, blob);
+    uint64_t next2 = ahead.exists(work) ? ld_stream_u64(ahead.header) : 0;
 #pragma unroll
     for (uint32_t s = 0; s < ZS_STAGES; s++) {
         if (have[s]) {
@@ -107,17 +108,17 @@ ZS_DEVICE void weight_producer(const Blob& blob, const Work& work, uint32_t ring
         }
     }
     while (at.left > 0) {
-        ahead.advance(work);
+        ahead.advance(work, blob);
         const uint64_t head = next;
         next = next2;
-        next2 = ahead.exists(work) ? ld_stream_u64(blob.headers + (uint64_t)ahead.tile(work) * 8) : 0;
+        next2 = ahead.exists(work) ? ld_stream_u64(ahead.header) : 0;
         if (at.exists(work)) {
             mbarrier_wait(ring.empty_bar(), ring.parity);
-            copy_fixed(ring, blob, at.tile(work));
+            copy_fixed(ring, at.fixed);
             copy_escapes(ring, blob, head);
             ring.next();
         }
-        at.advance(work);
+        at.advance(work, blob);
     }
 }
 
@@ -125,23 +126,19 @@ ZS_DEVICE void weight_producer(const Blob& blob, const Work& work, uint32_t ring
 ZS_DEVICE void patch_rest(const Blob& blob, const TileHeader& head, uint32_t tile, uint32_t tid) {
     const uint8_t* list = blob.escapes + (uint64_t)head.offset * 16;
     if (head.dense) {
-        for (uint32_t p = tid * 4; p < 4096; p += 512) {
-            const uint32_t e = ld_stream_u32(list + p);
-#pragma unroll
-            for (uint32_t i = 0; i < 4; i++) patch_exponent(tile + swizzle_position(p + i), e >> 8 * i & 0xFFu);
-        }
+        patch_dense(list, tile, tid, 128);
         return;
     }
     for (uint32_t i = ZS_STAGED_ESCAPES + tid; i < head.count; i += 128) patch_entry(list, head, i, ((const uint16_t*)list)[i], tile);
 }
 
 // Decodes one stage into `tile`; the whole warpgroup. Returns after the escapes are in place for this thread.
-ZS_DEVICE void decode_tile(const Ring& ring, const Blob& blob, uint32_t tile, uint32_t barrier, uint32_t tid) {
+ZS_DEVICE void decode_stage(const Ring& ring, const Blob& blob, uint32_t tile, uint32_t barrier, uint32_t tid) {
     const uint32_t stage = ring.at();
     mbarrier_wait(ring.full_bar(), ring.parity);
     const TileHeader head((uint64_t)ld_shared_u32(stage + ZS_STAGE_HEADER) | (uint64_t)ld_shared_u32(stage + ZS_STAGE_HEADER + 4) << 32);
     const uint32_t entry = ld_shared_u16(stage + ZS_FIXED + 2 * tid);
-    decode_warp_tile(stage, stage + ZS_BITMAPS, tile, tid / 32, ZS_HALVES(head.base << 7), tid % 32);
+    decode_lane(LaneWords(stage, tid / 32, tid % 32), tile, tid / 32, ZS_HALVES(head.base << 7), tid % 32);
     named_barrier_sync(barrier, 128);  // decoded by all, and the stage has been read by all
     if (tid == 0) mbarrier_arrive(ring.empty_bar());
     if (tid < head.count) patch_entry(blob.escapes + (uint64_t)head.offset * 16, head, tid, entry, tile);
@@ -150,78 +147,74 @@ ZS_DEVICE void decode_tile(const Ring& ring, const Blob& blob, uint32_t tile, ui
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
 zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
-                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, uint32_t* __restrict__ flags) {
+                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace) {
     ZS_SMEM(smem);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Blob blob(blob_ptr, m, k);
-    const Work work(m, blob);
+    const Work work(blob);
     const uint32_t tiles = smem_addr(smem), xs = tiles + ZS_TILE_SMEM, rings = xs + ZS_X_SMEM, bars = rings + ZS_RING_SMEM;
-    const uint32_t x_full = bars + 16 * ZS_GROUPS * ZS_STAGES, x_empty = x_full + 8 * ZS_XSTAGES;
     if (threadIdx.x == 0) {
         for (uint32_t i = 0; i < 2 * ZS_GROUPS * ZS_STAGES; i++) mbarrier_init(bars + 8 * i, 1);
-        for (uint32_t s = 0; s < ZS_XSTAGES; s++) {
-            mbarrier_init(x_full + 8 * s, 32);
-            mbarrier_init(x_empty + 8 * s, ZS_GROUPS);
-        }
         fence_mbarrier_init();
     }
+    const uint32_t group = warp / 4, mw = group / ZS_KW, kw = group % ZS_KW, tid = threadIdx.x % 128;
+    Activations acts(x, ldx, n, k, xs, bars + 16 * ZS_GROUPS * ZS_STAGES, mw, kw, tid);
+    if (group < ZS_GROUPS) acts.init(mw);
     __syncthreads();
     griddep_launch();
 
-    if (warp == 4 * ZS_GROUPS) {
+    if (group == ZS_GROUPS) {
         weight_producer(blob, work, rings, bars, lane);  // weights do not depend on the kernel before this one
         return;
     }
-    if (warp == 4 * ZS_GROUPS + 1) {
-        x_producer(x, ldx, n, k, work, xs, x_full, x_empty, lane);
-        return;
-    }
 
-    const uint32_t group = warp / 4, mw = group / ZS_KW, kw = group % ZS_KW, tid = threadIdx.x % 128;
     const uint32_t buffers = tiles + group * 2 * 8192;
     Ring ring(rings, bars, group, 0);
-    Cursor at(work, mw, kw);
-    uint32_t buffer = 0, x_stage = 0, x_parity = 0, x_used = 0;  // x_used: barrier of the stage that the wgmma under way reads, or 0
+    Cursor at(work, blob, mw, kw);
+    griddep_wait();
+    acts.start(at, work);
+    uint32_t buffer = 0, under_way = 0;  // under_way: the barrier of the activations that the wgmma under way reads, or 0
     const Output out = {bias, y, ldy, m, n};
     while (at.left > 0) {
         const int32_t strip_group = at.strip / ZS_MW, last = work.begin + at.left - 1;
         float acc[ZS_N / 2];
 #pragma unroll
         for (uint32_t i = 0; i < ZS_N / 2; i++) acc[i] = 0.0f;
-        bool more = true;
-        while (more) {
+        const int32_t units = min(at.kstep + 1, at.left);
+        for (int32_t u = 0; u < units; u++) {
             const bool exists = at.exists(work);
             const uint32_t tile = buffers + buffer * 8192;
             if (exists) {
-                decode_tile(ring, blob, tile, 1 + group, tid);
+                decode_stage(ring, blob, tile, 1 + group, tid);
                 ring.next();
             }
-            mbarrier_wait(x_full + 8 * x_stage, x_parity);
+            const uint32_t x_tile = acts.wait();
             fence_proxy_async();  // the decoded tile and the activations were written by ordinary stores
             wgmma_wait<0>();
+            wgmma_pin(acc);
             named_barrier_sync(1 + group, 128);
-            if (x_used && tid == 0) mbarrier_arrive(x_used);  // all four warps are through with the batch before
+            if (under_way && tid == 0) mbarrier_arrive(under_way);  // all four warps are through with the batch before
             if (exists) {
-                const uint64_t a = wgmma_descriptor(tile), b = wgmma_descriptor(xs + x_stage * ZS_XBYTES + kw * (ZS_N * 128));
+                const uint64_t a = wgmma_descriptor(tile), b = wgmma_descriptor(x_tile);
+                wgmma_pin(acc);
                 wgmma_fence();
 #pragma unroll
                 for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, a + 2 * j, b + 2 * j);
                 wgmma_commit();
                 buffer ^= 1;
             }
-            x_used = x_empty + 8 * x_stage;
-            if (++x_stage == ZS_XSTAGES) x_stage = 0, x_parity ^= 1;
-            more = at.kstep > 0 && at.left > 1;
-            at.advance(work);
+            under_way = acts.next();
+            acts.fill();
+            at.advance(work, blob);
         }
         wgmma_wait<0>();
+        wgmma_pin(acc);
         named_barrier_sync(1 + group, 128);
-        if (tid == 0) mbarrier_arrive(x_used);
-        x_used = 0;
+        if (tid == 0) mbarrier_arrive(under_way);
+        under_way = 0;
         float pieces[ZS_NTILES][4];
 #pragma unroll
         for (uint32_t i = 0; i < ZS_N / 2; i++) pieces[i / 4][i % 4] = acc[i];
-        griddep_wait();
-        finish<128, ZS_NTILES, 2 * 8192>(pieces, out, work, strip_group, last, tiles, mw, kw, tid, workspace, flags);
+        finish<128, ZS_NTILES, 2 * 8192>(pieces, out, work, strip_group, last, tiles, mw, kw, tid, workspace);
     }
 }
