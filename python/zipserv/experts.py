@@ -68,6 +68,11 @@ class ZipExperts(BlobModule):
         """Compressed size of all experts."""
         return sum(self.get_buffer(str(index) + SUFFIX).numel() for index in range(len(self)))
 
+    @property
+    def is_raw(self) -> bool:
+        """True where compression would not make the experts smaller."""
+        return self.nbytes >= 2 * len(self) * self.rows * self.columns
+
     def __len__(self) -> int:
         return len(self._blob_specs)
 

@@ -20,6 +20,8 @@ from .tensor import linear_blob
 
 _READ_ONLY = "a compressed weight can't be changed in place: decompress it, and compress the result"
 
+_WRITES = (torch.Tensor.__setitem__, torch.Tensor.data.__set__)  # type: ignore[attr-defined]
+
 
 class LazyWeight(torch.Tensor):
     """A read-only view of a compressed weight that decompresses when its values are asked for.
@@ -60,7 +62,7 @@ class LazyWeight(torch.Tensor):
             if isinstance(weight, cls) and not isinstance(x, cls) and weight.dim() == 2 and x.dtype == weight.dtype:
                 m, k = weight._matrix
                 return linear_blob(x, weight._blob, m, k, weight.dtype, bias)
-        if func is torch.Tensor.__setitem__ and isinstance(args[0], cls):
+        if func in _WRITES and isinstance(args[0], cls):
             raise Error(_READ_ONLY)  # it would write into a view of a copy
         with torch._C.DisableTorchFunctionSubclass():  # results are plain tensors
             return func(*args, **kwargs)

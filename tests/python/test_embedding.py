@@ -195,6 +195,6 @@ def test_lazy_weight_decompresses_only_for_values(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(F.linear(w[:3], lazy), F.linear(w[:3], w)) and "LazyWeight" in repr(lazy) and not calls
     assert torch.equal(lazy + 1, w + 1) and type(lazy + 1) is torch.Tensor and calls
     assert torch.equal(lazy.t()[3:5], w.t()[3:5]) and lazy.float().dtype == torch.float32
-    for change in (lambda: lazy.mul_(2), lambda: lazy.__setitem__(0, 1.0), lambda: torch.add(lazy, 1, out=lazy)):
+    for change in (lambda: lazy.mul_(2), lambda: lazy.__setitem__(0, 1.0), lambda: torch.add(lazy, 1, out=lazy), lambda: setattr(lazy, "data", w)):
         with pytest.raises(zipserv.Error, match="in place"):
             change()

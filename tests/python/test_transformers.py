@@ -22,6 +22,7 @@ from zipserv.conv import ZipConv  # noqa: E402
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
 GQA = {**SMALL, "num_key_value_heads": 2}
 MOE = {**GQA, "moe_intermediate_size": 128, "num_experts_per_tok": 2, "decoder_sparse_step": 1}
+T5 = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 320, "decoder_start_token_id": 0}
 
 #: name -> (config class, its arguments, auto class)
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -38,7 +39,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "mixtral": ("MixtralConfig", {**GQA, "num_local_experts": 4}, "AutoModelForCausalLM"),
     "qwen2-moe": ("Qwen2MoeConfig", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 128}, "AutoModelForCausalLM"),
     "qwen3-moe": ("Qwen3MoeConfig", {**MOE, "num_experts": 4, "head_dim": 32}, "AutoModelForCausalLM"),
-    "t5": ("T5Config", {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "vocab_size": 320, "decoder_start_token_id": 0}, "AutoModelForSeq2SeqLM"),
+    "t5": ("T5Config", T5, "AutoModelForSeq2SeqLM"),
     "bert": ("BertConfig", SMALL, "AutoModelForMaskedLM"),
     "vit": ("ViTConfig", {**SMALL, "image_size": 32, "patch_size": 8}, "AutoModelForImageClassification"),
 }
@@ -126,6 +127,15 @@ def test_compresses_while_loading_and_round_trips(name: str, folders: Any, tmp_p
 
 def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-tied", "qwen2-moe", "vit"])
+def test_compress_model_in_place(name: str, folders: Any) -> None:
+    model = reference(name, folders(name))
+    expected = run(name, model)
+    report = zipserv.compress_model(model)
+    assert report.ratio > 1.25 and not [layer for layer in report.layers if layer.status == "kept" and layer.before > 8192]
+    assert torch.equal(run(name, model), expected)
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "t5"])

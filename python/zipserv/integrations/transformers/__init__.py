@@ -16,13 +16,19 @@ __all__ = ["ZipServConfig", "ZipServQuantizer", "register"]
 
 
 def register() -> None:
-    """Enter the configuration and the quantizer into transformers' registries; doing it twice does no harm."""
+    """Enter the configuration and the quantizer into transformers' registries, and transformers' own kinds of modules
+    into those that ``zipserv.compress_model`` knows. Doing it twice does no harm."""
     from transformers.quantizers import auto
+
+    from zipserv import model
+
+    from .modules import model_converters
 
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(ZipServConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(METHOD)(ZipServQuantizer)
+        model.converters += model_converters()
 
 
 register()

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from zipserv.embedding import ZipEmbedding
 from zipserv.errors import Error
 from zipserv.experts import ZipExperts
 from zipserv.layers import ZipLinear
+from zipserv.model import Converter
 from zipserv.tensor import ZipTensor, compress
 
 from .config import ZipServConfig
@@ -82,7 +83,7 @@ def compress_weight(kind: str, weight: torch.Tensor) -> Payload | None:
     """The weight compressed as its module will hold it; None where it would not shrink."""
     if kind == "experts":
         experts = ZipExperts.from_tensor(weight)
-        return experts if experts.nbytes < 2 * weight.numel() else None
+        return None if experts.is_raw else experts
     zipped = compress(weight.t() if kind == "conv1d" else weight)
     return None if zipped.is_raw else zipped
 
@@ -171,6 +172,36 @@ def _build(kind: str, module: Any, weight: Payload) -> nn.Module:
     else:
         new = (ZipConv1D if kind == "conv1d" else ZipLinear).from_ziptensor(weight, module.bias)
     return new.train(module.training)
+
+
+def model_converters() -> list[Converter]:
+    """What ``zipserv.compress_model`` has to know of transformers' own kinds of modules."""
+
+    def stacked(*names: str) -> Callable[[nn.Module], bool]:
+        def matches(module: nn.Module) -> bool:
+            parts = [module._parameters.get(name) for name in names]
+            return _has_stacked_experts(module) and all(part is not None and part.dim() == 3 for part in parts)
+
+        return matches
+
+    def place(old: nn.Module, weights: Mapping[str, Any]) -> nn.Module:
+        for name, experts in weights.items():
+            _place_experts(old, name, experts)
+        config: Any = old.config
+        config._experts_implementation = "eager"  # the one that takes one expert at a time
+        return old
+
+    return [
+        Converter(
+            matches=lambda module: type(module) is Conv1D,
+            build=lambda old, weights: ZipConv1D.from_ziptensor(weights["weight"], cast(Conv1D, old).bias),
+            view=lambda weight: weight.t(),
+        ),
+        *(
+            Converter(matches=stacked(*names), build=place, weights=names, compress=ZipExperts.from_tensor)
+            for names in (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"))
+        ),
+    ]
 
 
 def restore_modules(model: nn.Module) -> None:
