@@ -235,3 +235,24 @@ def test_ctrl_c_leaves_the_old_file(path: Path) -> None:
     assert "KeyboardInterrupt" in stderr
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+CUT_SHORT = """
+import os, sys
+import torch, zipserv
+path = sys.argv[1]
+z = zipserv.load_file(path)["w"]
+os.truncate(path, 8192)
+for use in (z.verify, z.decompress, lambda: zipserv.linear(torch.ones(1, 1024).bfloat16(), z)):
+    try:
+        use()
+    except zipserv.Error as error:
+        print("Error", error)
+"""
+
+
+def test_a_file_cut_short_while_it_is_mapped_is_an_error_and_no_crash(path: Path) -> None:
+    zipserv.save_file({"w": zipserv.compress(weights(1024, 1024))}, path)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", CUT_SHORT, str(path)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Error") == 3 and "cut short" in run.stdout
