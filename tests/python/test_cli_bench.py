@@ -11,6 +11,7 @@ import torch
 
 import zipserv as package
 from cli_helpers import Zipserv
+from zipserv.bench import __main__ as bare
 from zipserv.bench import gpu, machine, report, shapes, timing, weights
 
 TINY = ("--device", "cpu", "--point-budget", "0.001", "--codec-mib", "1")
@@ -205,6 +206,50 @@ def test_wrong_weight_is_found(zipserv: Zipserv, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(package.ZipTensor, "decompress", wrong)
     result = zipserv("bench", 128, 192, 4, *TINY)
     assert result.code == 1 and "differs" in result.err
+
+
+@pytest.fixture
+def invariant_mode(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Notes what the mode is set to; the CPU has no such mode, its results do not depend on it."""
+    seen: list[bool] = []
+    monkeypatch.setattr(package, "set_batch_invariant", seen.append)
+    return seen
+
+
+def test_batch_invariant_mode_is_measured_and_checked(zipserv: Zipserv, monkeypatch: pytest.MonkeyPatch, invariant_mode: list[bool]) -> None:
+    def row_by_row(x: torch.Tensor, z: package.ZipTensor) -> torch.Tensor:
+        return torch.cat([right(x[i : i + 1], z) for i in range(x.shape[0])])
+
+    def neighbours_matter(x: torch.Tensor, z: package.ZipTensor) -> torch.Tensor:
+        y = row_by_row(x, z)
+        y.view(torch.int16)[-1, -1] ^= int(x.shape[0] > 1)
+        return y
+
+    right = package.linear
+    arguments = ("bench", *TINY, "--shapes", "64x128", "--tokens", "5", "--weights", "gaussian", "--batch-invariant", "--json")
+    monkeypatch.setattr(package, "linear", row_by_row)
+    result = zipserv(*arguments)
+    assert result.code == 0 and result.json["points"][0]["invariant_seconds"] > 0
+    assert invariant_mode == [True, False]
+    monkeypatch.setattr(package, "linear", neighbours_matter)
+    result = zipserv(*arguments)
+    assert result.code == 1 and "token 4 of 5 has other bits" in result.err
+    assert invariant_mode == [True, False] * 2
+
+
+def test_results_from_elsewhere(zipserv: Zipserv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "bench.json"
+    words = ["--device", "cpu", "--models", "qwen2.5-7b", "--layers", "o", "--tokens", "1,2", "--weights", "trained"]
+    small = shapes.Shape("qwen2.5-7b", "o", 128, 192)
+    monkeypatch.setattr(shapes, "select", lambda models, layers: [small])
+    monkeypatch.setattr("sys.argv", ["bench", *words, "--out", str(out), "--point-budget", "0.001", "--no-batch-invariant"])
+    assert bare.main() == 0
+    result = zipserv("bench", "--read", out, "--out", tmp_path / "plots")
+    assert result.code == 0 and "qwen2.5-7b o" in result.out and (tmp_path / "plots" / "speedup.png").exists()
+    out.write_text("{}")
+    assert zipserv("bench", "--read", out).code == 3
+    assert zipserv("bench", "--read", tmp_path / "none").code == 3
 
 
 def test_no_gpu_is_code_5(zipserv: Zipserv, monkeypatch: pytest.MonkeyPatch) -> None:

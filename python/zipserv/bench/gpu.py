@@ -33,7 +33,8 @@ class WrongResult(zipserv.Error):
 
 @dataclass(frozen=True)
 class Settings:
-    """``budget``: seconds of measuring for one number; ``total``: seconds for the whole run (None: no limit)."""
+    """``budget``: seconds of measuring for one number; ``total``: seconds for the whole run (None: no limit);
+    ``invariant``: also measure the batch-invariant mode, and check that it is."""
 
     device: torch.device
     kinds: Sequence[str] = weights.KINDS
@@ -44,6 +45,7 @@ class Settings:
     min_rounds: int = 10
     seed: int = 0
     quick: bool = False
+    invariant: bool = False
 
 
 @dataclass
@@ -203,6 +205,7 @@ class Bench:
         pair = compare(blas, ours, min_rounds=settings.min_rounds, budget=settings.budget)
         blas.close()
         ours.close()
+        invariant = self._invariant(x, linear, pair.second.median) if settings.invariant else {}
         bound = limits.gemm_seconds(self.compressed.nbytes, s.m, s.k, tokens)
         return {
             "model": s.model,
@@ -224,7 +227,26 @@ class Bench:
             "bound_seconds": bound,
             "of_bound": bound / pair.second.median,
             **accuracy,
+            **invariant,
         }
+
+    def _invariant(self, x: torch.Tensor, linear: LinearCall, usual: float) -> dict[str, object]:
+        """What the batch-invariant mode costs; WrongResult where a token's bits depend on the others after all."""
+        zipserv.set_batch_invariant(True)
+        try:
+            together = linear(x, self.compressed)
+            for token in {0, x.shape[0] // 2, x.shape[0] - 1}:
+                alone = linear(x[token : token + 1], self.compressed)
+                if not torch.equal(alone.view(torch.int16), together[token : token + 1].view(torch.int16)):
+                    raise WrongResult(
+                        f"{self.shape.label} ({self.kind}): token {token} of {x.shape[0]} has other bits than on its own in the batch-invariant mode"
+                    )
+            loop = Loop([partial(linear, x, z) for z in self.zipped], self.settings.device)
+            sample = measure(loop, min_rounds=self.settings.min_rounds, budget=self.settings.budget)
+            loop.close()
+        finally:
+            zipserv.set_batch_invariant(False)
+        return {"invariant_seconds": sample.median, "invariant_cost": sample.median / usual - 1}
 
     def close(self) -> None:
         self.plain.clear()
@@ -235,6 +257,48 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def first_calls(settings: Settings) -> dict[str, object]:
+    """How long the first product of a process takes (kernels compiled or read from the cache), and what one call costs
+    the host in eager mode, where nothing hides it. GPU only: a CPU compiles nothing."""
+    device = settings.device
+    if device.type != "cuda":
+        return {}
+    weight = weights.make("gaussian", 1024, 1024, device=device)
+    x = weights.activations(1, 1024, device=device)
+    compressed = _compress(weight)
+
+    def cached() -> int:
+        return int(cuda.describe()["cache"].get("files", 0))
+
+    from zipserv import cuda
+
+    before = cached()
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    zipserv.linear(x, compressed)
+    torch.cuda.synchronize(device)
+    first = time.perf_counter() - start
+
+    def host(call: Callable[[], object], calls: int = 200) -> float:
+        """Seconds until a call returns, while the device still works; fewer calls than its queue holds."""
+        rounds = []
+        for _ in range(10):
+            torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            rounds.append((time.perf_counter() - start) / calls)
+        return sorted(rounds)[len(rounds) // 2]
+
+    with torch.inference_mode():
+        return {
+            "first_call_seconds": first,
+            "kernels_compiled_by_it": cached() - before,
+            "host_seconds_per_call": host(partial(zipserv.linear, x, compressed)),
+            "host_seconds_per_blas_call": host(partial(F.linear, x, weight)),
+        }
+
+
 def scoreboard(shapes: Iterable[Shape], settings: Settings) -> Iterator[Board]:
     """Measures every shape, kind of weights and number of tokens; yields the board after each point.
 
@@ -242,8 +306,9 @@ def scoreboard(shapes: Iterable[Shape], settings: Settings) -> Iterator[Board]:
     is named in ``Board.skipped``; a wrong result is named in ``Board.failed`` and gets no time.
     """
     start = time.perf_counter()
+    calls = first_calls(settings)
     limits = machine.measure_limits(settings.device, quick=settings.quick)
-    board = Board(machine.describe(settings.device), limits)
+    board = Board({**machine.describe(settings.device), **calls}, limits)
     for shape in shapes:
         for kind in settings.kinds:
             if settings.total is not None and time.perf_counter() - start > settings.total:

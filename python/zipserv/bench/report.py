@@ -37,6 +37,11 @@ def machine_lines(about: Row, limits: Row | None = None) -> list[str]:
     name = about.get("gpu") or about["cpu"]
     detail = f"{about['sms']} SMs, CUDA {about['cuda']}" if "gpu" in about else f"{about['cpu_threads']} threads"
     lines = [f"{about['date']}: {name} ({detail}), zipserv {about['zipserv']}, torch {about['torch']}"]
+    if "first_call_seconds" in about:
+        lines.append(
+            f"first product of the process: {seconds(about['first_call_seconds'])} ({about['kernels_compiled_by_it']} kernels compiled); "
+            f"host time of an eager call: {seconds(about['host_seconds_per_call'])}, F.linear {seconds(about['host_seconds_per_blas_call'])}"
+        )
     if limits is not None:
         lines.append(
             f"limits measured in this run: copy {limits['copy_bandwidth'] / 1e9:.1f} GB/s (read + written), "
@@ -76,7 +81,7 @@ def weight_table(rows: Sequence[Row]) -> Table:
 def point_table(rows: Sequence[Row]) -> Table:
     table = _table("linear: speed-up over F.linear in BF16 (median, 10th..90th percentile); share of the roofline", (
         "shape", "M x K", "weights", "N", "F.linear", "zipserv", "speed-up", "p10..p90", "GB/s", "of bound",
-        "RMS error", "F.linear's",
+        "RMS error", "F.linear's", "batch-invariant",
     ))  # fmt: skip
     for r in rows:
         table.add_row(
@@ -84,6 +89,7 @@ def point_table(rows: Sequence[Row]) -> Table:
             seconds(r["blas_seconds"]), seconds(r["zip_seconds"]), f"{r['speedup']:.3f}",
             f"{r['speedup_low']:.2f}..{r['speedup_high']:.2f}", f"{r['compressed_bytes_per_second'] / 1e9:.1f}",
             f"{r['of_bound']:.0%}", f"{r['rms_error']:.2e}", f"{r['blas_rms_error']:.2e}",
+            f"{r['invariant_cost']:+.1%}" if "invariant_cost" in r else "",
         )  # fmt: skip
     return table
 

@@ -15,7 +15,8 @@ from rich.console import Console
 from ..bench import codec, gpu, report, single
 from ..bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, Shape, layers, models, select
 from ..bench.weights import KINDS
-from .output import Code, Failure, emit, json_option
+from .folder import read_json
+from .output import Code, Failure, emit, existing, json_option
 
 
 def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[str]:
@@ -112,29 +113,46 @@ def _scoreboard(shapes: list[Shape], settings: gpu.Settings, out: Path | None, p
         if not as_json and sys.stderr.isatty():
             click.echo("\r\033[K", nl=False, err=True)
     assert board is not None
-    document: dict[str, Any] = {**extra, **board.as_dict(), "summary": report.summary(board.points)}
+    return _show({**extra, **board.as_dict(), "summary": report.summary(board.points)}, out, plots, as_json)
+
+
+def _show(document: dict[str, Any], out: Path | None, plots: bool, as_json: bool) -> int:
+    """Prints what was measured, and writes it where it is wanted."""
     written: list[Path] = []
     if out is not None:
         written.append(report.write_json(document, out / "bench.json"))
-        if plots and board.points:
+        if plots and document["points"]:
             written += report.write_plots(document, out)
     if as_json:
-        emit({"ok": not board.failed, "command": "bench", **document})
+        emit({"ok": not document["failed"], "command": "bench", **document})
     else:
         _print_machine(document)
         console = _console()
-        if "codec" in extra:
-            console.print(report.codec_table(extra["codec"]))
-        console.print(report.weight_table(board.weights))
-        console.print(report.point_table(board.points))
-        console.print(report.summary_table(board.points))
-        for text in board.skipped:
+        if "codec" in document:
+            console.print(report.codec_table(document["codec"]))
+        console.print(report.weight_table(document["weights"]))
+        console.print(report.point_table(document["points"]))
+        console.print(report.summary_table(document["points"]))
+        for text in document["skipped"]:
             click.echo(f"not measured: {text}")
         for path in written:
             click.echo(f"written: {path}")
-    for text in board.failed:
+    for text in document["failed"]:
         click.echo(f"zipserv: wrong result: {text}", err=True)
-    return Code.FAILED_CHECK if board.failed else Code.OK
+    return Code.FAILED_CHECK if document["failed"] else Code.OK
+
+
+def _read(path: Path, out: Path | None, plots: bool, as_json: bool) -> int:
+    document = read_json(existing(path))
+    if not all(isinstance(document.get(key), kind) for key, kind in _PARTS):
+        raise Failure(Code.INPUT, f"{path}: not a bench.json of `zipserv bench --out`")
+    try:
+        return _show({**document, "summary": report.summary(document["points"])}, out, plots, as_json)  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        raise Failure(Code.INPUT, f"{path}: not a bench.json of this version: {error!r}") from error
+
+
+_PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list), ("skipped", list), ("failed", list))
 
 
 @click.command(epilog=f"Models: {', '.join(models())}. Layers: {', '.join(layers())}.")
@@ -164,14 +182,21 @@ def _scoreboard(shapes: list[Shape], settings: gpu.Settings, out: Path | None, p
     help="Measure each number for about so long.",
 )
 @click.option("--codec-mib", type=click.IntRange(1), default=256, show_default=True, help="CPU: weights for the codec's speed, in MiB.")
+@click.option(
+    "--batch-invariant/--no-batch-invariant",
+    "invariant",
+    default=None,
+    help="Also measure and check the batch-invariant mode; default: on a GPU.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write bench.json and plots here; JSON after every point.")
+@click.option("--read", type=click.Path(path_type=Path, dir_okay=False), help="Measure nothing: tables and plots of a bench.json from elsewhere.")
 @click.option("--plots/--no-plots", default=True, help="Plots with --out (needs matplotlib).")
 @json_option
 def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None, device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
-    kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, out: Path | None,
-    plots: bool, as_json: bool,
+    kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, out: Path | None,
+    read: Path | None, plots: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure this machine: compressed against plain weights, and against the machine's limits.
 
@@ -180,6 +205,8 @@ def bench(
     codec's speed against memcpy. On a GPU calls are captured in CUDA graphs, weights rotate through copies well past
     the L2 cache, and both ways are timed in turns in both orders.
     """
+    if read is not None:
+        return _read(read, out, plots, as_json)
     target = _device(device)
     on_cpu = target.type == "cpu"
     settings = gpu.Settings(
@@ -190,6 +217,7 @@ def bench(
         total=time_budget,
         min_copies=2 if on_cpu else 8,
         min_rounds=3 if on_cpu else 10,
+        invariant=not on_cpu if invariant is None else invariant,
     )
     if m is not None:
         if k is None or n is None:
