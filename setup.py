@@ -28,11 +28,12 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        in_place = bool(self.inplace or self.editable_mode)
         try:
-            native.build(output, portable=not (self.inplace or self.editable_mode), arch=ARCH)
+            native.build(output, portable=not in_place, arch=ARCH)
         except native.BuildError as error:
             raise BaseError(str(error)) from None
-        native.install_header(output.parent)
+        native.install_header(ROOT / "python" / "zipserv" if in_place else output.parent)
 
 
 class Wheel(bdist_wheel):
