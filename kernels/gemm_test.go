@@ -3,6 +3,7 @@
 package kernels_test
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io/fs"
@@ -87,7 +88,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 	args := []any{
 		&emu.Buffer{Name: "blob", Data: encodeTiled(p.w), Mode: emu.In},
 		&emu.Buffer{Name: "x", Data: halves(x), Mode: emu.In, Align: align, Dependent: true},
-		p.ldx, nil, nil, p.ldy, p.w.m, p.w.k, p.n, nil, nil,
+		p.ldx, nil, nil, p.ldy, p.w.m, p.w.k, p.n, nil,
 	}
 	if p.bias != nil {
 		b := make([]uint16, p.w.m)
@@ -97,19 +98,18 @@ func (g gemm) run(p product) ([]uint16, error) {
 		args[3] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
 	}
 	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: align, Dependent: true}
-	flags := &emu.Buffer{Name: "flags", Data: make([]byte, 4*grid), Mode: emu.InOut, Dependent: true}
-	args[4] = y
-	args[9] = &emu.Buffer{Name: "workspace", Data: make([]byte, 4*grid*g.mw*64*g.n), Mode: emu.Out, Dependent: true}
-	args[10] = flags
+	// Every word of the workspace is empty (all bits set) before and after each launch.
+	workspace := &emu.Buffer{Name: "workspace", Data: bytes.Repeat([]byte{0xFF}, 4*grid*g.mw*64*g.n), Mode: emu.InOut, Dependent: true}
+	args[4], args[9] = y, workspace
 	_, err := g.program.Run(context.Background(), emu.Launch{
 		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true, AllowUninitialised: g.allowUninitialised,
 	})
 	if err != nil {
 		return nil, err
 	}
-	for i, f := range flags.Data {
-		if f != 0 {
-			return nil, fmt.Errorf("flag %d is not zero after the launch", i/4)
+	for i, b := range workspace.Data {
+		if b != 0xFF {
+			return nil, fmt.Errorf("byte %d of the workspace is not 0xFF after the launch", i)
 		}
 	}
 	all := fromHalves(y.Data)

@@ -43,6 +43,16 @@ inline Vec4 ld_stream_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
 inline Vec4 ld_global_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
 inline void st_global_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
 inline void st_stream_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
+// Relaxed: each word is whole, four of them are not.
+inline Vec4 ld_relaxed_v4(const void* p) {
+  uint32_t w[4];
+  zsemu::load_relaxed(w, p, 4);
+  return Vec4{w[0], w[1], w[2], w[3]};
+}
+inline void st_relaxed_v4(void* p, Vec4 v) {
+  const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+  zsemu::store_relaxed(p, w, 4);
+}
 inline uint32_t ld_acquire_u32(const uint32_t* p) { return uint32_t(zsemu::atomic(zsemu::Atomic::load, zsemu::Order::acquire, (void*)p, 4, 0, 0)); }
 inline void st_release_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::store, zsemu::Order::release, p, 4, v, 0); }
 inline void red_release_add_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::add, zsemu::Order::release, p, 4, v, 0); }

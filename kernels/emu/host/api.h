@@ -70,6 +70,9 @@ void wgmma(float* d, int n, const uint32_t* a, uint64_t desc_a, uint64_t desc_b,
 // Atomics and ordering on global (and shared) memory.
 enum class Atomic { add, min_u, max_u, min_s, max_s, and_, or_, xor_, exch, cas, add_f32, load, store };
 enum class Order { relaxed, acquire, release, acq_rel };
+// `words` 32-bit words as one aligned instruction, which others may see in part.
+void load_relaxed(uint32_t* to, const void* p, uint32_t words);
+void store_relaxed(void* p, const uint32_t* from, uint32_t words);
 uint64_t atomic(Atomic op, Order order, void* p, uint32_t size, uint64_t a, uint64_t b);
 void thread_fence();
 void griddep_wait();

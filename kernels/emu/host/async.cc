@@ -146,7 +146,7 @@ void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
   Mbarrier& m = it->second;
   if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
     fault("race", "a bulk copy is not ordered after the mbarrier_init by %s [pc %x]", thread_name(m.init.gid).c_str(), m.init.pc);
-  if (!b->threads[m.init.gid - b->slot * g.threads].mbar_fenced)
+  if (!m.fenced)
     fault("proxy", "a bulk copy uses the mbarrier at shared address %u, initialised with no fence_mbarrier_init since", mbar - kSharedOrigin);
   checked(src, bytes, 16, false, Access::async, "a bulk copy");
   check_write(here(), *b->smem, off, bytes, Access::async);

@@ -111,12 +111,16 @@ void mbarrier_init(uint32_t addr, uint32_t count) {
   m.count = m.pending = count;
   m.index = uint32_t(b->mbars.size() - 1);
   m.init = me;
-  cur->mbar_fenced = false;
+}
+
+void fence_own_mbarriers() {
+  for (auto& [off, m] : cur->block->mbars)
+    if (m.init.gid == cur->gid) m.fenced = true;
 }
 
 void fence_mbarrier_init() {
   ZS_ENTER();
-  cur->mbar_fenced = true;
+  fence_own_mbarriers();
 }
 
 void mbarrier_expect_tx(uint32_t addr, uint32_t bytes) {

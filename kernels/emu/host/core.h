@@ -87,10 +87,12 @@ void cp_async_then_arrive(uint32_t mbar_off);
 struct Mbarrier {
   uint32_t count = 0, pending = 0, phase = 0, index = 0;
   int64_t tx = 0;
+  bool fenced = false;   // the initialisation is visible to the async proxy
   Actor init{};
   std::vector<uint32_t> gathered, released;   // what arrivals of the current / last completed phase knew
   std::vector<Fiber*> waiters;
 };
+void fence_own_mbarriers();
 void arrive_for(Block* b, uint32_t off, const Gathered& knowledge);
 void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t clock);
 
@@ -142,13 +144,12 @@ struct Fiber {
   ViewRef view;
   Gathered release_fence, acquire_pending;   // what the last __threadfence released; what relaxed reads saw, until the next
   uint32_t pc = 0;
-  bool done = false, wgmma_fenced = false, mbar_fenced = false;
+  bool done = false, wgmma_fenced = false;
   std::string waits;          // for the deadlock report
   std::vector<CopyGroup> groups;
   CopyGroup open;
   uint32_t votes[2] = {};
-  const void* spin_addr = nullptr;
-  uint64_t spin_value = 0;
+  uint32_t polls = 0;         // atomic loads in a row
 };
 struct Block {
   Idx idx{};

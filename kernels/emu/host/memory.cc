@@ -184,6 +184,7 @@ Region& checked(const void* p, size_t n, size_t align, bool write, Access kind, 
   if (n > r->size - off) fault("bounds", "%s of %zu bytes at %s+%zu (its size is %zu)", what, n, r->name.c_str(), off, r->size);
   if (r->shared && r != cur->block->smem) fault("bounds", "%s of another block's shared memory", what);
   if (align > 1 && uintptr_t(p) % align) fault("alignment", "%s at %s is not aligned to %zu", what, at(*r, off, n).c_str(), align);
+  if (kind == Access::plain) cur->polls = 0;
   Actor me = here();
   if (write) {
     check_write(me, *r, off, n, kind);

@@ -2,6 +2,7 @@
 // Atomics, memory fences, and the order between kernels.
 #include <cstring>
 #include <unordered_map>
+#include <utility>
 #include "core.h"
 
 namespace zsemu {
@@ -66,14 +67,32 @@ uint64_t atomic(Atomic op, Order order, void* p, uint32_t size, uint64_t a, uint
     }
   }
   if (writes && now != old) progress();
-  // A thread that keeps reading the same value is polling.
-  if (op == Atomic::load) {
-    bool again = cur->spin_addr == p && cur->spin_value == old;
-    cur->spin_addr = p;
-    cur->spin_value = old;
-    if (again) spin_yield();
-  }
+  // A thread that does nothing but read atomically is polling.
+  if (op != Atomic::load)
+    cur->polls = 0;
+  else if (++cur->polls > 4)
+    spin_yield();
   return old;
+}
+
+void load_relaxed(uint32_t* to, const void* p, uint32_t words) {
+  if (uintptr_t(p) % (4 * words)) ZS_ENTER(), fault("alignment", "a relaxed load of %u words from %p", words, p);
+  uint32_t order[4] = {0, 1, 2, 3};
+  for (uint32_t i = words; i > 1; i--) std::swap(order[i - 1], order[rnd() % i]);
+  for (uint32_t i = 0; i < words; i++) {
+    to[order[i]] = uint32_t(atomic(Atomic::load, Order::relaxed, (uint32_t*)p + order[i], 4, 0, 0));
+    ZS_ENTER();
+  }
+}
+
+void store_relaxed(void* p, const uint32_t* from, uint32_t words) {
+  if (uintptr_t(p) % (4 * words)) ZS_ENTER(), fault("alignment", "a relaxed store of %u words to %p", words, p);
+  uint32_t order[4] = {0, 1, 2, 3};
+  for (uint32_t i = words; i > 1; i--) std::swap(order[i - 1], order[rnd() % i]);
+  for (uint32_t i = 0; i < words; i++) {
+    atomic(Atomic::store, Order::relaxed, (uint32_t*)p + order[i], 4, from[order[i]], 0);
+    ZS_ENTER();
+  }
 }
 
 void thread_fence() {
@@ -89,7 +108,7 @@ void thread_fence() {
 
 void fence_proxy_async() {
   ZS_ENTER();
-  cur->mbar_fenced = true;
+  fence_own_mbarriers();
   if (g.opt.races) note_proxy_fence(cur);
 }
 

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command variants prints, as JSON, every kernel variant that the launch plans choose on one GPU of each compute capability that the
+// checks of kernels/sass compile for.
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+
+	"github.com/zipserv/zipserv/core/cuda/plan"
+)
+
+// variant is one compilation.
+type variant struct {
+	Arch    string   `json:"arch"`
+	Source  string   `json:"source"`
+	Entry   string   `json:"entry"`
+	Defines []string `json:"defines"`
+	Smem    uint32   `json:"smem"`
+	Block   uint32   `json:"block"`
+}
+
+var targets = []struct {
+	arch   string
+	device plan.Device
+}{
+	{"sm_80", plan.Device{Capability: 80, SMs: 108, SmemBlock: 163 << 10, SmemSM: 164 << 10}},
+	{"sm_86", plan.Device{Capability: 86, SMs: 82, SmemBlock: 99 << 10, SmemSM: 100 << 10}},
+	{"sm_89", plan.Device{Capability: 89, SMs: 128, SmemBlock: 99 << 10, SmemSM: 100 << 10}},
+	{"sm_90a", plan.Device{Capability: 90, SMs: 132, SmemBlock: 227 << 10, SmemSM: 228 << 10}},
+	{"sm_100a", plan.Device{Capability: 100, SMs: 148, SmemBlock: 227 << 10, SmemSM: 228 << 10}},
+	{"sm_120", plan.Device{Capability: 120, SMs: 170, SmemBlock: 99 << 10, SmemSM: 100 << 10}},
+}
+
+func main() {
+	var all []variant
+	for _, t := range targets {
+		seen := map[string]bool{}
+		add := func(k plan.Kernel) {
+			if key := fmt.Sprint(k.Entry, k.Defines); !seen[key] {
+				seen[key] = true
+				all = append(all, variant{t.arch, k.Source, k.Entry, k.Defines, k.Smem, k.Block})
+			}
+		}
+		const m, k = 4096, 4096
+		add(plan.Decompress(t.device, m, k))
+		for n := uint64(1); n <= 256; n++ {
+			for _, invariant := range []bool{true, false} {
+				l, err := plan.ForLinear(t.device, plan.Problem{M: m, K: k, N: n, Invariant: invariant})
+				if err != nil {
+					fmt.Fprintln(os.Stderr, t.arch, err)
+					os.Exit(1)
+				}
+				if !l.Expand {
+					add(l.Kernel)
+				}
+			}
+		}
+	}
+	if err := json.NewEncoder(os.Stdout).Encode(all); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
