@@ -176,11 +176,11 @@ func (c *Context) MemoryInfo() (free, total uint64, err error) {
 	return uint64(f), uint64(t), err
 }
 
-// AllocZeroed allocates device memory and fills it with zeros by way of a stream of the caller's own. It waits for the zeros, and may be
-// called while another stream is being captured.
-func (c *Context) AllocZeroed(s Stream, bytes uint64) (Pointer, error) {
+// AllocFilled allocates device memory and sets every byte of it, by way of a stream of the caller's own. It waits until that is done,
+// and may be called while another stream is being captured.
+func (c *Context) AllocFilled(s Stream, bytes uint64, value byte) (Pointer, error) {
 	var p C.uint64_t
-	err := c.d.check(C.zs_alloc_zeroed(c.d.cu, c.ctx, C.uint64_t(s), C.size_t(bytes), &p))
+	err := c.d.check(C.zs_alloc_filled(c.d.cu, c.ctx, C.uint64_t(s), C.size_t(bytes), C.uint8_t(value), &p))
 	return Pointer(p), err
 }
 

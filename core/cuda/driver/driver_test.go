@@ -121,9 +121,9 @@ func TestEveryErrorCarriesCallCodeAndText(t *testing.T) {
 		{"cuEventCreate", func(_ *driver.Driver, c *driver.Context) error { _, err := c.NewEvent(); return err }},
 		{"cuEventRecord", func(_ *driver.Driver, c *driver.Context) error { return c.Record(1, 0) }},
 		{"cuMemGetInfo_v2", func(_ *driver.Driver, c *driver.Context) error { _, _, err := c.MemoryInfo(); return err }},
-		{"cuMemAlloc_v2", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocZeroed(0, 16); return err }},
-		{"cuMemsetD8Async", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocZeroed(0, 16); return err }},
-		{"cuStreamSynchronize", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocZeroed(0, 16); return err }},
+		{"cuMemAlloc_v2", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocFilled(0, 16, 0); return err }},
+		{"cuMemsetD8Async", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocFilled(0, 16, 0); return err }},
+		{"cuStreamSynchronize", func(_ *driver.Driver, c *driver.Context) error { _, err := c.AllocFilled(0, 16, 0); return err }},
 		{"cuMemFree_v2", func(_ *driver.Driver, c *driver.Context) error { return c.Free(0) }},
 		{"cuMemcpyDtoHAsync_v2", func(_ *driver.Driver, c *driver.Context) error { return c.Read(0, make([]byte, 1), 0) }},
 		{"cuMemcpyHtoDAsync_v2", func(_ *driver.Driver, c *driver.Context) error { return c.Write(0, 0, make([]byte, 1)) }},
@@ -179,7 +179,7 @@ func TestMemory(t *testing.T) {
 	require.NoError(t, err)
 	s, err := c.NewStream()
 	require.NoError(t, err)
-	p, err := c.AllocZeroed(s, 1000)
+	p, err := c.AllocFilled(s, 1000, 0)
 	require.NoError(t, err)
 	got := make([]byte, 1000)
 	require.NoError(t, c.Read(s, got, p))
@@ -190,7 +190,7 @@ func TestMemory(t *testing.T) {
 	require.NoError(t, c.Free(p))
 	require.NoError(t, c.DestroyStream(s))
 	assert.Zero(t, f.Live(drivertest.Allocations)+f.Live(drivertest.Streams))
-	_, err = c.AllocZeroed(s, 1<<40)
+	_, err = c.AllocFilled(s, 1<<40, 0)
 	var failed *driver.Error
 	require.True(t, errors.As(err, &failed) && failed.Code == driver.OutOfMemory)
 }
@@ -205,7 +205,7 @@ func TestLoadingWorksDuringACapture(t *testing.T) {
 	defer f.Capture(0, 0)
 	_, err = c.Load([]byte("\x7fELF............................"))
 	require.NoError(t, err)
-	_, err = c.AllocZeroed(s, 16)
+	_, err = c.AllocFilled(s, 16, 0)
 	require.NoError(t, err)
 	active, id, g, err := c.Capture(0x99)
 	require.NoError(t, err)

@@ -248,8 +248,8 @@ zs_result zs_memory_info(zs_cu *cu, uint64_t ctx, size_t *free_bytes, size_t *to
   LEAVE;
 }
 
-// Safe while another stream is being captured: the stream is the engine's own and never part of a capture. The zeros are there on return.
-zs_result zs_alloc_zeroed(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint64_t *ptr) {
+// Safe while another stream is being captured: the stream is the engine's own and never part of a capture. The fill is done on return.
+zs_result zs_alloc_filled(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint8_t value, uint64_t *ptr) {
   CUdeviceptr p = 0;
   int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
   ENTER(ctx);
@@ -258,7 +258,7 @@ zs_result zs_alloc_zeroed(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes
   CUresult rc = cu->cuMemAlloc_v2(&p, bytes);
   if (rc == 0) {
     call = ZS_cuMemsetD8Async;
-    rc = cu->cuMemsetD8Async(p, 0, bytes, P(CUstream, stream));
+    rc = cu->cuMemsetD8Async(p, value, bytes, P(CUstream, stream));
     if (rc == 0) {
       call = ZS_cuStreamSynchronize;
       rc = cu->cuStreamSynchronize(P(CUstream, stream));

@@ -65,7 +65,7 @@ zs_result zs_event_create(zs_cu *cu, uint64_t ctx, uint64_t *event);
 zs_result zs_event_destroy(zs_cu *cu, uint64_t ctx, uint64_t event);
 zs_result zs_event_record(zs_cu *cu, uint64_t ctx, uint64_t event, uint64_t stream);
 zs_result zs_memory_info(zs_cu *cu, uint64_t ctx, size_t *free, size_t *total);
-zs_result zs_alloc_zeroed(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint64_t *ptr);
+zs_result zs_alloc_filled(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint8_t value, uint64_t *ptr);
 zs_result zs_free(zs_cu *cu, uint64_t ctx, uint64_t ptr);
 zs_result zs_read(zs_cu *cu, uint64_t ctx, uint64_t stream, void *dst, uint64_t src, size_t bytes);
 zs_result zs_write(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t dst, const void *src, size_t bytes);

@@ -13,9 +13,6 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/stream"
 )
 
-// flagWords is the part of a workspace that kernels find and leave zero; partial sums follow it.
-const flagBytes = 16 << 10
-
 // Device is one GPU: its primary context, loaded kernels, plans, streams and workspaces.
 type Device struct {
 	engine     *Engine
@@ -68,11 +65,7 @@ func openDevice(e *Engine, ordinal int) (*Device, error) {
 			Bandwidth: props.Bandwidth(), ClockHz: float64(props.ClockKHz) * 1e3,
 		},
 	}
-	partials, flags := plan.Workspace(d.planDevice)
-	if uint64(flags)*4 > flagBytes {
-		return nil, fmt.Errorf("%d SMs are more than the engine's workspaces are made for", props.SMs)
-	}
-	d.workspaces = stream.NewWorkspaces(ctx, pool.Side(0), flagBytes+partials)
+	d.workspaces = stream.NewWorkspaces(ctx, pool.Side(0), plan.Workspace(d.planDevice))
 	return d, nil
 }
 

@@ -51,7 +51,7 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	for first := uint64(0); first < p.N; first += l.plan.Tokens {
 		n := min(p.N-first, l.plan.Tokens)
 		err := d.launch(l.kernel, p.Stream, uint64(p.Blob), uint64(p.X)+2*first*p.LdX, p.LdX, uint64(p.Bias),
-			uint64(p.Y)+2*first*p.LdY, p.LdY, p.M, p.K, n, uint64(ws)+flagBytes, uint64(ws))
+			uint64(p.Y)+2*first*p.LdY, p.LdY, p.M, p.K, n, uint64(ws))
 		if err != nil {
 			return false, err
 		}

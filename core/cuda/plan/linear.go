@@ -16,9 +16,8 @@ type Linear struct {
 	Expand bool
 	Kernel Kernel
 	Tokens uint64 // per launch; a larger N takes several launches
-	// Partials is the bytes of workspace for partial sums, of any content; Flags counts the 32-bit words that are zero between launches.
-	Partials uint64
-	Flags    uint32
+	// Workspace is the bytes for partial sums, all of them 0xFF between launches.
+	Workspace uint64
 }
 
 // mmaVariants, in order of preference: the more warps, the more bytes in flight.
@@ -59,11 +58,11 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	return fused, nil
 }
 
-// Workspace bounds Partials and Flags over all problems of a device, so that one workspace serves them all and never grows.
-func Workspace(d Device) (partials uint64, flags uint32) {
-	if v, err := mma.first(d, mmaVariants, maxTokens); err == nil {
-		flags = uint32(d.SMs * v.blocks)
-		partials = partialBytes(v, flags, maxTokens)
+// Workspace bounds the workspace over all problems of a device, so that one serves them all and never grows.
+func Workspace(d Device) uint64 {
+	v, err := mma.first(d, mmaVariants, maxTokens)
+	if err != nil {
+		return 0
 	}
-	return partials, flags
+	return partialBytes(v, uint32(d.SMs*v.blocks), maxTokens)
 }

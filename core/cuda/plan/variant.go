@@ -39,11 +39,11 @@ var wgmma = family{
 	source: "zipgemm_wgmma.cu", entry: "zs_zipgemm_wgmma",
 	classes:   []uint64{8, 16, 32, 64, 128, 256},
 	minStages: 2,
-	threads:   func(v variant) int { return 128*v.mw*v.kw + 64 },
+	threads:   func(v variant) int { return 128*v.mw*v.kw + 32 },
 	smem: func(v variant, tokens uint64) int {
 		groups := v.mw * v.kw
 		const stage = tileBytes + 2*128 + 16
-		return groups*2*8192 + v.xstages*v.kw*int(tokens)*128 + groups*v.stages*stage + (2*groups*v.stages+2*v.xstages)*8
+		return groups*2*8192 + v.xstages*v.kw*int(tokens)*128 + groups*v.stages*stage + (groups*v.stages+v.kw*v.xstages)*16
 	},
 }
 
@@ -111,9 +111,8 @@ func (f family) launch(d Device, v variant, m, k, tokens uint64) (Linear, error)
 			Source: f.source, Entry: f.entry, Defines: defines, Grid: grid, Resident: uint32(v.blocks),
 			Block: uint32(f.threads(v)), Smem: uint32(f.smem(v, tokens)),
 		},
-		Tokens:   tokens,
-		Partials: partialBytes(v, grid, tokens),
-		Flags:    grid,
+		Tokens:    tokens,
+		Workspace: partialBytes(v, grid, tokens),
 	}, nil
 }
 

@@ -3,6 +3,7 @@
 package stream_test
 
 import (
+	"bytes"
 	"sync"
 	"testing"
 
@@ -58,7 +59,7 @@ func TestManyFollowersAtOnce(t *testing.T) {
 	wg.Wait()
 }
 
-func TestEveryStreamHasAWorkspaceOfItsOwnThatIsZero(t *testing.T) {
+func TestEveryStreamHasAWorkspaceOfItsOwnFilledWithOnes(t *testing.T) {
 	f, ctx, _, w := open(t)
 	before := f.Live(drivertest.Allocations)
 	seen := map[driver.Pointer]bool{}
@@ -68,7 +69,7 @@ func TestEveryStreamHasAWorkspaceOfItsOwnThatIsZero(t *testing.T) {
 		seen[p] = true
 		got := make([]byte, size)
 		require.NoError(t, ctx.Read(0, got, p))
-		assert.Equal(t, make([]byte, size), got)
+		assert.Equal(t, bytes.Repeat([]byte{0xFF}, size), got)
 		again, err := w.Get(s)
 		require.NoError(t, err)
 		assert.Equal(t, p, again)

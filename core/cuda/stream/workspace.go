@@ -9,14 +9,15 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/driver"
 )
 
-// Workspaces gives every stream of work its own piece of device memory, zeroed once. Kernels leave the flags in it zero, so launches that
-// follow each other in a stream may share it; launches that may overlap must not.
+// Workspaces gives every stream of work its own piece of device memory, filled with ones once. Kernels leave it so
+// (a word of ones is a partial sum that is not there yet), so launches that follow each other in a stream may share it; launches that
+// may overlap must not.
 //
 // A captured graph replays at any time on any stream, so a capture never uses the workspace of eager work: it gets one of its own for
 // each stream in it, which comes back when the graph and all its instances are gone.
 //
-// The memory is the engine's own, not torch's: torch's allocator would hand out memory of the graph's pool during a capture, whose zeros
-// would be part of the graph.
+// The memory is the engine's own, not torch's: torch's allocator would hand out memory of the graph's pool during a capture, whose
+// fill would be part of the graph.
 type Workspaces struct {
 	ctx   *driver.Context
 	side  driver.Stream
@@ -28,6 +29,9 @@ type Workspaces struct {
 	free     []driver.Pointer
 	total    int
 }
+
+// empty is each byte of a workspace between launches.
+const empty = 0xFF
 
 type capture struct {
 	id       uint64
@@ -120,7 +124,7 @@ func (w *Workspaces) take() (driver.Pointer, error) {
 		w.free = w.free[:n-1]
 		return p, nil
 	}
-	p, err := w.ctx.AllocZeroed(w.side, w.bytes)
+	p, err := w.ctx.AllocFilled(w.side, w.bytes, empty)
 	if err != nil {
 		return 0, fmt.Errorf("a workspace of %d bytes: %w", w.bytes, err)
 	}
