@@ -114,8 +114,8 @@ func checkPadding(fixed []byte, b block, dt format.DType) error {
 			start = b.cols
 		}
 		for c := start; c < tileCols; c++ {
-			p := format.PlaceOf(r, c)
-			o, swapped := p.SignMantissa()
+			p := r*tileCols + c
+			o, swapped := format.PlaceOf(r, c).SignMantissa()
 			mask := uint16(format.MaskA)
 			if swapped {
 				mask = format.MaskB
@@ -129,13 +129,28 @@ func checkPadding(fixed []byte, b block, dt format.DType) error {
 	return nil
 }
 
-// code reads the three bits of one weight from bitmaps.
-func code(bitmaps []byte, p format.Place) (code uint32) {
-	for k := range format.Planes {
-		o, bit := p.PlaneBit(k)
-		code |= le.Uint32(bitmaps[o:]) >> bit & 1 << k
+// codePlaces are, for each position in a block tile, the place of its three code bits: looked up, because Check does it for each escape.
+var codePlaces = func() (places [tileWeights]struct {
+	word uint16 // plane k: k * 128 bytes on
+	bit  [format.Planes]uint8
+}) {
+	for p := range places {
+		for k := range format.Planes {
+			o, bit := format.PlaceOf(p/tileCols, p%tileCols).PlaneBit(k)
+			places[p].word = uint16(o - k*planeBytes)
+			places[p].bit[k] = uint8(bit)
+		}
 	}
-	return code
+	return places
+}()
+
+const planeBytes = 4 * format.Lanes
+
+// code reads the three bits of the weight at a position from bitmaps.
+func code(bitmaps []byte, position int) uint32 {
+	p := &codePlaces[position]
+	b := bitmaps[p.word:][:2*planeBytes+4]
+	return le.Uint32(b)>>(p.bit[0]&31)&1 | le.Uint32(b[planeBytes:])>>(p.bit[1]&31)&1<<1 | le.Uint32(b[2*planeBytes:])>>(p.bit[2]&31)&1<<2
 }
 
 func (l list) checkDense(fixed []byte, b block, dt format.DType) error {
@@ -191,7 +206,7 @@ func (l list) check(s *scratch, fixed []byte, b block, dt format.DType, base uin
 		if e < 0 || e > dt.MaxExponent() {
 			return format.Invalidf("escape at position %d has exponent %d, allowed are 0 to %d", position, e, dt.MaxExponent())
 		}
-		if code(fixed[format.BitmapOffset:], format.PlaceOf(r, c)) != 0 {
+		if code(fixed[format.BitmapOffset:], position) != 0 {
 			return format.Invalidf("escape at position %d has a code that is not 0", position)
 		}
 	}

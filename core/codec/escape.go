@@ -8,6 +8,14 @@ import (
 	"github.com/zipserv/zipserv/core/format"
 )
 
+// symbols are the symbols of all distances from the base: symbols[255+d] is that of exponent base+d.
+var symbols = func() (table [511]uint8) {
+	for d := -255; d <= 255; d++ {
+		table[255+d] = format.Symbol(uint8(max(0, -d)), uint8(max(0, d)))
+	}
+	return table
+}()
+
 // writeEscapes writes the list of a tile (format.md section 6) from the masks that the encode kernel left.
 func (s *scratch) writeEscapes(list, src []byte, stride int, plan tilePlan, rows, cols int) error {
 	n, literals := int(plan.header.EscCount), int(plan.literals)
@@ -20,18 +28,20 @@ func (s *scratch) writeEscapes(list, src []byte, stride int, plan tilePlan, rows
 			c := bits.TrailingZeros64(mask)
 			e := uint8(le.Uint16(src[r*stride+2*c:]) >> 7)
 			entry := uint16(r*tileCols + c)
-			if symbol := format.Symbol(base, e); symbol != format.SymbolLiteral {
+			symbol := symbols[255+int(e)-int(base)]
+			entry |= uint16(symbol) << 12
+			if symbol != format.SymbolLiteral {
 				if sym == n {
 					return errChanged
 				}
-				le.PutUint16(list[2*sym:], entry|uint16(symbol)<<12)
+				le.PutUint16(list[2*sym:], entry)
 				sym++
 				continue
 			}
 			if lit == literals {
 				return errChanged
 			}
-			le.PutUint16(list[2*lit:], entry|format.SymbolLiteral<<12)
+			le.PutUint16(list[2*lit:], entry)
 			list[2*n+lit] = e
 			lit++
 		}

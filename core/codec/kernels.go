@@ -2,6 +2,8 @@
 
 package codec
 
+import "unsafe"
+
 // kernels are the inner loops. They see whole 64x64 tiles of BF16 bit patterns and know nothing of edges, lists or FP16. There is a
 // portable set, and sets in assembly that must give the same bytes.
 type kernels struct {
@@ -23,6 +25,21 @@ type kernels struct {
 	// decode turns the warp tiles [w0, w1) of a fixed part into rows of 64 weights; dst starts at the first row of w0. Escapes get
 	// the exponent `base`.
 	decode func(s *scratch, dst []byte, stride int, fixed []byte, w0, w1 int, base uint8)
+
+	// stream copies rows of 128 bytes to dst past the caches; nil where there is no such way. dst and stride are multiples of
+	// lineSize; fence must follow before another goroutine reads.
+	stream func(dst []byte, stride int, src []byte, rows int)
+	fence  func()
+}
+
+// An output of streamFrom bytes or more is streamed: it would throw everything else out of the caches and not stay there itself.
+const lineSize = 64
+
+var streamFrom = 8 << 20 // a variable for the tests
+
+// streams tells whether rows of 128 bytes at dst and every stride from there are streamed.
+func streams(dst []byte, stride int) bool {
+	return kern.stream != nil && len(dst) >= streamFrom && uintptr(unsafe.Pointer(&dst[0]))%lineSize == 0 && stride%lineSize == 0
 }
 
 // counts around the highest exponent h.
@@ -39,7 +56,7 @@ type kernelWork struct {
 	counts [8]uint32
 }
 
-var portable = kernels{"portable", scanPortable, countPortable, outsidePortable, encodePortable, decodePortable}
+var portable = kernels{"portable", scanPortable, countPortable, outsidePortable, encodePortable, decodePortable, nil, nil}
 
 // kern is the set in use: the fastest that this machine has.
 var kern = best()

@@ -10,10 +10,10 @@ import (
 
 //go:generate go run -C asm . -out ../kernels_amd64.s -stubs ../kernels_stubs_amd64.go -pkg codec
 
-var avx2 = kernels{"avx2", scanAVX2Tile, countAVX2Tile, outsideAVX2Tile, encodeAVX2Tile, decodeAVX2Tile}
+var avx2 = kernels{"avx2", scanAVX2Tile, countAVX2Tile, outsideAVX2Tile, encodeAVX2Tile, decodeAVX2Tile, streamAVX2Rows, fenceSSE}
 
 // AVX-512 does not pay for the two counts: a comparison into a mask register and its population count are no faster than two AVX2 instructions.
-var avx512 = kernels{"avx512", scanAVX512Tile, countAVX2Tile, outsideAVX2Tile, encodeAVX512Tile, decodeAVX512Tile}
+var avx512 = kernels{"avx512", scanAVX512Tile, countAVX2Tile, outsideAVX2Tile, encodeAVX512Tile, decodeAVX512Tile, streamAVX2Rows, fenceSSE}
 
 func hasAVX512() bool {
 	x := &cpu.X86
@@ -93,4 +93,10 @@ func decodeAVX512Tile(s *scratch, dst []byte, stride int, fixed []byte, w0, w1 i
 	checkDecode(dst, stride, fixed, w0, w1)
 	decodeAVX512(&dst[0], stride, &fixed[w0*format.WarpSignMantissaSize], &fixed[format.BitmapOffset+w0*format.WarpBitmapSize], w1-w0, uint32(base),
 		&s.work.planes[0])
+}
+
+func streamAVX2Rows(dst []byte, stride int, src []byte, rows int) {
+	_ = src[(rows-1)*tileStride:][:tileStride]
+	_ = dst[(rows-1)*stride:][:tileStride]
+	streamAVX2(&dst[0], stride, &src[0], rows)
 }

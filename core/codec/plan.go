@@ -150,17 +150,21 @@ func (p *Plan) Encode(ctx context.Context, dst []byte) error {
 		return copyParallel(ctx, dst[format.HeaderSize:], p.src)
 	}
 	clear(dst[sec.TileHeaders+sec.Tiles*format.TileHeaderSize : sec.Fixed])
+	stream := p.header.DType == format.BF16 && streams(dst, format.FixedBF16)
 	return parallel(ctx, sec.Tiles, tileGrain, func(s *scratch, lo, hi uint64) error {
 		for t := lo; t < hi; t++ {
-			if err := p.encodeTile(s, dst, sec, t); err != nil {
+			if err := p.encodeTile(s, dst, sec, t, stream); err != nil {
 				return err
 			}
+		}
+		if stream {
+			kern.fence()
 		}
 		return nil
 	})
 }
 
-func (p *Plan) encodeTile(s *scratch, dst []byte, sec format.Sections, t uint64) error {
+func (p *Plan) encodeTile(s *scratch, dst []byte, sec format.Sections, t uint64, stream bool) error {
 	b, plan, dt := p.grid.tile(t), p.tiles[t], p.header.DType
 	plan.header.Put(dst[sec.TileHeaders+t*format.TileHeaderSize:])
 	fixed := dst[sec.Fixed+t*dt.FixedSize():][:dt.FixedSize()]
@@ -174,9 +178,18 @@ func (p *Plan) encodeTile(s *scratch, dst []byte, sec format.Sections, t uint64)
 		splitFP16(&s.tile, &s.low)
 		s.encodeLow(fixed[format.LowBitmapOffset:])
 	}
-	kern.encode(s, fixed, src, stride, plan.header.Base)
+	to := fixed
+	if stream {
+		to = s.fixed[:]
+	}
+	kern.encode(s, to, src, stride, plan.header.Base)
 	if plan.header.Dense() {
-		clear(fixed[format.BitmapOffset:format.LowBitmapOffset])
+		clear(to[format.BitmapOffset:format.LowBitmapOffset])
+	}
+	if stream {
+		kern.stream(fixed, tileStride, to, fixedBytes/tileStride)
+	}
+	if plan.header.Dense() {
 		writeDense(list, src, stride)
 		return nil
 	}

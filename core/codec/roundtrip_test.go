@@ -89,12 +89,31 @@ var dtypes = []format.DType{format.BF16, format.FP16}
 func TestRoundTripShapesAndDistributions(t *testing.T) {
 	shapes := [][2]int{{1, 1}, {1, 5000}, {5000, 1}, {64, 64}, {63, 64}, {64, 63}, {65, 129}, {100, 100}, {128, 192}, {60, 250}, {250, 60}, {193, 517}}
 	eachSet(t, func(t *testing.T) {
-		for _, name := range distributions {
-			for _, shape := range shapes {
+		for i, name := range distributions {
+			for j, shape := range shapes {
+				if testing.Short() && (i+j)%4 != 0 {
+					continue
+				}
 				for _, dt := range dtypes {
 					t.Run(fmt.Sprintf("%s/%dx%d/%v", name, shape[0], shape[1], dt), func(t *testing.T) {
 						roundTrip(t, weights(name, shape[0]*shape[1]), dt, shape[0], shape[1])
 					})
+				}
+			}
+		}
+	})
+}
+
+// The way past the caches, which only large matrices take, on small ones.
+func TestStreaming(t *testing.T) {
+	before := streamFrom
+	defer func() { streamFrom = before }()
+	streamFrom = 1
+	eachSet(t, func(t *testing.T) {
+		for _, name := range []string{"gaussian", "outliers", "constant"} {
+			for _, shape := range [][2]int{{192, 320}, {200, 320}, {192, 300}, {64, 64}} {
+				for _, dt := range dtypes {
+					roundTrip(t, weights(name, shape[0]*shape[1]), dt, shape[0], shape[1])
 				}
 			}
 		}

@@ -72,11 +72,15 @@ func (v *View) DecodeRows(ctx context.Context, row0, row1 uint64, dst []byte, st
 	first := row0 / tileRows
 	n := ((row1-1)/tileRows - first + 1) * v.grid.columns
 	out := rows{row0: row0, row1: row1, dst: dst, stride: int(2 * stride)}
+	out.stream = h.DType == format.BF16 && streams(dst, out.stride)
 	return parallel(ctx, n, tileGrain, func(s *scratch, lo, hi uint64) error {
 		for t := lo; t < hi; t++ {
 			if err := v.decodeTile(s, first*v.grid.columns+t, out); err != nil {
 				return err
 			}
+		}
+		if out.stream {
+			kern.fence()
 		}
 		return nil
 	})
@@ -87,7 +91,8 @@ type rows struct {
 	row0, row1 uint64
 	kb0        uint64 // the tile column that starts at dst
 	dst        []byte
-	stride     int // bytes
+	stride     int  // bytes
+	stream     bool // whole tiles go past the caches
 }
 
 // decodeTile decodes the part of tile t that lies in out's rows.
@@ -107,7 +112,8 @@ func (v *View) decodeTile(s *scratch, t uint64, out rows) error {
 	dst := out.dst[(top+uint64(r0)-out.row0)*uint64(out.stride)+(b.kb-out.kb0)*tileStride:]
 	w0, w1 := r0/format.WarpRows, (r1+format.WarpRows-1)/format.WarpRows
 	fixed := v.fixed(t)
-	if v.Header.DType == format.BF16 && b.cols == tileCols && r0 == w0*format.WarpRows && r1 == w1*format.WarpRows {
+	whole := b.cols == tileCols && r0 == 0 && r1 == tileRows
+	if !(out.stream && whole) && v.Header.DType == format.BF16 && b.cols == tileCols && r0 == w0*format.WarpRows && r1 == w1*format.WarpRows {
 		kern.decode(s, dst, out.stride, fixed, w0, w1, h.Base)
 		if err := l.apply(dst, out.stride, r0, r1-r0, tileCols, h.Base); err != nil {
 			return format.InTile(t, err)
@@ -122,6 +128,10 @@ func (v *View) decodeTile(s *scratch, t uint64, out rows) error {
 	if v.Header.DType == format.FP16 {
 		s.decodeLow(fixed[format.LowBitmapOffset:], w0, w1)
 		joinFP16(&s.tile, &s.low, (w1-w0)*format.WarpRows)
+	}
+	if out.stream && whole {
+		kern.stream(dst, out.stride, s.tile[:], tileRows)
+		return nil
 	}
 	scatter(dst, out.stride, &s.tile, r0-top0, r1-r0, b.cols)
 	return nil

@@ -41,8 +41,8 @@ func scanAVX2() {
 			VPADDD(t, part, part)
 		}
 	}
-	PREFETCHT0(ptr(src, prefetchForward))
-	PREFETCHT0(ptr(src, prefetchForward+64))
+	PREFETCHT1(ptr(src, prefetchForward))
+	PREFETCHT1(ptr(src, prefetchForward+64))
 	a := YMM()
 	VPBROADCASTD(ptr(rowA, 0), a)
 	VPMULLD(a, part, part)
@@ -225,10 +225,10 @@ func encodeAVX2() {
 	Label("warp")
 	LEAQ(Mem{Base: upper, Index: stride, Scale: 8}, lower)
 	for r := range 8 {
-		PREFETCHT0(ptr(upper, prefetchForward))
-		PREFETCHT0(ptr(upper, prefetchForward+64))
-		PREFETCHT0(ptr(lower, prefetchForward))
-		PREFETCHT0(ptr(lower, prefetchForward+64))
+		PREFETCHT1(ptr(upper, prefetchForward))
+		PREFETCHT1(ptr(upper, prefetchForward+64))
+		PREFETCHT1(ptr(lower, prefetchForward))
+		PREFETCHT1(ptr(lower, prefetchForward+64))
 		for h := range 2 {
 			var u, l [2]reg.VecVirtual
 			for g := range 2 { // chunks 2h, 2h+1, then 2h+4, 2h+5
@@ -347,7 +347,15 @@ func decodeAVX2() {
 	lower := GP64()
 	Label("warp")
 	LEAQ(Mem{Base: dst, Index: stride, Scale: 8}, lower)
+	for i := range warpBitmap / 64 {
+		PREFETCHT1(ptr(bitmaps, fixedAhead+64*i))
+	}
 	for r := 0; r < 8; r += 2 {
+		if r%4 == 0 {
+			for chunk := range 8 {
+				PREFETCHT1(ptr(sm, fixedAhead+chunk*chunkSM+16*r))
+			}
+		}
 		for pair := 0; pair < 4; pair += 2 { // column groups pair, pair+1: 16 columns in a row
 			for half, to := range []reg.Register{dst, lower} {
 				var done [2][2]reg.VecVirtual // [group][g]
@@ -395,5 +403,36 @@ func decodeAVX2() {
 	DECQ(warps)
 	JNZ(LabelRef("warp"))
 	VZEROUPPER()
+	RET()
+}
+
+// streamAVX2 copies rows of 128 bytes past the caches: the caller writes more than they hold and would first have to read each line from memory.
+func streamAVX2() {
+	TEXT("streamAVX2", NOSPLIT, "func(dst *byte, stride int, src *byte, rows int)")
+	dst := Load(Param("dst"), GP64())
+	stride := Load(Param("stride"), GP64())
+	src := Load(Param("src"), GP64())
+	rows := Load(Param("rows"), GP64())
+	Label("row")
+	var y [4]reg.VecVirtual
+	for i := range y {
+		y[i] = YMM()
+		VMOVDQU(ptr(src, 32*i), y[i])
+	}
+	for i := range y {
+		VMOVNTDQ(y[i], ptr(dst, 32*i))
+	}
+	ADDQ(U32(rowBytes), src)
+	ADDQ(stride, dst)
+	DECQ(rows)
+	JNZ(LabelRef("row"))
+	VZEROUPPER()
+	RET()
+}
+
+// fence makes streamed bytes visible before whatever the goroutine does next.
+func fence() {
+	TEXT("fenceSSE", NOSPLIT, "func()")
+	SFENCE()
 	RET()
 }

@@ -81,7 +81,7 @@ func scanAVX512() {
 	t := [2]reg.VecVirtual{ZMM(), ZMM()}
 	for i := range w {
 		VMOVDQU16(ptr(src, 64*i), w[i])
-		PREFETCHT0(ptr(src, prefetchForward+64*i))
+		PREFETCHT1(ptr(src, prefetchForward+64*i))
 		VPMADDWD(factor[i], w[i], t[i])
 		VPSLLW(U8(1), w[i], w[i])
 	}
@@ -184,7 +184,7 @@ func encodeAVX512() {
 					VMOVDQU16(row(from, i, g), w[g])
 					next := row(from, i, g)
 					next.Disp += prefetchForward
-					PREFETCHT0(next)
+					PREFETCHT1(next)
 				}
 				codes(w, r+i+8*half)
 			}
@@ -266,6 +266,7 @@ func decodeAVX512() {
 		words := [2]reg.VecVirtual{ZMM(), ZMM()}
 		for i, w := range words {
 			VMOVDQU8(ptr(bitmaps, k*planeBytes+64*i), w)
+			PREFETCHT1(ptr(bitmaps, fixedAhead+k*planeBytes+64*i))
 			if k > 0 {
 				VPSHRDW(U8(k), w, w, w)
 			}
@@ -284,6 +285,7 @@ func decodeAVX512() {
 			for c := range 4 {
 				rows[g][c] = ZMM()
 				VMOVDQU8(ptr(sm, (4*g+c)*chunkSM+16*r), rows[g][c])
+				PREFETCHT1(ptr(sm, fixedAhead+(4*g+c)*chunkSM+16*r))
 			}
 			rows[g] = transpose4(rows[g])
 		}

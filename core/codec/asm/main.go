@@ -21,8 +21,9 @@ const (
 	maskA           = 0x807F
 	rowBytes        = 128
 	tileWeights     = 4096
-	planeWork       = 128 // 16 rows of 64 code bits
-	prefetchForward = 256 // two tiles ahead in the same row
+	planeWork       = 128  // 16 rows of 64 code bits
+	fixedAhead      = 5632 // the next tile
+	prefetchForward = 512  // four tiles ahead in the same row
 )
 
 func main() {
@@ -33,6 +34,8 @@ func main() {
 	outsideAVX2()
 	encodeAVX2()
 	decodeAVX2()
+	streamAVX2()
+	fence()
 	scanAVX512()
 	encodeAVX512()
 	decodeAVX512()
