@@ -30,12 +30,12 @@ bench: $(VENV)/.demo $(LIB) ## measure this machine: codec against memcpy, linea
 
 test: lint test-go test-python ## linters, Go tests (with the race detector), Python tests, the C program
 
-test-go: $(VENV)/.tools ## Go tests: core with the race detector; kernels without, they are C++ that runs on one thread
-	$(GO) test -race ./core/...
-	$(GO) test ./kernels/... ./capi/...
+test-go: $(VENV)/.dev ## Go tests: core with the race detector; kernels without, they are C++ that runs on one thread
+	VIRTUAL_ENV=$(abspath $(VENV)) $(GO) test -race ./core/...
+	VIRTUAL_ENV=$(abspath $(VENV)) $(GO) test ./kernels/... ./capi/...
 
 test-python: $(VENV)/.dev $(LIB) ## Python tests, the hostile files and the C program among them
-	$(PY) -m pytest
+	PATH="$$($(GO) env GOROOT)/bin:$$PATH" VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m pytest
 
 test-c: $(VENV)/.dev $(LIB) ## only the C program (tests/c)
 	$(PY) -m pytest -q tests/python/test_c.py
