@@ -20,37 +20,57 @@ var symbols = func() (table [511]uint8) {
 func (s *scratch) writeEscapes(list, src []byte, stride int, plan tilePlan, rows, cols int) error {
 	n, literals := int(plan.header.EscCount), int(plan.literals)
 	base := plan.header.Base
-	columns := ^uint64(0) >> (tileCols - cols)
+	found := s.positions(rows, ^uint64(0)>>(tileCols-cols))
+	if found != n {
+		return errChanged
+	}
 	// The next place of an entry with a literal byte, and of one without.
 	lit, sym := 0, literals
-	for r := range rows {
-		for mask := s.masks[r] & columns; mask != 0; mask &= mask - 1 {
-			c := bits.TrailingZeros64(mask)
-			e := uint8(le.Uint16(src[r*stride+2*c:]) >> 7)
-			entry := uint16(r*tileCols + c)
-			symbol := symbols[255+int(e)-int(base)]
-			entry |= uint16(symbol) << 12
-			if symbol != format.SymbolLiteral {
-				if sym == n {
-					return errChanged
-				}
-				le.PutUint16(list[2*sym:], entry)
-				sym++
-				continue
-			}
-			if lit == literals {
+	for _, position := range s.escaped[:found] {
+		r, c := int(position/tileCols), int(position%tileCols)
+		e := uint8(le.Uint16(src[r*stride+2*c:]) >> 7)
+		symbol := symbols[255+int(e)-int(base)]
+		entry := position | uint16(symbol)<<12
+		if symbol != format.SymbolLiteral {
+			if sym == n {
 				return errChanged
 			}
-			le.PutUint16(list[2*lit:], entry)
-			list[2*n+lit] = e
-			lit++
+			le.PutUint16(list[2*sym:], entry)
+			sym++
+			continue
 		}
+		if lit == literals {
+			return errChanged
+		}
+		le.PutUint16(list[2*lit:], entry)
+		list[2*n+lit] = e
+		lit++
 	}
 	if sym != n || lit != literals {
 		return errChanged
 	}
 	clear(list[2*n+literals:])
 	return nil
+}
+
+// positions lists the escapes of s.masks, rising, in s.escaped. Most rows have few: four are written whether they are there or not, and those
+// that are not are overwritten by the next row's, which saves a branch that would be guessed wrong in every other row.
+func (s *scratch) positions(rows int, columns uint64) (n int) {
+	for r := range rows {
+		mask, first := s.masks[r]&columns, uint16(r*tileCols)
+		found := bits.OnesCount64(mask)
+		to := s.escaped[n : n+4]
+		for i := range to {
+			to[i] = first + uint16(bits.TrailingZeros64(mask))
+			mask &= mask - 1
+		}
+		for i := n + 4; mask != 0; i++ {
+			s.escaped[i] = first + uint16(bits.TrailingZeros64(mask))
+			mask &= mask - 1
+		}
+		n += found
+	}
+	return n
 }
 
 var errChanged = format.Argumentf("the weights were changed while they were being compressed")

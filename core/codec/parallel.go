@@ -55,17 +55,18 @@ func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi
 
 // scratch is what one worker needs; nothing is allocated per tile.
 type scratch struct {
-	tile   [tileBytes]byte // a padded tile, or the tile of an FP16 weight's sign, exponent and upper mantissa
-	low    [tileBytes]byte // FP16: the lower mantissa bits, at the place of the exponent
-	fixed  [fixedBytes]byte
-	out    [tileBytes]byte   // a decoded tile that only its checksum is wanted of
-	exps   [tileWeights]byte // exponent fields, in an order of the kernel's own
-	masks  [tileRows]uint64  // escapes of each row, column c at bit c
-	rowA   [tileRows]uint32  // checksum factors of the rows of tile row mb
-	colB   [tileCols]uint16  // checksum factors of the columns of tile column kb
-	rowTag uint64            // mb + 1 of rowA, 0 = none
-	colTag uint64
-	work   kernelWork
+	tile    [tileBytes]byte // a padded tile, or the tile of an FP16 weight's sign, exponent and upper mantissa
+	low     [tileBytes]byte // FP16: the lower mantissa bits, at the place of the exponent
+	fixed   [fixedBytes]byte
+	out     [tileBytes]byte         // a decoded tile that only its checksum is wanted of
+	exps    [tileWeights]byte       // exponent fields, in an order of the kernel's own
+	masks   [tileRows]uint64        // escapes of each row, column c at bit c
+	escaped [tileWeights + 4]uint16 // positions of the escapes
+	rowA    [tileRows]uint32        // checksum factors of the rows of tile row mb
+	colB    [tileCols]uint16        // checksum factors of the columns of tile column kb
+	rowTag  uint64                  // mb + 1 of rowA, 0 = none
+	colTag  uint64
+	work    kernelWork
 }
 
 var scratchPool = sync.Pool{New: func() any { return new(scratch) }}
