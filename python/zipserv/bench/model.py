@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``zipserv bench --model``: a whole language model with random weights, compressed against uncompressed, end to end.
+
+The same model object is measured, compressed in place, and measured again: same weights, same kernels around them,
+same process. On a GPU one decode step is a CUDA graph for both. Before each phase a large copy is timed, so that a
+clock that has moved in between can be seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipserv.model import compress_model
+from zipserv.offload import Offload
+from zipserv.offload import apply as offload_model
+
+#: Models by name; anything else is a config.json or a folder that holds one.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama", "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 2048,
+    },
+    "llama-3.2-1b": {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+}  # fmt: skip
+_CUDA: Any = torch.cuda  # torch's streams and events are not typed
+
+
+def run(
+    config: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    batch: Sequence[int] = (1,),
+    prompt: int = 128,
+    new_tokens: int = 64,
+    dtype: str = "bfloat16",
+    offload: str | None = None,
+    graphs: bool = True,
+    seed: int = 0,
+    rounds: int = 5,
+) -> dict[str, Any]:
+    """Measure tokens/s, time to the first token and memory, uncompressed and compressed.
+
+    Args:
+        config: a name of :data:`CONFIGS`, a ``config.json``, or a folder that holds one.
+        device: where to compute; by default the GPU where there is one.
+        batch: numbers of sequences.
+        prompt: tokens of each prompt.
+        new_tokens: decode steps that are timed in one go.
+        dtype: ``"bfloat16"`` or ``"float16"``.
+        offload: ``"cpu"`` streams the weights from host memory in both phases (no CUDA graphs then).
+        graphs: capture a decode step in a CUDA graph; on a GPU only.
+        seed: of the weights and the prompts.
+        rounds: how often each figure is taken; the median counts.
+
+    Returns:
+        What can be written as JSON: ``model``, ``weights`` (bytes before and after), ``rows`` (one for each batch size).
+
+    Raises:
+        ValueError: unknown config or dtype, sizes below 1.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype not in ("bfloat16", "float16"):
+        raise ValueError(f"dtype is 'bfloat16' or 'float16', not {dtype!r}")
+    if min([prompt, new_tokens, rounds, *batch], default=0) < 1:
+        raise ValueError("batch, prompt, new_tokens and rounds are at least 1")
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload is 'cpu' or None, not {offload!r}")
+    graphs = graphs and where.type == "cuda" and offload is None
+    model, name = _build(config, torch.device("cpu") if offload else where, getattr(torch, dtype), seed)
+    settings = {"batch": list(batch), "prompt": prompt, "new_tokens": new_tokens, "graphs": graphs, "rounds": rounds}
+
+    phases: dict[str, list[dict[str, Any]]] = {}
+    tokens: dict[str, list[torch.Tensor]] = {}
+    weights: dict[str, int] = {}
+    report = None
+    for phase in ("plain", "zipserv"):
+        if phase == "zipserv":
+            report = compress_model(model)
+            gc.collect()
+        weights[phase] = _weight_bytes(model)
+        handle = offload_model(model, where) if offload else None
+        if where.type == "cuda":
+            torch.cuda.empty_cache()
+        phases[phase], tokens[phase] = [], []
+        for size in batch:
+            row, ids = _measure(model, where, size, prompt, new_tokens, graphs, seed, rounds, handle)
+            phases[phase].append(row)
+            tokens[phase].append(ids)
+        if handle is not None:
+            handle.remove()
+            _to_cpu(model)
+    assert report is not None
+    rows = []
+    for size, plain, zipped, a, b in zip(batch, phases["plain"], phases["zipserv"], tokens["plain"], tokens["zipserv"], strict=True):
+        rows.append(
+            {
+                "batch": size,
+                "plain": plain,
+                "zipserv": zipped,
+                "decode_speedup": zipped["decode_tokens_per_second"] / plain["decode_tokens_per_second"],
+                "prefill_speedup": plain["first_token_seconds"] / zipped["first_token_seconds"],
+                "same_tokens": float((a == b).float().mean()),
+            }
+        )
+    return {
+        "model": name,
+        "device": torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "offload": offload,
+        **settings,
+        "weights": {**weights, "ratio": weights["zipserv"] / weights["plain"]},
+        "rows": rows,
+    }
+
+
+def format_rows(result: dict[str, Any]) -> str:
+    """The result of :func:`run` as a table."""
+    weights = result["weights"]
+    lines = [
+        f"{result['model']} on {result['device']}, {result['dtype']}, prompt {result['prompt']}, {result['new_tokens']} new tokens"
+        f"{', CUDA graphs' if result['graphs'] else ''}{', weights streamed from host memory' if result['offload'] else ''}",
+        f"weights: {weights['plain'] / 1e9:.3f} GB -> {weights['zipserv'] / 1e9:.3f} GB ({weights['ratio']:.3f}x)",
+        f"{'batch':>5} {'tokens/s':>20} {'speed-up':>8} {'first token, ms':>20} {'speed-up':>8} {'peak memory, GB':>16} {'same tokens':>11}",
+    ]
+    for row in result["rows"]:
+        plain, zipped = row["plain"], row["zipserv"]
+
+        def pair(key: str, scale: float, plain: dict[str, Any] = plain, zipped: dict[str, Any] = zipped) -> str:
+            if plain[key] is None:
+                return "-"
+            return f"{plain[key] * scale:.2f} -> {zipped[key] * scale:.2f}"
+
+        lines.append(
+            f"{row['batch']:>5} {pair('decode_tokens_per_second', 1):>20} {row['decode_speedup']:>7.2f}x {pair('first_token_seconds', 1e3):>20} "
+            f"{row['prefill_speedup']:>7.2f}x {pair('peak_bytes', 1e-9):>16} {row['same_tokens']:>11.0%}"
+        )
+    return "\n".join(lines)
+
+
+def _build(config: str | Path, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, str]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(config)
+    if str(config) in CONFIGS:
+        values, name = dict(CONFIGS[str(config)]), str(config)
+    elif path.exists():
+        file = path / "config.json" if path.is_dir() else path
+        values, name = json.loads(file.read_text()), str(config)
+        values.pop("quantization_config", None)
+    else:
+        raise ValueError(f"no model config {config!r}: one of {', '.join(CONFIGS)}, a config.json, or a folder that holds one")
+    settings = AutoConfig.for_model(**values)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    return model.eval().requires_grad_(False), name
+
+
+def _weight_bytes(model: Any) -> int:
+    """Parameters and compressed weights; what is shared counts once."""
+    tensors = {t.data_ptr(): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()] if t.numel()}
+    return sum(tensors.values())
+
+
+def _to_cpu(model: Any) -> None:
+    model.to("cpu")
+
+
+@torch.inference_mode()
+def _measure(
+    model: Any,
+    device: torch.device,
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    graphs: bool,
+    seed: int,
+    rounds: int,
+    handle: Offload | None,
+) -> tuple[dict[str, Any], torch.Tensor]:
+    from transformers import StaticCache
+
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    generator = torch.Generator().manual_seed(seed + batch)
+    ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
+    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens + 1)
+    token = torch.zeros((batch, 1), dtype=torch.long, device=device)
+
+    def rewind(length: int) -> None:
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.cumulative_length.fill_(length)
+
+    def prefill() -> None:
+        rewind(0)
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+    def step() -> None:
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+
+    copy_seconds = _copy_seconds(device)
+    prefill()
+    first = [_seconds(prefill, device) for _ in range(rounds)]
+    replay: Callable[[], object] = step
+    if graphs:
+        replay = _captured(step, lambda: rewind(prompt)).replay
+    produced = []
+
+    def decode() -> None:
+        for _ in range(new_tokens):
+            replay()
+
+    def decode_and_keep() -> None:
+        for _ in range(new_tokens):
+            replay()
+            produced.append(token.clone())
+
+    prefill()
+    decode_and_keep()
+    seconds = []
+    for _ in range(rounds):
+        prefill()
+        seconds.append(_seconds(decode, device))
+    row = {
+        "first_token_seconds": statistics.median(first),
+        "decode_tokens_per_second": batch * new_tokens / statistics.median(seconds),
+        "decode_spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
+        "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
+        "copy_seconds": copy_seconds,
+        "streamed_bytes": handle.host_bytes if handle is not None else None,
+    }
+    return row, torch.cat(produced, 1).cpu()
+
+
+def _captured(step: Callable[[], object], rewind: Callable[[], object]) -> Any:
+    side = _CUDA.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    rewind()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    rewind()
+    return graph
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _copy_seconds(device: torch.device) -> float:
+    """A copy of 256 MiB (CPU: 64), the best of five: the same in both phases, or the figures are not comparable."""
+    source = torch.ones((256 if device.type == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
