@@ -43,7 +43,7 @@ def _signs_mantissas(fixed: npt.NDArray[np.uint8]) -> Bits:
     words = fixed[:, :4096].copy().view("<u4").reshape(-1, 4, 2, 32, 4)  # tile, warp tile, g, lane, q mod 4
     halves = words[..., None].view("<u2").reshape(-1, 4, 2, 32, 4, 2).transpose(0, 1, 3, 2, 4, 5)
     low = halves.reshape(-1, 4, 32, 16)  # pairs 0..7, each its low and high half
-    return np.concatenate([low, low.byteswap()], axis=-1).astype(np.uint16) & 0x807F
+    return np.asarray(np.concatenate([low, low.byteswap()], axis=-1) & 0x807F, np.uint16)
 
 
 def _exponents(base: int, flags: int, count: int, run: npt.NDArray[np.uint8], exponent: Bits) -> None:
@@ -71,7 +71,7 @@ def decode_tiles(dtype_code: int, heads: npt.NDArray[np.void], fixed: npt.NDArra
         _exponents(int(head["base"]), int(head["flags"]), int(head["count"]), run, exponents[tile])
     out[:, _PLACES] = _signs_mantissas(fixed)
     if dtype_code == 1:
-        return (out | exponents << 7).reshape(-1, TILE, TILE)
+        return np.asarray(out | exponents << 7, np.uint16).reshape(-1, TILE, TILE)
     low = np.empty_like(out)
     low[:, _PLACES] = _planes(fixed[:, 5632:7168].copy().view("<u4").reshape(-1, 4, 3, 32))
-    return ((out & 0x8000) | exponents << 10 | (out & 0x7F) << 3 | low).reshape(-1, TILE, TILE)
+    return np.asarray((out & 0x8000) | exponents << 10 | (out & 0x7F) << 3 | low, np.uint16).reshape(-1, TILE, TILE)

@@ -127,13 +127,12 @@ class Block:
             raise ValueError(f"rows {r0}..{r1}, columns {c0}..{c1} of {header.m} x {header.k} do not lie on borders of 64 x 64 tiles")
         data = blob.numpy()
         (tm, tk), (fixed_at, escapes_at) = _tile_grid(header), _sections(header)
-        heads = np.frombuffer(data[HEADER_BYTES : HEADER_BYTES + 8 * tm * tk].tobytes(), _TILE_HEADER)
-        starts = np.append(heads["offset"].astype(np.int64) * 16, header.nbytes - escapes_at)
+        heads = np.frombuffer(data[HEADER_BYTES : HEADER_BYTES + 8 * tm * tk].tobytes(), _TILE_HEADER).reshape(tm, tk)
+        starts = np.append(heads["offset"].astype(np.int64).reshape(-1) * 16, header.nbytes - escapes_at)
         sizes = np.diff(starts)
         if starts[0] != 0 or (sizes < 0).any():
             raise Error("damaged zipserv blob: the tiles' escape offsets do not rise")
-        ends = starts[1:].reshape(tm, tk)
-        starts = starts[:-1].reshape(tm, tk)
+        begin, end = starts[:-1].reshape(tm, tk), starts[1:].reshape(tm, tk)
         a, b, c, d = r0 // TILE, -(-r1 // TILE), c0 // TILE, -(-c1 // TILE)
         fixed_bytes = FIXED_BYTES[header.dtype_code]
         fixed = data[fixed_at:escapes_at].reshape(tm, tk, fixed_bytes)[a:b, c:d]
@@ -142,10 +141,10 @@ class Block:
             header.dtype_code,
             r1 - r0,
             c1 - c0,
-            heads.reshape(tm, tk)[a:b, c:d],
+            heads[a:b, c:d],
             sizes.reshape(tm, tk)[a:b, c:d],
             fixed,
-            tuple(escapes[starts[row, c] : ends[row, d - 1]] for row in range(a, b)),
+            tuple(escapes[begin[row, c] : end[row, d - 1]] for row in range(a, b)),
         )
 
     def own(self) -> Block:

@@ -44,7 +44,8 @@ _LIB.impl("cpu_fused_moe", _fused_moe, "CPU")
 
 def _attend(self: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """Causal attention of one sequence without a cache."""
-    q, k, v = (t.view(-1, n, self.head_size).transpose(0, 1) for t, n in ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads)))
+    heads = ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
+    q, k, v = (states.view(-1, count, self.head_size).transpose(0, 1) for states, count in heads)
     y = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, enable_gqa=True, scale=self.impl.scale)
     return y[0].transpose(0, 1).reshape(query.shape)
 

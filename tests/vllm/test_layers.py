@@ -211,7 +211,8 @@ def test_blob_views_slice_like_tensors(shape) -> None:
         "math": lambda t: t[:70] * 2,
         "contiguous": lambda t: t.t().contiguous()[:5],
     }
-    for (name, step), (second, then) in itertools.product(steps.items(), {"": lambda t: t, "narrowed": lambda t: t.narrow(0, 1, 1), "last": lambda t: t.narrow(-1, 1, 2)}.items()):
+    seconds = {"": lambda t: t, "narrowed": lambda t: t.narrow(0, 1, 1), "last": lambda t: t.narrow(-1, 1, 2)}
+    for (name, step), (second, then) in itertools.product(steps.items(), seconds.items()):
         got, want = then(step(view)), then(step(weight))
         assert got.shape == want.shape and got.dtype == want.dtype, (name, second)
         out = torch.empty_like(want)

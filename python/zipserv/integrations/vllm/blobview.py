@@ -43,19 +43,19 @@ _VIEWS = {
 
 
 class BlobView(torch.Tensor):
-    """A view of a compressed matrix: shape, strides and offset of `index` (a meta tensor) over the weights of `blob`."""
+    """A view of a compressed matrix: shape, strides and offset of `places` (a meta tensor) over the weights of `blob`."""
 
     blob: torch.Tensor
     header: Header
-    index: torch.Tensor
+    places: torch.Tensor
 
     @staticmethod
     def __new__(cls, blob: torch.Tensor, header: Header, index: torch.Tensor) -> BlobView:
-        made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: BlobView = torch.Tensor._make_wrapper_subclass(
             cls, index.shape, index.stride(), index.storage_offset(), dtype=header.dtype, device=torch.device("cpu")
         )
-        made.blob, made.header, made.index = blob, header, index
-        return made  # type: ignore[no-any-return]
+        made.blob, made.header, made.places = blob, header, index
+        return made
 
     @classmethod
     def of(cls, blob: torch.Tensor) -> BlobView:
@@ -66,11 +66,13 @@ class BlobView(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func in _VIEWS and isinstance(args[0], BlobView):
             source = args[0]
-            made = func(source.index, *args[1:], **kwargs)
+            made = func(source.places, *args[1:], **kwargs)
             if isinstance(made, torch.Tensor):
                 return BlobView(source.blob, source.header, made)
             return type(made)(BlobView(source.blob, source.header, view) for view in made)
@@ -86,9 +88,9 @@ class BlobView(torch.Tensor):
     def part(self) -> tuple[tiles.Range, tiles.Range]:
         """The smallest rows and columns of the stored matrix that hold all of this view."""
         k = self.header.k
-        row, col = divmod(self.index.storage_offset(), k)
+        row, col = divmod(int(self.places.storage_offset()), k)
         down = right = 0
-        for size, stride in zip(self.index.shape, self.index.stride(), strict=True):
+        for size, stride in zip(self.places.shape, self.places.stride(), strict=True):
             if stride % k == 0 and k > 1 or size == 1:
                 down += (size - 1) * (stride // k)
             else:
@@ -100,9 +102,9 @@ class BlobView(torch.Tensor):
     def is_rectangle(self) -> bool:
         """True if the view is that part itself, in its own order: rows by columns (dimensions of size one aside)."""
         (r0, r1), (c0, c1) = self.part()
-        strides = [(n, s) for n, s in zip(self.index.shape, self.index.stride(), strict=True) if n > 1]
+        strides = [(n, s) for n, s in zip(self.places.shape, self.places.stride(), strict=True) if n > 1]
         wanted = [(n, s) for n, s in ((r1 - r0, self.header.k), (c1 - c0, 1)) if n > 1]
-        return self.index.dim() >= 2 and strides == wanted and self.numel() == (r1 - r0) * (c1 - c0)
+        return self.places.dim() >= 2 and strides == wanted and self.numel() == (r1 - r0) * (c1 - c0)
 
     def is_whole(self) -> bool:
         """True if the view is the whole stored matrix."""
@@ -113,12 +115,12 @@ class BlobView(torch.Tensor):
         (r0, r1), (c0, c1) = self.part()
         weights = tiles.decode(self.blob, (r0, r1), (c0, c1)).view(-1)
         k, width = self.header.k, c1 - c0
-        strides = [s // k * width + s % k for s in self.index.stride()]
-        offset = self.index.storage_offset() - r0 * k - c0
-        return weights.as_strided(self.index.shape, strides, weights.storage_offset() + offset // k * width + offset % k)
+        strides = [s // k * width + s % k for s in self.places.stride()]
+        offset = self.places.storage_offset() - r0 * k - c0
+        return weights.as_strided(self.places.shape, strides, weights.storage_offset() + offset // k * width + offset % k)
 
 
-class BlobMapper(WeightsMapper):
+class BlobMapper(WeightsMapper):  # type: ignore[misc]
     """The step between checkpoint and loaders: `NAME_zipserv` with a blob becomes `NAME` with a `BlobView`.
 
     vLLM merges it into each model's own mapper (`mapper | this`), so it must stay what it is when merged.
@@ -131,7 +133,8 @@ class BlobMapper(WeightsMapper):
         return BlobMapper(**vars(WeightsMapper.__or__(other, self)))
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
-        return super().apply(map(_open, weights))
+        mapped: Iterable[tuple[str, torch.Tensor]] = super().apply(map(_open, weights))
+        return mapped
 
 
 #: Stacked experts of transformers, compressed one by one, get the names that vLLM knows for single experts.

@@ -113,11 +113,11 @@ def _overlap(a: Rect, b: Rect) -> bool:
     return a[0] < b[1] and b[0] < a[1] and a[2] < b[3] and b[2] < a[3]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands the writes into one meta parameter to its collectors, one for each of the parameter's matrices."""
 
     def __init__(self, param: torch.Tensor, collectors: list[Collector]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storage = param.untyped_storage()._cdata
         self.collectors = collectors
 
@@ -144,7 +144,7 @@ class _Recorder(TorchDispatchMode):
             return
         first = self.collectors[0]
         rows, cols = first.rows, first.cols
-        which, at = divmod(target.storage_offset(), rows * cols)
+        which, at = divmod(int(target.storage_offset()), rows * cols)
         if target.dim() != 2 or target.stride(1) not in (1, cols) or (target.shape[0] > 1 and target.stride(0) != cols):
             raise RuntimeError(f"{first}: its loader writes {tuple(target.shape)} with strides {target.stride()}; {_CURE}")
         rect = (at // cols, at // cols + target.shape[0], at % cols, at % cols + target.shape[1])

@@ -17,7 +17,7 @@ from zipserv.gather import max_escapes
 from .weight import ZipWeight
 
 
-class ZipServEmbeddingMethod(QuantizeMethodBase):
+class ZipServEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
     """Logits by ZipGEMM; rows are looked up without decompressing the rest."""
 
     def __init__(self, prefix: str) -> None:
@@ -25,7 +25,7 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -40,7 +40,7 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):
         set_weight_attrs(weight, extra_weight_attrs)
         layer.zip_weight = ZipWeight(layer, self.prefix, weight)
 
-    def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         layer.weight = embed_tokens.weight
         if not hasattr(embed_tokens, "zip_weight"):  # the model built its embedding without us: share the plain weight
             layer.quant_method = embed_tokens.quant_method
@@ -49,16 +49,16 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):
         layer.zip_weight.layers.append(layer)
         return layer
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         layer.zip_weight.settle()
         if layer.zip_weight.plain is None:
             weight = layer.zip_weight
             layer.zip_escapes = max_escapes(layer.weight, weight.m, weight.k)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.zip_weight.linear(layer, x, bias)  # type: ignore[no-any-return]
 
-    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+    def embedding(self, layer: Any, input_: torch.Tensor) -> torch.Tensor:
         weight = layer.zip_weight
         if weight.plain is not None:
             return F.embedding(input_, layer.weight)

@@ -20,7 +20,7 @@ from .weight import ZipWeight
 
 
 @register_weight_loader_v2_supported_method
-class ZipServLinearMethod(LinearMethodBase):
+class ZipServLinearMethod(LinearMethodBase):  # type: ignore[misc]
     """`y = x W^T + b` with W compressed. The same bits for a token whatever else is in the batch: batch-invariant."""
 
     def __init__(self, prefix: str) -> None:
@@ -28,7 +28,7 @@ class ZipServLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -43,8 +43,8 @@ class ZipServLinearMethod(LinearMethodBase):
         set_weight_attrs(weight, extra_weight_attrs)
         layer.zip_weight = ZipWeight(layer, self.prefix, weight)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         layer.zip_weight.settle()
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.zip_weight.linear(layer, x, bias)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.utils import set_weight_attrs
@@ -37,7 +37,7 @@ _GATES: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
 class Experts:
     """One of the two weights of a layer: a matrix [rows, cols] for each expert."""
 
-    def __init__(self, layer: RoutedExperts, name: str, prefix: str, shape: tuple[int, int, int], dtype: torch.dtype, attrs: dict[str, Any]) -> None:
+    def __init__(self, layer: Any, name: str, prefix: str, shape: tuple[int, int, int], dtype: torch.dtype, attrs: dict[str, Any]) -> None:
         count, self.m, self.k = shape
         self.layer, self.name, self.code = layer, name, DTYPE_CODES[dtype]
         self.device = torch.get_default_device()
@@ -68,7 +68,7 @@ class Experts:
         return y
 
 
-class ZipServMoEMethod(FusedMoEMethodBase):
+class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """Experts by ZipGEMM. A token's result depends on its own experts only, added in the order of their numbers: batch-invariant."""
 
     def __init__(self, moe: FusedMoEConfig, prefix: str) -> None:
@@ -92,7 +92,7 @@ class ZipServMoEMethod(FusedMoEMethodBase):
 
     def create_weights(
         self,
-        layer: RoutedExperts,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -104,16 +104,16 @@ class ZipServMoEMethod(FusedMoEMethodBase):
         self.w13 = Experts(layer, "w13_weight", self.prefix, up, params_dtype, extra_weight_attrs)
         self.w2 = Experts(layer, "w2_weight", self.prefix, (num_experts, hidden_size, inner), params_dtype, extra_weight_attrs)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         self.w13.settle()
         self.w2.settle()
 
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return FUSED_MOE_UNQUANTIZED_CONFIG
 
     def apply(
         self,
-        layer: RoutedExperts,
+        layer: Any,
         x: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
@@ -135,7 +135,8 @@ class ZipServMoEMethod(FusedMoEMethodBase):
 
 def _activate(activation: MoEActivation, x: torch.Tensor) -> torch.Tensor:
     if x.is_cuda:
-        return apply_moe_activation(activation, x.new_empty(x.shape[0], x.shape[1] // 2), x)
+        out: torch.Tensor = apply_moe_activation(activation, x.new_empty(x.shape[0], x.shape[1] // 2), x)
+        return out
     gate, up = x.chunk(2, dim=-1)
     return _GATES[activation](gate) * up
 

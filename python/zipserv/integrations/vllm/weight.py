@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
@@ -64,7 +65,7 @@ class ZipWeight:
     weight again, and the layer is handled by vLLM's own method for uncompressed layers.
     """
 
-    def __init__(self, layer: torch.nn.Module, prefix: str, param: torch.nn.Parameter) -> None:
+    def __init__(self, layer: Any, prefix: str, param: torch.nn.Parameter) -> None:
         self.m, self.k = param.shape
         self.dtype = param.dtype
         self.code = DTYPE_CODES[param.dtype]
@@ -92,9 +93,10 @@ class ZipWeight:
             if self.plain is not None:
                 self.plain.process_weights_after_loading(layer)
 
-    def linear(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def linear(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.plain is not None:
-            return self.plain.apply(layer, x, bias)
-        y: torch.Tensor = torch.ops.zipserv.linear(x, layer.weight, self.m, self.k, self.code, bias)
+            y: torch.Tensor = self.plain.apply(layer, x, bias)
+            return y
+        y = torch.ops.zipserv.linear(x, layer.weight, self.m, self.k, self.code, bias)
         return y
 
