@@ -237,6 +237,16 @@ def test_batch_invariant_mode_is_measured_and_checked(zipserv: Zipserv, monkeypa
     assert invariant_mode == [True, False] * 2
 
 
+def test_whole_model(zipserv: Zipserv, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    arguments = ("bench", "--model", "tiny", "--device", "cpu", "--prompt", "4", "--new-tokens", "2", "--batch", "1,2")
+    result = zipserv(*arguments, "--out", tmp_path / "out")
+    assert result.code == 0 and "tokens/s" in result.out
+    document = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert len(document["rows"]) == 2 and document["weights"]["ratio"] < 1 and document["about"]["cpu"]
+    assert zipserv("bench", "--model", "/no/such/config", "--device", "cpu").code in (2, 3)
+
+
 def test_results_from_elsewhere(zipserv: Zipserv, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "bench.json"

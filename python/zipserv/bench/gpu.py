@@ -24,6 +24,9 @@ from .timing import Loop, compare, measure
 # BF16 has 8 bits of precision: rounding a result is off by at most 2^-9 of it. A wrong tile is off by about 1.
 TOLERANCE = 2.0**-6
 
+# More copies than this make graphs that take long to build; only weights far below a megabyte would need them.
+MOST_COPIES = 512
+
 LinearCall = Callable[[torch.Tensor, zipserv.ZipTensor], torch.Tensor]
 
 
@@ -42,6 +45,7 @@ class Settings:
     budget: float = 0.3
     total: float | None = None
     min_copies: int = 8
+    max_copies: int = MOST_COPIES
     min_rounds: int = 10
     seed: int = 0
     quick: bool = False
@@ -70,17 +74,13 @@ class Board:
         }
 
 
-# More copies than this make graphs that take long to build; only weights far below a megabyte would need them.
-MOST_COPIES = 512
-
-
-def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8) -> int:
+def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8, most: int = MOST_COPIES) -> int:
     """How many copies of a weight rotate in a loop; ``nbytes`` is its compressed size.
 
     At least ``minimum``, and enough that four caches' worth passes before a weight comes round again. Where memory is
     short fewer, down to twice the cache; raises MemoryError where not even these fit.
     """
-    wanted = min(max(minimum, -(-4 * cache // nbytes)), MOST_COPIES)
+    wanted = min(max(minimum, -(-4 * cache // nbytes)), most)
     fits = free // (3 * nbytes)  # a plain and a compressed copy take less than three times the compressed size
     copies = min(wanted, fits)
     if copies < wanted and copies * nbytes < max(2 * cache, 3 * nbytes):
@@ -137,7 +137,7 @@ class Bench:
         device = settings.device
         self.weight = weights.make(kind, shape.m, shape.k, device=device, seed=settings.seed)
         self.compressed = _compress(self.weight)
-        copies = number_of_copies(self.compressed.nbytes, limits.cache_bytes, _free_memory(device), settings.min_copies)
+        copies = number_of_copies(self.compressed.nbytes, limits.cache_bytes, _free_memory(device), settings.min_copies, settings.max_copies)
         self.plain = [self.weight, *(self.weight.clone() for _ in range(copies - 1))]
         self.zipped = [self.compressed, *(_clone(self.compressed) for _ in range(copies - 1))]
 

@@ -12,7 +12,7 @@ import click
 import torch
 from rich.console import Console
 
-from ..bench import codec, gpu, report, single
+from ..bench import codec, gpu, machine, report, single
 from ..bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, Shape, layers, models, select
 from ..bench.weights import KINDS
 from .folder import read_json
@@ -142,6 +142,26 @@ def _show(document: dict[str, Any], out: Path | None, plots: bool, as_json: bool
     return Code.FAILED_CHECK if document["failed"] else Code.OK
 
 
+def _whole_model(
+    config: str, device: torch.device, batch: list[int], prompt: int, new_tokens: int, offload: bool, out: Path | None, as_json: bool
+) -> int:
+    from ..bench import model  # needs transformers, which nothing else here does
+
+    try:
+        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload="cpu" if offload else None)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    result = {"about": machine.describe(device), **result}
+    if out is not None:
+        report.write_json(result, out / "model.json")
+    if as_json:
+        emit({"command": "bench", **result})
+    else:
+        _print_machine(result)
+        click.echo(model.format_rows(result))
+    return Code.OK
+
+
 def _read(path: Path, out: Path | None, plots: bool, as_json: bool) -> int:
     document = read_json(existing(path))
     if not all(isinstance(document.get(key), kind) for key, kind in _PARTS):
@@ -160,6 +180,11 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.argument("k", type=click.IntRange(1), required=False)
 @click.argument("n", type=click.IntRange(1), required=False)
 @click.option("--split-k", type=int, metavar="S", help="With M K N on a GPU: cut K into S shares.")
+@click.option("--model", metavar="CONFIG", help="A whole language model end to end: tiny, llama-3.2-1b, llama-3.1-8b, a config.json or its folder.")
+@click.option("--batch", callback=_numbers, default="1", metavar="B,...", help="With --model: numbers of sequences.")
+@click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="With --model: tokens of each prompt.")
+@click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="With --model: decode steps that are timed.")
+@click.option("--offload", is_flag=True, help="With --model: weights stream from host memory.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: the GPU where there is one.")
 @click.option(
     "--models",
@@ -193,7 +218,8 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--plots/--no-plots", default=True, help="Plots with --out (needs matplotlib).")
 @json_option
 def bench(
-    m: int | None, k: int | None, n: int | None, split_k: int | None, device: str | None,
+    m: int | None, k: int | None, n: int | None, split_k: int | None,
+    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: bool, device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
     kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, out: Path | None,
     read: Path | None, plots: bool, as_json: bool,
@@ -203,11 +229,14 @@ def bench(
     With M K N: check the product of N tokens with one M x K weight, then time F.linear, ZipGEMM and decompression side
     by side. Without: a scoreboard over models' weight shapes and numbers of tokens; on a CPU a short one, after the
     codec's speed against memcpy. On a GPU calls are captured in CUDA graphs, weights rotate through copies well past
-    the L2 cache, and both ways are timed in turns in both orders.
+    the L2 cache, and both ways are timed in turns in both orders. With --model: tokens per second, time to the first token
+    and memory of a whole model.
     """
     if read is not None:
         return _read(read, out, plots, as_json)
     target = _device(device)
+    if model is not None:
+        return _whole_model(model, target, batch, prompt, new_tokens, offload, out, as_json)
     on_cpu = target.type == "cpu"
     settings = gpu.Settings(
         device=target,
@@ -216,6 +245,7 @@ def bench(
         budget=point_budget,
         total=time_budget,
         min_copies=2 if on_cpu else 8,
+        max_copies=32 if on_cpu else gpu.MOST_COPIES,
         min_rounds=3 if on_cpu else 10,
         invariant=not on_cpu if invariant is None else invariant,
     )
