@@ -13,6 +13,7 @@ import (
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/engine"
+	"github.com/zipserv/zipserv/core/format"
 )
 
 // onDevice runs fn for a device of the process's engine.
@@ -90,6 +91,58 @@ func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, expand *C.int32
 func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, out, ld C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
 		return d.Decompress(driver.Stream(stream), driver.Pointer(blob), uint64(m), uint64(k), driver.Pointer(out), uint64(ld))
+	})
+}
+
+//export zsgo_cuda_compress_scratch
+func zsgo_cuda_compress_scratch(device C.int32_t, m, k C.uint64_t, bytes *C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		*bytes = C.uint64_t(d.CompressScratch(uint64(m), uint64(k)))
+		return nil
+	})
+}
+
+// compression reads a C job; shape errors are found when it is checked.
+func compression(job *C.zs_cuda_compress_t) (engine.Compression, error) {
+	if job.ndim < 1 || job.ndim > C.ZS_MAX_DIMS {
+		return engine.Compression{}, badArgument("a tensor must have 1 to %d dimensions, got %d", C.ZS_MAX_DIMS, int32(job.ndim))
+	}
+	h := format.Header{
+		DType: format.BF16, Mode: format.Mode(job.mode), M: uint64(job.m), K: uint64(job.k),
+		EscapeBytes: uint64(job.escape_bytes), Checksum: uint32(job.checksum),
+	}
+	for _, n := range job.shape[:job.ndim] {
+		h.Shape = append(h.Shape, uint64(n))
+	}
+	return engine.Compression{
+		Stream: driver.Stream(job.stream), Src: driver.Pointer(job.src), Ld: uint64(job.ld), Header: h, Scratch: driver.Pointer(job.scratch),
+	}, nil
+}
+
+//export zsgo_cuda_compress_plan
+func zsgo_cuda_compress_plan(device C.int32_t, job *C.zs_cuda_compress_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		p, err := compression(job)
+		if err != nil {
+			return err
+		}
+		if err := d.CompressPlan(&p); err != nil {
+			return err
+		}
+		job.mode, job.checksum = C.int32_t(p.Header.Mode), C.uint32_t(p.Header.Checksum)
+		job.escape_bytes, job.nbytes = C.uint64_t(p.Header.EscapeBytes), C.uint64_t(p.Header.Sections().Total)
+		return nil
+	})
+}
+
+//export zsgo_cuda_compress_write
+func zsgo_cuda_compress_write(device C.int32_t, job *C.zs_cuda_compress_t, blob C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		p, err := compression(job)
+		if err != nil {
+			return err
+		}
+		return d.CompressWrite(&p, driver.Pointer(blob))
 	})
 }
 

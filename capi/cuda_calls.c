@@ -50,6 +50,24 @@ int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint6
     return zsgo_cuda_decompress(device, stream, blob, m, k, out, ld);
 }
 
+int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes) {
+    REFUSE_IN_CHILD();
+    REQUIRE(bytes);
+    return zsgo_cuda_compress_scratch(device, m, k, bytes);
+}
+
+int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_compress_plan(device, job);
+}
+
+int32_t zs_cuda_compress_write(int32_t device, const zs_cuda_compress_t *job, uint64_t blob) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_compress_write(device, (zs_cuda_compress_t *)job, blob);
+}
+
 int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {
     REFUSE_IN_CHILD();
     return zsgo_cuda_warm(device, m, k, tokens);

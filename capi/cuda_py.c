@@ -104,6 +104,69 @@ static PyObject *py_decompress(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+static PyObject *py_compress_scratch(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_compress_scratch", 3);
+    ARG(0, device);
+    ARG(1, m);
+    ARG(2, k);
+    uint64_t bytes = 0;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_compress_scratch(device_number(device), m, k, &bytes));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return PyLong_FromUnsignedLongLong(bytes);
+}
+
+// The first eight arguments of both passes: device, stream, src, ld, m, k, shape, scratch.
+static int compress_job(PyObject *const *args, uint64_t *device, zs_cuda_compress_t *job) {
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"device", device}, {"stream", &job->stream}, {"src", &job->src}, {"ld", &job->ld}, {"m", &job->m}, {"k", &job->k},
+    };
+    for (int i = 0; i < 6; i++)
+        if (!zs_py_u64(args, i, fields[i].name, fields[i].value)) return 0;
+    Py_ssize_t ndim = PyTuple_Size(args[6]);
+    if (ndim < 0) return 0;
+    if (ndim < 1 || ndim > ZS_MAX_DIMS) {
+        PyErr_Format(PyExc_ValueError, "a tensor must have 1 to %d dimensions, got %zd", ZS_MAX_DIMS, ndim);
+        return 0;
+    }
+    job->ndim = (int32_t)ndim;
+    for (Py_ssize_t i = 0; i < ndim; i++) {
+        PyObject *dim = PyTuple_GetItem(args[6], i);
+        if (!zs_py_u64(&dim, 0, "a dimension of shape", &job->shape[i])) return 0;
+    }
+    return zs_py_u64(args, 7, "scratch", &job->scratch);
+}
+
+static PyObject *py_compress_plan(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_compress_plan", 8);
+    zs_cuda_compress_t job = {0};
+    uint64_t device;
+    if (!compress_job(args, &device, &job)) return NULL;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_compress_plan(device_number(device), &job));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return Py_BuildValue("iKKI", (int)job.mode, (unsigned long long)job.nbytes, (unsigned long long)job.escape_bytes, (unsigned int)job.checksum);
+}
+
+static PyObject *py_compress_write(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_compress_write", 12);
+    zs_cuda_compress_t job = {0};
+    uint64_t device;
+    if (!compress_job(args, &device, &job)) return NULL;
+    ARG(8, mode);
+    ARG(9, escape_bytes);
+    ARG(10, checksum);
+    ARG(11, blob);
+    job.mode = (int32_t)(mode & 0xFF), job.escape_bytes = escape_bytes, job.checksum = (uint32_t)checksum;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_compress_write(device_number(device), &job, blob));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_warm(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
     ARGS("cuda_warm", 4);
@@ -149,6 +212,9 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
     FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, out, ld) -> None"),
+    FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
+    FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),
+    FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, mode, escape_bytes, checksum, blob) -> None"),
     FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
     FUNCTION(side_stream, "cuda_side_stream(device, i) -> stream"),
     FUNCTION(follow, "cuda_follow(device, after, before) -> None"),

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 
 from . import _zipserv
-from .format import DTYPES, HEADER_BYTES
+from .format import DTYPE_CODES, DTYPES, HEADER_BYTES
 
 __all__ = ["clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
 
 _BF16 = 1
+_RAW = 0
 _bf16 = torch.bfloat16
 _linear = _zipserv.cuda_linear
 _grad_enabled = torch.is_grad_enabled
@@ -176,9 +177,21 @@ def _decode_on_host(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: i
 
 
 def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device."""
-    code = next(code for code, dtype in DTYPES.items() if dtype is weight.dtype)
-    return _compress_on_host(weight, m, k, shape, code).to(weight.device)
+    """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device; the bytes are the codec's.
+
+    Waits for the device once, between the two passes: the size is known only then.
+    """
+    if weight.dtype is not _bf16:
+        return _compress_on_host(weight, m, k, shape, DTYPE_CODES[weight.dtype]).to(weight.device)
+    index = weight.get_device()
+    scratch = torch.empty(_zipserv.cuda_compress_scratch(index, m, k), dtype=torch.uint8, device=weight.device)
+    job = (index, _stream(index), weight.data_ptr(), k, m, k, tuple(shape), scratch.data_ptr())
+    mode, nbytes, escape_bytes, checksum = _zipserv.cuda_compress_plan(*job)
+    blob = torch.empty(nbytes, dtype=torch.uint8, device=weight.device)
+    _zipserv.cuda_compress_write(*job, mode, escape_bytes, checksum, blob.data_ptr())
+    if mode == _RAW:
+        blob[HEADER_BYTES:].copy_(weight.view(-1).view(torch.uint8))
+    return blob
 
 
 def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], code: int) -> torch.Tensor:

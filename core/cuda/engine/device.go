@@ -23,9 +23,9 @@ type Device struct {
 	workspaces *stream.Workspaces
 
 	mu      sync.Mutex
-	modules map[string]*loading // by variant
+	modules map[string]*loading // by source and defines
 	linears sync.Map            // linearKey -> *linearPlan
-	codecs  sync.Map            // codecKey -> *kernel
+	codecs  sync.Map            // codecKey -> *kernel or *compressor
 }
 
 // kernel is a variant that is ready to launch.
@@ -36,9 +36,9 @@ type kernel struct {
 }
 
 type loading struct {
-	once sync.Once
-	fn   driver.Function
-	err  error
+	once   sync.Once
+	module driver.Module
+	err    error
 }
 
 func openDevice(e *Engine, ordinal int) (*Device, error) {
@@ -72,9 +72,8 @@ func openDevice(e *Engine, ordinal int) (*Device, error) {
 // Properties are the driver's words on the device.
 func (d *Device) Properties() driver.Device { return d.props }
 
-// load compiles and loads a variant once.
-func (d *Device) load(k plan.Kernel) (driver.Function, error) {
-	spec := jit.Spec{Source: k.Source, Defines: k.Defines}
+// load compiles and loads a variant of a source once.
+func (d *Device) load(spec jit.Spec) (driver.Module, error) {
 	id := spec.String()
 	d.mu.Lock()
 	l, known := d.modules[id]
@@ -83,7 +82,15 @@ func (d *Device) load(k plan.Kernel) (driver.Function, error) {
 		d.modules[id] = l
 	}
 	d.mu.Unlock()
-	l.once.Do(func() { l.fn, l.err = d.loadNow(spec, k) })
+	l.once.Do(func() {
+		var image jit.Image
+		if image, l.err = d.engine.compiler.Compile(context.Background(), spec, d.props.Major, d.props.Minor); l.err != nil {
+			return
+		}
+		if l.module, l.err = d.ctx.Load(image.Data); l.err != nil {
+			l.err = fmt.Errorf("loading %s for %s: %w", spec, image.Arch.Name, l.err)
+		}
+	})
 	if l.err != nil {
 		d.mu.Lock()
 		if d.modules[id] == l {
@@ -91,31 +98,19 @@ func (d *Device) load(k plan.Kernel) (driver.Function, error) {
 		}
 		d.mu.Unlock()
 	}
-	return l.fn, l.err
-}
-
-func (d *Device) loadNow(spec jit.Spec, k plan.Kernel) (driver.Function, error) {
-	image, err := d.engine.compiler.Compile(context.Background(), spec, d.props.Major, d.props.Minor)
-	if err != nil {
-		return 0, err
-	}
-	module, err := d.ctx.Load(image.Data)
-	if err != nil {
-		return 0, fmt.Errorf("loading %s for %s: %w", spec, image.Arch.Name, err)
-	}
-	fn, err := d.ctx.Function(module, k.Entry, k.Smem)
-	if err != nil {
-		_ = d.ctx.Unload(module)
-		return 0, fmt.Errorf("%s, kernel %s with %d bytes of shared memory: %w", spec, k.Entry, k.Smem, err)
-	}
-	return fn, nil
+	return l.module, l.err
 }
 
 // prepare loads a kernel and settles its grid.
 func (d *Device) prepare(k plan.Kernel) (*kernel, error) {
-	fn, err := d.load(k)
+	spec := jit.Spec{Source: k.Source, Defines: k.Defines}
+	module, err := d.load(spec)
 	if err != nil {
 		return nil, err
+	}
+	fn, err := d.ctx.Function(module, k.Entry, k.Smem)
+	if err != nil {
+		return nil, fmt.Errorf("%s, kernel %s with %d bytes of shared memory: %w", spec, k.Entry, k.Smem, err)
 	}
 	resident, err := d.ctx.Occupancy(fn, k.Block, k.Smem)
 	if err != nil {

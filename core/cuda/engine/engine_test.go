@@ -3,6 +3,7 @@
 package engine_test
 
 import (
+	"encoding/binary"
 	"fmt"
 	"strings"
 	"sync"
@@ -16,6 +17,7 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/drivertest"
 	"github.com/zipserv/zipserv/core/cuda/engine"
 	"github.com/zipserv/zipserv/core/cuda/jit"
+	"github.com/zipserv/zipserv/core/format"
 )
 
 // stubs have the kernels' names and nothing in them: they compile in no time.
@@ -23,6 +25,9 @@ var stubs = fstest.MapFS{
 	"zipgemm_mma.cu":   {Data: []byte(`extern "C" __global__ void zs_zipgemm_mma() {}`)},
 	"zipgemm_wgmma.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
 	"decompress.cu":    {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
+	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_plan() {}
+extern "C" __global__ void zs_compress_scan() {}
+extern "C" __global__ void zs_compress_write() {}`)},
 }
 
 // open makes an engine over a fake driver. Kernels are really compiled; the cache lives as long as the test binary, so each is once.
@@ -138,6 +143,61 @@ func TestDecompress(t *testing.T) {
 	assert.Regexp(t, `^launch 0 zs_decompress grid \d+,1,1 block \d+ smem \d+ stream 88 pdl [01] args 1000 5000 320 `, launches(f)[0])
 	assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, 0x5000, 776), "do not fit")
 	assert.ErrorContains(t, d.Decompress(0, 0x1000, 0, 777, 0x5000, 777), "M and K")
+}
+
+// hostMemory is memory that the fake takes for device memory.
+func hostMemory(t *testing.T, f *drivertest.Fake, bytes uint64) driver.Pointer {
+	t.Helper()
+	ctx, err := f.Open().PrimaryContext(0)
+	require.NoError(t, err)
+	p, err := ctx.AllocFilled(0, bytes, 0)
+	require.NoError(t, err)
+	return p
+}
+
+func TestCompress(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	scratch := hostMemory(t, f, d.CompressScratch(1000, 777))
+	blob := hostMemory(t, f, 1<<20)
+	ctx, err := f.Open().PrimaryContext(0)
+	require.NoError(t, err)
+	for name, c := range map[string]struct {
+		units uint64
+		mode  format.Mode
+	}{"small lists": {50, format.Tiled}, "lists that eat the gain": {1 << 20, format.Raw}} {
+		t.Run(name, func(t *testing.T) {
+			f.Reset()
+			totals := binary.LittleEndian.AppendUint64(nil, c.units)
+			totals = binary.LittleEndian.AppendUint64(totals, 0xC0FFEE)
+			require.NoError(t, ctx.Write(0, scratch, totals)) // what the scan kernel would write
+			p := engine.Compression{Stream: 0x88, Src: 0x4000, Ld: 800, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
+			require.NoError(t, d.CompressPlan(&p))
+			assert.Equal(t, c.mode, p.Header.Mode)
+			assert.EqualValues(t, 0xC0FFEE, p.Header.Checksum)
+			require.Len(t, launches(f), 2)
+			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 26,1,1")
+			assert.Contains(t, launches(f)[1], "zs_compress_scan grid 1,1,1 block 1024")
+			assert.Equal(t, 1, count(f, "synchronize"))
+			require.NoError(t, d.CompressWrite(&p, blob))
+			if c.mode == format.Tiled {
+				require.Len(t, launches(f), 3)
+				assert.Contains(t, launches(f)[2], "zs_compress_write grid 26,1,1")
+			} else {
+				assert.Len(t, launches(f), 2)
+			}
+			head := make([]byte, format.HeaderSize)
+			require.NoError(t, ctx.Read(0, head, blob))
+			got, err := format.ParseHeader(head)
+			require.NoError(t, err)
+			assert.Equal(t, p.Header, got)
+		})
+	}
+	for _, h := range []format.Header{{M: 0, K: 5, Shape: []uint64{0, 5}}, {M: 4, K: 5, Shape: []uint64{4, 6}}, {M: 4, K: 900, Shape: []uint64{4, 900}}} {
+		p := engine.Compression{Ld: 800, Header: h, Scratch: scratch}
+		var wrong engine.ArgumentError
+		assert.ErrorAs(t, d.CompressPlan(&p), &wrong)
+	}
 }
 
 func TestWrongArguments(t *testing.T) {

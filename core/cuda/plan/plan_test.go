@@ -70,6 +70,14 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 				}
 			}
 			checkKernel(t, d, plan.Decompress(d, mk[0], mk[1]))
+			c := plan.Compress(d, mk[0], mk[1])
+			for _, k := range []plan.Kernel{c.Plan, c.Scan, c.Write} {
+				checkKernel(t, d, k)
+			}
+			assert.Equal(t, c.Warps, c.Plan.Grid*c.Plan.Block/32)
+			assert.Equal(t, c.Plan.Grid, c.Write.Grid)
+			assert.GreaterOrEqual(t, c.Scratch, 16+8*uint64(c.Warps)+8*plan.Tiles(mk[0], mk[1]))
+			assert.Less(t, uint64(c.Plan.Grid-1)*uint64(c.Plan.Block/32), plan.Tiles(mk[0], mk[1]), "no block without work")
 		}
 	}
 }

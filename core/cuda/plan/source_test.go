@@ -5,7 +5,6 @@ package plan_test
 import (
 	"fmt"
 	"io/fs"
-	"path"
 	"regexp"
 	"strings"
 	"testing"
@@ -34,23 +33,31 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 	}))
 	seen := map[string]bool{}
 	for name, d := range devices {
-		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096)}
+		c := plan.Compress(d, 4096, 4096)
+		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Plan, c.Scan, c.Write}
 		for _, n := range []uint64{1, 16, 32, 64} {
 			l, err := plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: n, Invariant: true})
 			require.NoError(t, err)
 			plans = append(plans, l.Kernel)
 		}
 		for _, k := range plans {
-			id := fmt.Sprint(k.Source, k.Defines, d.Capability/10)
+			id := fmt.Sprint(k.Entry, k.Defines, d.Capability/10)
 			if seen[id] {
 				continue
 			}
 			seen[id] = true
-			t.Run(fmt.Sprintf("%s/%s/%s", name, path.Base(k.Source), strings.Join(k.Defines, ",")), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s/%s/%s", name, k.Entry, strings.Join(k.Defines, ",")), func(t *testing.T) {
 				smem := "ZS_GEMM_SMEM"
 				threads := "ZS_THREADS"
-				if strings.HasPrefix(k.Source, "decompress") {
+				switch k.Entry {
+				case "zs_decompress":
 					smem, threads = "ZS_DECOMPRESS_SMEM", "32 * ZS_WARPS"
+				case "zs_compress_plan":
+					smem, threads = "ZS_PLAN_SMEM", "32 * ZS_WARPS"
+				case "zs_compress_write":
+					smem, threads = "ZS_WRITE_SMEM", "32 * ZS_WARPS"
+				case "zs_compress_scan":
+					smem, threads = "ZS_SCAN_SMEM", "1024"
 				}
 				got := constants(t, lib, files, k, d.Capability, smem, threads)
 				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels_test
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"io/fs"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/format"
+	"github.com/zipserv/zipserv/kernels"
+	"github.com/zipserv/zipserv/kernels/emu"
+)
+
+// compressor is one compiled variant of compress.cu.
+type compressor struct {
+	program *emu.Program
+	warps   int // of a block
+}
+
+func newCompressor(t *testing.T, files fs.FS, warps int) compressor {
+	t.Helper()
+	p, err := emu.Compile(emu.Source{Files: files, Main: "compress.cu", Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps)},
+		Kernels:   []string{"zs_compress_plan", "zs_compress_scan", "zs_compress_write"},
+		Constants: []string{"ZS_PLAN_SMEM", "ZS_WRITE_SMEM", "ZS_SCAN_SMEM"}})
+	require.NoError(t, err)
+	return compressor{p, warps}
+}
+
+type compressCase struct {
+	x          matrix
+	blocks, ld int
+	spare      int // elements before the matrix's start: 8 keeps it aligned, 1 does not
+	seed       uint64
+}
+
+// run does what the engine does: three launches, and the size from the totals in between.
+func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
+	ctx := context.Background()
+	src := make([]uint16, in.spare+(in.x.m-1)*in.ld+in.x.k)
+	for i := range src {
+		src[i] = 0x7FC1 // not part of the matrix
+	}
+	for r := range in.x.m {
+		copy(src[in.spare+r*in.ld:], in.x.w[r*in.x.k:(r+1)*in.x.k])
+	}
+	from := &emu.Buffer{Name: "src", Data: halves(src), Mode: emu.In}
+	tiles, warps := (in.x.m+63)/64*((in.x.k+63)/64), in.blocks*c.warps
+	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 16+(8*warps+15)/16*16+8*tiles), Mode: emu.Out}
+	matrixArgs := []any{emu.Ptr{Buffer: from, Offset: 2 * in.spare}, in.ld, in.x.m, in.x.k}
+	launch := func(kernel string, blocks, threads int, args ...any) error {
+		_, err := c.program.Run(ctx, emu.Launch{
+			Kernel: "zs_compress_" + kernel, Grid: [3]int{blocks}, Block: [3]int{threads}, Args: args, Seed: in.seed,
+			Shared: c.program.Constant(map[string]string{"plan": "ZS_PLAN_SMEM", "scan": "ZS_SCAN_SMEM", "write": "ZS_WRITE_SMEM"}[kernel]),
+		})
+		return err
+	}
+	if err := launch("plan", in.blocks, 32*c.warps, append(matrixArgs, scratch)...); err != nil {
+		return nil, err
+	}
+	scratch.Mode = emu.InOut
+	if err := launch("scan", 1, 1024, warps, scratch); err != nil {
+		return nil, err
+	}
+	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k),
+		EscapeBytes: 16 * le.Uint64(scratch.Data), Checksum: le.Uint32(scratch.Data[8:])}
+	head := h.Marshal()
+	blob := &emu.Buffer{Name: "blob", Data: make([]byte, 128+(8*tiles+127)/128*128+tiles*5632+int(h.EscapeBytes)), Mode: emu.Out}
+	scratch.Mode = emu.In
+	if err := launch("write", in.blocks, 32*c.warps, append(matrixArgs, scratch, blob)...); err != nil {
+		return nil, err
+	}
+	return append(head[:], blob.Data[128:]...), nil
+}
+
+func TestCompress(t *testing.T) {
+	for _, warps := range []int{1, 2} {
+		t.Run(fmt.Sprintf("warps=%d", warps), func(t *testing.T) {
+			t.Parallel()
+			c := newCompressor(t, kernels.Sources, warps)
+			for _, s := range [][2]int{{1, 1}, {1, 64}, {64, 1}, {64, 64}, {65, 63}, {63, 65}, {128, 320}, {77, 300}} {
+				for kind := range kinds {
+					t.Run(fmt.Sprintf("%dx%d,%s", s[0], s[1], kind), func(t *testing.T) {
+						for i, seed := range seeds(t, 1) {
+							in := compressCase{x: newMatrix(kind, s[0], s[1], seed), blocks: 1 + int(seed%3), ld: s[1] + int(seed>>8)%3*4, spare: 8 - 7*(int(seed>>16)&1), seed: seed}
+							got, err := c.run(t, in)
+							require.NoError(t, err)
+							requireSameBlob(t, encodeTiled(in.x), got, fmt.Sprintf("schedule %d", i))
+						}
+					})
+				}
+			}
+		})
+	}
+}
+
+func requireSameBlob(t *testing.T, want, got []byte, what string) {
+	t.Helper()
+	if bytes.Equal(want, got) {
+		return
+	}
+	require.Len(t, got, len(want), what)
+	for i := range want {
+		if want[i] != got[i] {
+			require.FailNow(t, "blobs differ", "%s: byte %d is %#02x, want %#02x", what, i, got[i], want[i])
+		}
+	}
+}
+
+// What the tests above must catch: each mistake in turn is put into the source.
+func TestCompressMistakesAreCaught(t *testing.T) {
+	for name, m := range map[string][2]string{
+		"ties go to the larger base": {"(255 - b)", "b"},
+		"one symbol too few":         {"ZS_HALVES(0x7FE9)", "ZS_HALVES(0x7FEA)"},
+		"a dropped wait":             {"        __syncwarp();\n        if (count) write_list", "        if (count) write_list"},
+		"padding counted":            {"row < m ? columns : 0", "columns"},
+		"offsets not advanced":       {"offset += units;", ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newCompressor(t, mutant(t, "compress.cu", m[0], m[1]), 1)
+			for _, kind := range []string{"every position", "outliers"} {
+				for i := range 2 {
+					in := compressCase{x: newMatrix(kind, 70, 200, uint64(i)), blocks: 1, ld: 200, spare: 8, seed: uint64(i)}
+					got, err := c.run(t, in)
+					if err != nil || !bytes.Equal(encodeTiled(in.x), got) {
+						return
+					}
+				}
+			}
+			t.Fatal("not caught")
+		})
+	}
+}
