@@ -6,10 +6,10 @@
 #include "format.cuh"
 
 #ifndef ZS_WARPS
-#define ZS_WARPS 8
+#define ZS_WARPS 4
 #endif
 #ifndef ZS_BLOCKS
-#define ZS_BLOCKS 2  // blocks a multiprocessor
+#define ZS_BLOCKS 5  // blocks a multiprocessor
 #endif
 
 // Per warp the decoded tile; then spare bytes (Escapes::patch).
@@ -50,16 +50,14 @@ zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, 
     now.load(lane_escapes, TileHeader(ld_stream_u64(blob.headers + (uint64_t)first * 8)), lane);
     uint64_t next_head = first + step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(first + step) * 8) : 0;
     for (uint32_t t = first; t < tiles; t += step) {
-        Escapes next;
-        next.load(lane_escapes, TileHeader(next_head), lane);
-        next_head = t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0;
         stream.decode(tile, now.head.base, t + step < tiles ? blob.fixed + (uint64_t)(t + step) * ZS_FIXED : 0, lane);
         __syncwarp();
         now.patch(blob.escapes, tile, spare, lane);
+        now.load(lane_escapes, TileHeader(next_head), lane);
+        next_head = t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0;
         __syncwarp();
         const uint32_t row0 = t / blob.col_tiles * ZS_TILE, col0 = t % blob.col_tiles * ZS_TILE;
         store_tile(tile, out + (uint64_t)row0 * ld + col0, ld, min(ZS_TILE, m - row0), min(ZS_TILE, k - col0), aligned, lane);
         __syncwarp();
-        now = next;
     }
 }

@@ -108,14 +108,7 @@ ZS_DEVICE uint32_t sum_bits(float v) {
     return bits == ZS_EMPTY ? 0x7FFFFFFFu : bits;
 }
 ZS_DEVICE void put_sum(float* at, const float (&v)[4]) { st_relaxed_v4(at, Vec4{sum_bits(v[0]), sum_bits(v[1]), sum_bits(v[2]), sum_bits(v[3])}); }
-ZS_DEVICE void add_sum(float* at, float (&v)[4]) {
-    Vec4 p;
-    do {
-        p = ld_relaxed_v4(at);
-    } while (p.x == ZS_EMPTY || p.y == ZS_EMPTY || p.z == ZS_EMPTY || p.w == ZS_EMPTY);
-    v[0] += as_float(p.x), v[1] += as_float(p.y), v[2] += as_float(p.z), v[3] += as_float(p.w);
-    st_relaxed_v4(at, Vec4{ZS_EMPTY, ZS_EMPTY, ZS_EMPTY, ZS_EMPTY});
-}
+ZS_DEVICE bool is_empty(const Vec4& p) { return p.x == ZS_EMPTY || p.y == ZS_EMPTY || p.z == ZS_EMPTY || p.w == ZS_EMPTY; }
 
 // Adds up one strip group: over the ZS_KW teams of the block that shared k, over the blocks that shared the group; writes y or publishes.
 // A team is a warp (TEAM = 32) or a warpgroup (128) with a scratch of SCRATCH bytes; it holds QUADS pieces of 16 x 8 a warp, piece q at rows 16 (q / ZS_NTILES),
@@ -139,21 +132,45 @@ ZS_DEVICE void finish(const float (&acc)[QUADS][4], const Output& out, const Wor
             st_shared_v4(mine + q * PIECE + tid * 16, Vec4{as_bits(v[0]), as_bits(v[1]), as_bits(v[2]), as_bits(v[3])});
         }
         named_barrier_sync(7 + mw, TEAM * ZS_KW);
-        for (uint32_t q = kw; q < ROUND; q += ZS_KW) {
-            float v[4] = {0, 0, 0, 0};
+        // Pieces kw, kw + ZS_KW, .. of the round are this team's. All loads of one helper's sums are under way at once: one latency a helper.
+        constexpr uint32_t SHARE = (ROUND + ZS_KW - 1) / ZS_KW;
+        float v[SHARE][4];
+#pragma unroll
+        for (uint32_t i = 0; i < SHARE; i++) {
+            v[i][0] = v[i][1] = v[i][2] = v[i][3] = 0.0f;
+            if (kw + i * ZS_KW >= ROUND) continue;
 #pragma unroll
             for (uint32_t w = 0; w < ZS_KW; w++) {
-                const Vec4 p = ld_shared_v4(scratch + (mw * ZS_KW + w) * SCRATCH + q * PIECE + tid * 16);
-                v[0] += as_float(p.x), v[1] += as_float(p.y), v[2] += as_float(p.z), v[3] += as_float(p.w);
+                const Vec4 p = ld_shared_v4(scratch + (mw * ZS_KW + w) * SCRATCH + (kw + i * ZS_KW) * PIECE + tid * 16);
+                v[i][0] += as_float(p.x), v[i][1] += as_float(p.y), v[i][2] += as_float(p.z), v[i][3] += as_float(p.w);
             }
-            constexpr uint64_t BLOCK = (uint64_t)ZS_MW * QUADS * TEAM * 4;
-            float* const slot = workspace + ((mw * QUADS + q0 + q) * TEAM + tid) * 4;
+        }
+        constexpr uint64_t BLOCK = (uint64_t)ZS_MW * QUADS * TEAM * 4;
+        float* const slot = workspace + ((mw * QUADS + q0 + kw) * TEAM + tid) * 4;
+        constexpr uint32_t STEP = ZS_KW * TEAM * 4;
+        for (uint32_t h = 1; h <= helpers; h++) {
+            float* const theirs = slot + (blockIdx.x - h) * BLOCK;
+            Vec4 p[SHARE];
+#pragma unroll
+            for (uint32_t i = 0; i < SHARE; i++)
+                if (kw + i * ZS_KW < ROUND) p[i] = ld_relaxed_v4(theirs + i * STEP);
+#pragma unroll
+            for (uint32_t i = 0; i < SHARE; i++) {
+                if (kw + i * ZS_KW >= ROUND) continue;
+                while (is_empty(p[i])) p[i] = ld_relaxed_v4(theirs + i * STEP);
+                v[i][0] += as_float(p[i].x), v[i][1] += as_float(p[i].y), v[i][2] += as_float(p[i].z), v[i][3] += as_float(p[i].w);
+                st_relaxed_v4(theirs + i * STEP, Vec4{ZS_EMPTY, ZS_EMPTY, ZS_EMPTY, ZS_EMPTY});
+            }
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < SHARE; i++) {
+            const uint32_t q = q0 + kw + i * ZS_KW;
+            if (kw + i * ZS_KW >= ROUND) continue;
             if (owner) {
-                for (uint32_t h = 1; h <= helpers; h++) add_sum(slot + (blockIdx.x - h) * BLOCK, v);
                 const uint32_t strip = (uint32_t)group * ZS_MW + mw;
-                out.store(v, strip * ZS_TILE + (q0 + q) / ZS_NTILES * 16 + tid / 32 * 16, (q0 + q) % ZS_NTILES * 8, tid % 32);
+                out.store(v[i], strip * ZS_TILE + q / ZS_NTILES * 16 + tid / 32 * 16, q % ZS_NTILES * 8, tid % 32);
             } else {
-                put_sum(slot + blockIdx.x * BLOCK, v);
+                put_sum(slot + blockIdx.x * BLOCK + i * STEP, v[i]);
             }
         }
         named_barrier_sync(7 + mw, TEAM * ZS_KW);  // the scratch may be written again

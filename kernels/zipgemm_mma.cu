@@ -127,10 +127,10 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
                 if (fixed) stream.load(fixed, lane);
                 acts.wait();
             }
+            now = next;
             __syncwarp();
             const uint32_t through = acts.next();
             if (lane == 0) mbarrier_arrive(through);
-            now = next;
             at.advance(work, blob);
         }
         finish<32, ZS_QUADS, 8192>(acc, out, work, group, last, tiles, mw, kw, lane, workspace);
