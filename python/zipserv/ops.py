@@ -16,6 +16,8 @@ a CUDA launch ever reads it. CUDA implementations live in ``zipserv.cuda``, whic
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -159,16 +161,16 @@ def _require_out(out: torch.Tensor, m: int, k: int, dtype_code: int, row0: int) 
 # --- CUDA: zipserv.cuda does the work -------------------------------------------------------------------------------
 
 
-def _cuda() -> Any:
-    from . import cuda
-
-    return cuda
+@functools.cache
+def cuda_module() -> Any:
+    """``zipserv.cuda``, imported at the first CUDA call."""
+    return importlib.import_module("zipserv.cuda")
 
 
 def _linear_cuda(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor:
     if x.numel() == 0:
         return x.new_empty((*x.shape[:-1], m))
-    y: torch.Tensor = _cuda().linear(x, blob, m, k, dtype_code, bias)
+    y: torch.Tensor = cuda_module().linear(x, blob, m, k, dtype_code, bias)
     return y
 
 
@@ -178,12 +180,12 @@ def _linear_grad_x_cuda(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, 
     step = min(m, max(TILE, 16 * PANEL_BYTES // (2 * k) // TILE * TILE))
     work = grad.new_empty((step, k))
     if step == m:
-        _cuda().decompress(blob, m, k, dtype_code, 0, work)
+        cuda_module().decompress(blob, m, k, dtype_code, 0, work)
         return (g2 @ work).view(*grad.shape[:-1], k)
     total = torch.zeros((g2.shape[0], k), dtype=torch.float32, device=grad.device)
     for row0 in range(0, m, step):
         panel = work[: min(step, m - row0)]
-        _cuda().decompress(blob, m, k, dtype_code, row0, panel)
+        cuda_module().decompress(blob, m, k, dtype_code, row0, panel)
         total += g2[:, row0 : row0 + panel.shape[0]] @ panel
     return total.to(grad.dtype).view(*grad.shape[:-1], k)
 
@@ -196,20 +198,20 @@ def _decompress_rows_cuda(blob: torch.Tensor, m: int, k: int, dtype_code: int, r
     _require_rows(m, row0, row1)
     out = torch.empty((row1 - row0, k), dtype=DTYPES[dtype_code], device=blob.device)
     if row1 > row0:
-        _cuda().decompress(blob, m, k, dtype_code, row0, out)
+        cuda_module().decompress(blob, m, k, dtype_code, row0, out)
     return out
 
 
 def _decompress_out_cuda(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, out: torch.Tensor) -> None:
     _require_out(out, m, k, dtype_code, row0)
     if out.shape[0]:
-        _cuda().decompress(blob, m, k, dtype_code, row0, out)
+        cuda_module().decompress(blob, m, k, dtype_code, row0, out)
 
 
 def _compress_cuda(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.contiguous()
     m, k = storage_shape(weight.shape)
-    blob: torch.Tensor = _cuda().compress(weight, m, k, tuple(weight.shape))
+    blob: torch.Tensor = cuda_module().compress(weight, m, k, tuple(weight.shape))
     return blob
 
 

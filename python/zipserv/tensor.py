@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from . import _zipserv
-from . import ops as ops  # registers torch.ops.zipserv.*
+from . import _zipserv, ops  # registers torch.ops.zipserv.* too
 from .errors import Error
 from .format import DTYPE_CODES, HEADER_BYTES, MAX_DIMS, Header, parse_header
 
 _DEVICES = ("cpu", "cuda")
+_tracing_state: Any = torch._C._get_tracing_state
 
 
 class ZipTensor:
@@ -294,6 +294,11 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
         if x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+    if x.is_cuda and blob.is_cuda and not torch.compiler.is_compiling() and _tracing_state() is None:
+        # The CUDA call itself where nothing needs torch's dispatcher, which costs more than the call does.
+        y: torch.Tensor | None = ops.cuda_module().eager_linear(x, blob, m, k, DTYPE_CODES[dtype], bias)
+        if y is not None:
+            return y
     if x.dtype != dtype:
         raise TypeError(f"x is {x.dtype}, the compressed weight is {dtype}: convert x with x.to({dtype}), or use autocast")
     if x.dim() == 0 or x.shape[-1] != k:
@@ -307,8 +312,8 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
             raise ValueError(f"bias has the shape {tuple(bias.shape)}, it should be ({m},)")
         if bias.device != blob.device:
             raise ValueError(f"bias is on {bias.device}, the compressed weight on {blob.device}")
-    y: torch.Tensor = torch.ops.zipserv.linear(x, blob, m, k, DTYPE_CODES[dtype], bias)
-    return y
+    result: torch.Tensor = torch.ops.zipserv.linear(x, blob, m, k, DTYPE_CODES[dtype], bias)
+    return result
 
 
 def read_header(blob: torch.Tensor) -> Header:
