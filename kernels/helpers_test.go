@@ -4,13 +4,14 @@ package kernels_test
 
 import (
 	"bytes"
-	"context"
 	"errors"
 	"fmt"
 	"hash/fnv"
 	"io/fs"
 	"os"
+	"regexp"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -36,23 +37,10 @@ func seeds(t *testing.T, n int) []uint64 {
 	return out
 }
 
-func compile(t *testing.T, files fs.FS, main string, defines []string, names ...string) *emu.Program {
-	t.Helper()
-	p, err := emu.Compile(emu.Source{Files: files, Main: main, Defines: defines, Kernels: names})
-	require.NoError(t, err)
-	return p
-}
-
-func run(t *testing.T, p *emu.Program, l emu.Launch) {
-	t.Helper()
-	_, err := p.Run(context.Background(), l)
-	require.NoError(t, err)
-}
-
-// mutant compiles a kernel with one text in one file replaced.
+// mutant is the kernels' sources with one literal piece of text replaced.
 func mutant(t *testing.T, file, old, replacement string) fs.FS {
 	t.Helper()
-	files, err := emu.Mutate(kernels.Sources, file, old, replacement)
+	files, err := emu.Mutate(kernels.Sources, file, regexp.QuoteMeta(old), 0, strings.ReplaceAll(replacement, "$", "$$"))
 	require.NoError(t, err)
 	return files
 }

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"sort"
 	"strings"
 	"sync"
@@ -239,14 +240,26 @@ func Compile(src Source) (*Program, error) {
 	return p, nil
 }
 
-// Mutate returns files with one text in one file replaced, for seeding bugs. The text must occur just once.
-func Mutate(files fs.FS, name, old, replacement string) (fs.FS, error) {
+// Mutate returns files with a piece of one file replaced, for seeding bugs: match number nth (from 0; -1 is the last) of a regular
+// expression, whose groups the replacement may name as $1.
+func Mutate(files fs.FS, name, pattern string, nth int, replacement string) (fs.FS, error) {
 	data, err := fs.ReadFile(files, name)
 	if err != nil {
 		return nil, err
 	}
-	if n := bytes.Count(data, []byte(old)); n != 1 {
-		return nil, fmt.Errorf("emu: %q occurs %d times in %s, not once", old, n, name)
+	re, err := regexp.Compile(pattern)
+	if err != nil {
+		return nil, err
 	}
-	return overlay{files, name, bytes.Replace(data, []byte(old), []byte(replacement), 1)}, nil
+	matches := re.FindAllSubmatchIndex(data, -1)
+	if nth < 0 {
+		nth += len(matches)
+	}
+	if nth < 0 || nth >= len(matches) {
+		return nil, fmt.Errorf("emu: %q has %d matches in %s", pattern, len(matches), name)
+	}
+	m := matches[nth]
+	out := append([]byte{}, data[:m[0]]...)
+	out = re.Expand(out, []byte(replacement), data, m)
+	return overlay{files, name, append(out, data[m[1]:]...)}, nil
 }

@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -321,4 +322,13 @@ func TestWrongLaunchIsTold(t *testing.T) {
 	require.ErrorContains(t, err, "takes 2 parameters, 1 are given")
 	_, err = p.Run(context.Background(), emu.Launch{Kernel: "nothing", Block: [3]int{32}})
 	require.ErrorContains(t, err, "no kernel nothing")
+}
+
+func TestEndlessKernelIsStopped(t *testing.T) {
+	t.Parallel()
+	p := program(t, "bad.cu")
+	_, err := p.Run(context.Background(), emu.Launch{Kernel: "endless", Block: [3]int{32}, Args: []any{input(4), result("out", 1)}, Timeout: time.Second})
+	var f *emu.Fault
+	require.True(t, errors.As(err, &f), "%v", err)
+	require.Equal(t, "timeout", f.Kind)
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The program around the kernels: one launch a process. A description comes on standard input, as lines:
-//   kernel NAME | seed N | grid X Y Z | block X Y Z | shared BYTES | resident N | flag NAME
+//   kernel NAME | seed N | grid X Y Z | block X Y Z | shared BYTES | resident N | seconds N (of the processor) | flag NAME
 //   buffer NAME BYTES ALIGN in|out|inout [dependent]
 //   arg ptr BUFFER OFFSET | arg val HEX
 //   data
@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <sys/resource.h>
 #include <unistd.h>
 #include "core.h"
 
@@ -28,6 +29,7 @@ using namespace zsemu;
 }
 
 static void on_signal(int sig, siginfo_t* info, void*) {
+  if (sig == SIGXCPU) fault("timeout", "the launch used up its processor time");
   static char text[160];
   snprintf(text, sizeof text, "%s at address %p", sig == SIGSEGV ? "segmentation fault (a stack overflow or an unchecked access)" : sig == SIGFPE ? "arithmetic fault" : "bus error",
            info->si_addr);
@@ -47,7 +49,7 @@ int main(int argc, char** argv) {
   struct sigaction sa {};
   sa.sa_sigaction = on_signal;
   sa.sa_flags = SA_SIGINFO | SA_ONSTACK;
-  for (int s : {SIGSEGV, SIGBUS, SIGFPE}) sigaction(s, &sa, nullptr);
+  for (int s : {SIGSEGV, SIGBUS, SIGFPE, SIGXCPU}) sigaction(s, &sa, nullptr);
 
   struct Buffer {
     Region* region;
@@ -66,6 +68,9 @@ int main(int argc, char** argv) {
     } else if (sscanf(line, "grid %u %u %u", &o.grid.x, &o.grid.y, &o.grid.z) == 3 || sscanf(line, "block %u %u %u", &o.block.x, &o.block.y, &o.block.z) == 3) {
     } else if (sscanf(line, "shared %llu", &a) == 1) {
       o.shared = a;
+    } else if (sscanf(line, "seconds %llu", &a) == 1) {
+      rlimit limit{rlim_t(a), rlim_t(a + 5)};
+      setrlimit(RLIMIT_CPU, &limit);
     } else if (sscanf(line, "resident %llu", &a) == 1) {
       o.resident = uint32_t(a);
     } else if (sscanf(line, "flag %127s", word) == 1) {

@@ -207,24 +207,20 @@ void maybe_preempt() {
 
 void spin_yield() {
   cur->warp->prio = --lowest_prio;
-  if (++idle_polls > 4000 + 200ull * g.resident * g.threads) {
-    if (!land_one()) deadlock("threads poll memory and nothing changes");
-    idle_polls = 0;
-  }
-  // A poller must not keep its warp: pick from all.
-  Fiber* self = cur;
-  if (runnable.size() > 1) {
+  // Pollers are always runnable, so copies that land only when nobody can run would land never.
+  if (++idle_polls % 64 == 0 && land_one()) idle_polls = 0;
+  if (idle_polls > 4000 + 200ull * g.resident * g.threads) deadlock("threads poll memory and nothing changes");
+  // A poller must not keep its warp: pick from all, twice, which prefers whoever does not poll.
+  for (int i = 0; i < 2; i++) {
     Warp* w = runnable[rnd() % runnable.size()];
+    if (i == 0 && w->prio < 0) continue;
     uint32_t mask = w->ready;
     uint32_t skip = uint32_t(rnd()) % uint32_t(__builtin_popcount(mask));
     while (skip--) mask &= mask - 1;
-    if (policy.land && chance(policy.land)) land_one();
     g.switches++;
     switch_to(w->lane[__builtin_ctz(mask)]);
-  } else {
-    yield();
+    return;
   }
-  (void)self;
 }
 
 void suspend() {

@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels_test
+
+import (
+	"bytes"
+	"io/fs"
+	"math/rand/v2"
+	"strings"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/kernels"
+	"github.com/zipserv/zipserv/kernels/emu"
+)
+
+// Bugs seeded in the real kernels, one at a time, of the sort that is made in practice: each must be caught, by a fault of a named kind
+// or, where the kind is "wrong", by its result. A pattern that no longer matches fails the test: give it the kernel's new words.
+var mutations = []struct {
+	name, kernel, file, pattern string
+	nth                         int
+	replacement                 string
+	want                        string
+}{
+	{"no __syncwarp between decode and escapes", "decompress", "decompress.cu", `__syncwarp\(\);`, 0, "", "race uninitialised"},
+	{"no __syncwarp before the tile is written again", "decompress", "decompress.cu", `__syncwarp\(\);`, -1, "", "race"},
+	{"lost escapes of one lane", "decompress", "format.cuh", `2 \* lane < h\.count \?`, 0, "lane != 7 && 2 * lane < h.count ?", "wrong"},
+	{"swapped index bits", "decompress", "format.cuh", `\(pos >> 2\) & 0x70`, 0, "(pos >> 3) & 0x70", "wrong"},
+	{"mask of the wrong plane", "decompress", "format.cuh", `\(p1, p2, M1\), p0, M2`, 0, "(p1, p2, M2), p0, M1", "wrong"},
+	{"no wait for activations", "mma", "activations.cuh", `mbarrier_wait\([^;]*use_parity\);`, 0, "", "in-flight race uninitialised"},
+	{"wrong parity at the start", "mma", "activations.cuh", `fill_parity = 1;`, 0, "fill_parity = 0;", "deadlock"},
+	{"parity not flipped at the wrap-around", "mma", "activations.cuh", `use_parity \^= 1`, 0, "use_parity ^= 0", "deadlock in-flight race mbarrier"},
+	{"one arrival too few", "mma", "activations.cuh", `mbarrier_init\(([^;]*), ZS_MW\);`, 0, "mbarrier_init($1, ZS_MW + 1);", "deadlock"},
+	{"arrival that does not wait for the copies", "mma", "activations.cuh", `cp_async_mbarrier_arrive\(`, 0, "mbarrier_arrive(", "in-flight"},
+	{"stage handed back by one lane for all", "mma", "zipgemm_mma.cu", `__syncwarp\(\);`, -1, "", "race"},
+	{"no barrier before the scratch is written again", "mma", "gemm.cuh", `named_barrier_sync\([^;]*;`, 1, "", "race"},
+	{"no wait for the kernel before", "mma", "zipgemm_mma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
+	{"partial sums taken from one block only", "mma", "gemm.cuh", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
+	{"no proxy fence", "wgmma", "zipgemm_wgmma.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
+	{"no barrier between decode and escapes", "wgmma", "zipgemm_wgmma.cu", `named_barrier_sync\(1 \+ group, 128\);`, 0, "", "race"},
+	{"no wait for wgmma", "wgmma", "zipgemm_wgmma.cu", `wgmma_wait<0>\(\);`, 0, "", "race"},
+	{"no __syncwarp before the list is written", "compress", "compress.cu", `__syncwarp\(\);(\s+if \(count\) write_list)`, 0, "$1", "race uninitialised"},
+	{"no __syncwarp between passes over the histogram", "compress", "compress.cu", `__syncwarp\(\);(\s+const uint64_t tile)`, 0, "$1", "race"},
+}
+
+func TestSeededBugsAreCaught(t *testing.T) {
+	for _, m := range mutations {
+		t.Run(m.name, func(t *testing.T) {
+			t.Parallel()
+			files, err := emu.Mutate(kernels.Sources, m.file, m.pattern, m.nth, m.replacement)
+			require.NoError(t, err)
+			for _, seed := range seeds(t, 10) {
+				kind := runMutant(t, m.kernel, seed, files)
+				if kind == "" {
+					continue // this schedule does not show it
+				}
+				require.Contains(t, strings.Fields(m.want), kind)
+				return
+			}
+			t.Fatal("the bug is not caught")
+		})
+	}
+}
+
+// runMutant returns what caught the bug, or "" if nothing did.
+func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
+	if kernel == "compress" {
+		x := newMatrix("gaussian", 130, 130, seed)
+		got, err := newCompressor(t, files, 2).run(t, compressCase{x: x, blocks: 2, ld: 136, seed: seed})
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if !bytes.Equal(got, encodeTiled(x)) {
+			return "wrong"
+		}
+		return ""
+	}
+	if kernel == "decompress" {
+		d := newDecompressor(t, files, 2)
+		c := decompressCase{x: newMatrix("gaussian", 130, 130, seed), blocks: 1, ld: 130, align: 16, seed: seed}
+		got, err := d.run(c)
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if !bytes.Equal(got, c.expected()) {
+			return "wrong"
+		}
+		return ""
+	}
+	v := variant{8, 1, 2, 2, 2}
+	p := newProduct(130, 900, 5, 2*seed)
+	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
+	want, err := newGEMM(t, kernels.Sources, kernel, v, true).run(p)
+	require.NoError(t, err)
+	got, err := newGEMM(t, files, kernel, v, true).run(p)
+	if err != nil {
+		require.NotEmpty(t, faultKind(err), err)
+		return faultKind(err)
+	}
+	for i := range want {
+		if want[i] != got[i] {
+			return "wrong"
+		}
+	}
+	return ""
+}
+
+// The seeds of the tests are not lucky: other schedules of the unchanged kernels pass too.
+func TestUnchangedKernelsPass(t *testing.T) {
+	t.Parallel()
+	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
+	for _, kernel := range []string{"compress", "decompress", "mma", "wgmma"} {
+		for range 3 {
+			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
+		}
+	}
+}
