@@ -19,7 +19,7 @@
 #define ZS_KW 1  // warpgroups side by side in k
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 3
+#define ZS_XSTAGES 2
 #endif
 #ifndef ZS_BLOCKS
 #define ZS_BLOCKS 1  // blocks a multiprocessor
