@@ -26,7 +26,7 @@ def is_matmul(conv: Any) -> bool:
         return False
     if tuple(conv.stride) != tuple(conv.kernel_size) and any(size != 1 for size in conv.kernel_size):
         return False
-    return storage_shape(conv.weight.shape)[0] == conv.out_channels
+    return bool(storage_shape(conv.weight.shape)[0] == conv.out_channels)
 
 
 class ZipConv(BlobModule):
@@ -66,13 +66,14 @@ class ZipConv(BlobModule):
     def to_conv(self) -> nn.Module:
         """The plain convolution with the decompressed weight, equal to the original bit for bit; the bias is shared."""
         kind = next(plain for plain, zipped in _KINDS.items() if zipped is type(self))
-        layer = kind.__new__(kind)
+        layer: Any = kind.__new__(kind)
         nn.Module.__init__(layer)
         skip = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_blob_specs", "weight_dtype")
         layer.__dict__.update({key: value for key, value in self.__dict__.items() if key not in skip})
         layer.weight = nn.Parameter(self.ziptensor.decompress(), requires_grad=False)
         layer.register_parameter("bias", self.bias)
-        return layer
+        plain: nn.Module = layer
+        return plain
 
     @property
     def ziptensor(self) -> ZipTensor:
@@ -121,15 +122,15 @@ class ZipConv(BlobModule):
         return y if input.dim() == len(shape) else y[0]
 
 
-class ZipConv1d(ZipConv, nn.Conv1d):  # type: ignore[misc]
+class ZipConv1d(ZipConv, nn.Conv1d):  # type: ignore[override]
     """``nn.Conv1d`` without overlap, weight compressed."""
 
 
-class ZipConv2d(ZipConv, nn.Conv2d):  # type: ignore[misc]
+class ZipConv2d(ZipConv, nn.Conv2d):  # type: ignore[override]
     """``nn.Conv2d`` without overlap (a patch embedding, a 1x1 convolution), weight compressed."""
 
 
-class ZipConv3d(ZipConv, nn.Conv3d):  # type: ignore[misc]
+class ZipConv3d(ZipConv, nn.Conv3d):  # type: ignore[override]
     """``nn.Conv3d`` without overlap (a video patch embedding), weight compressed."""
 
 

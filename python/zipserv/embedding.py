@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ class ZipEmbedding(BlobModule, nn.Embedding):
         if type(embedding) is nn.Embedding:
             return cls.from_ziptensor(weight, embedding.padding_idx).train(embedding.training)
         kind = _mixed(cls, type(embedding))
-        layer = kind.__new__(kind)
+        layer = cast(ZipEmbedding, object.__new__(kind))
         _take_over(layer, embedding, without=("weight",))
         ZipEmbedding._set(layer, weight.m, weight.k, embedding.padding_idx, weight.dtype, weight.blob)
         return layer
@@ -117,7 +117,7 @@ class ZipEmbedding(BlobModule, nn.Embedding):
     def to_embedding(self) -> nn.Embedding:
         """The plain layer with the decompressed table, equal to the original bit for bit."""
         kind: Any = nn.Embedding if type(self) is ZipEmbedding else type(self).__mro__[1]
-        layer: nn.Embedding = kind.__new__(kind)
+        layer = cast(nn.Embedding, object.__new__(kind))
         _take_over(layer, self, without=("weight" + SUFFIX,))
         layer.weight = nn.Parameter(self.ziptensor.decompress(), requires_grad=False)
         return layer

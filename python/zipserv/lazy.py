@@ -81,7 +81,7 @@ class LazyWeight(torch.Tensor):
         plain = tree_map(lambda value: value.decompress() if isinstance(value, cls) else value, (args, kwargs))
         return func(*plain[0], **plain[1])
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyWeight(shape={tuple(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
 

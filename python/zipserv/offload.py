@@ -25,6 +25,7 @@ __all__ = ["Offload", "apply"]
 SMALL_BYTES = 64 << 10
 ALIGNMENT = 256
 SLOTS = 2
+_CUDA: Any = torch.cuda  # torch's streams and events are not typed
 
 
 @dataclass
@@ -229,9 +230,9 @@ class _CudaPool(_Pool):
     def __init__(self, blocks: list[_Block], device: torch.device, capacity: int) -> None:
         super().__init__(blocks, device, capacity)
         with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream(device)
-            self.copied = [torch.cuda.Event() for _ in range(SLOTS)]
-            self.used = [torch.cuda.Event() for _ in range(SLOTS)]
+            self.stream = _CUDA.Stream(device)
+            self.copied = [_CUDA.Event() for _ in range(SLOTS)]
+            self.used = [_CUDA.Event() for _ in range(SLOTS)]
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def copy(self, index: int, slot: int) -> None:

@@ -166,9 +166,10 @@ def _build(config: str | Path, device: torch.device, dtype: torch.dtype, seed: i
     else:
         raise ValueError(f"no model config {config!r}: one of {', '.join(CONFIGS)}, a config.json, or a folder that holds one")
     settings = AutoConfig.for_model(**values)
+    auto: Any = AutoModelForCausalLM
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+        model = auto.from_config(settings, dtype=dtype)
     return model.eval().requires_grad_(False), name
 
 
@@ -201,7 +202,7 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(seed + batch)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
-    cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens + 1)
+    cache: Any = StaticCache(config=model.config, max_cache_len=prompt + new_tokens + 1)
     token = torch.zeros((batch, 1), dtype=torch.long, device=device)
 
     def rewind(length: int) -> None:
