@@ -194,7 +194,7 @@ def go_environment(go: str, cc: list[str], arch: str, include: Path) -> dict[str
         GOARCH=ARCHES[arch],
         CGO_ENABLED="1",
         CC=quoted(cc),
-        CGO_CFLAGS=quoted(["-O2", *include_flags(include), *shlex.split(env.get("CGO_CFLAGS", ""))]),
+        CGO_CFLAGS=quoted(["-O2", "-g0", *include_flags(include), *shlex.split(env.get("CGO_CFLAGS", ""))]),
         PATH=f"{Path(go).parent}{os.pathsep}{env.get('PATH', '')}",
     )
     zig = find_zig()
@@ -234,7 +234,7 @@ def build(output: Path, *, portable: bool = False, arch: str | None = None, quie
         built = Path(folder) / NAME
         exports = Path(folder) / "exports.map"
         exports.write_text(f"{{ global: {'; '.join(exported())}; local: *; }};\n", encoding="utf-8")
-        ldflags = quoted(["-s", "-w", "-extldflags", f"-Wl,--version-script={exports}"])
+        ldflags = quoted(["-s", "-w", "-extldflags", f"-Wl,--strip-all -Wl,--version-script={exports}"])
         command = [go, "build", "-buildmode=c-shared", "-trimpath", "-buildvcs=false", f"-ldflags={ldflags}", "-o", str(built), "./capi"]
         if not quiet:
             print(f"zipserv: {shlex.join(command)}\n         CC={env['CC']}", file=sys.stderr, flush=True)

@@ -88,6 +88,7 @@ def test_wheel_contents(wheel: Path) -> None:
     assert "zipserv = zipserv.integrations.vllm:register" in entry_points
     for path in (str(ROOT), os.environ.get("HOME") or "/root"):  # -trimpath: no path of the building machine
         assert path.encode() not in library
+    assert b".debug_info" not in library and b".symtab" not in library
 
 
 @pytest.mark.slow
