@@ -112,7 +112,7 @@ func TestTruncatedAndOverlong(t *testing.T) {
 func TestEveryFlippedBitIsFound(t *testing.T) {
 	rng := rand.New(rand.NewPCG(9, 9))
 	for _, blob := range [][]byte{tiled(t, format.BF16), tiled(t, format.FP16), dense(t), encodeBlob(t, weights("random", 100), format.BF16, 10, 10)} {
-		for i := 0; i < len(blob); i += 1 + rng.IntN(100)*min(i/1024, 1) {
+		for i := 0; i < len(blob); i += 1 + rng.IntN(700)*min(i/256, 1) {
 			bit := byte(1) << rng.IntN(8)
 			blob[i] ^= bit
 			_ = tryAll(t, blob)

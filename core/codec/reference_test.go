@@ -47,13 +47,15 @@ func referenceBlob(src []byte, dt format.DType, m, k int) []byte {
 
 func referenceTile(weight func(r, c int) uint16, dt format.DType, m, k, mb, kb int) (h format.TileHeader, fixed, list []byte) {
 	rows, cols := min(64, m-mb), min(64, k-kb)
+	var count [256]int
+	for r := range rows {
+		for c := range cols {
+			count[dt.Exponent(weight(mb+r, kb+c))]++
+		}
+	}
 	covered := func(b int) (n int) {
-		for r := range rows {
-			for c := range cols {
-				if d := int(dt.Exponent(weight(mb+r, kb+c))) - b; d >= 0 && d < 8 {
-					n++
-				}
-			}
+		for e := b; e < b+8; e++ {
+			n += count[e]
 		}
 		return n
 	}
