@@ -44,6 +44,7 @@ lint: lint-go lint-python ## gofmt, go vet, staticcheck, ruff, mypy --strict
 
 lint-go: $(VENV)/.tools
 	@unformatted="$$($(GO) gofmt -l $(GODIRS))"; test -z "$$unformatted" || { echo "gofmt -w these files:"; echo "$$unformatted"; exit 1; }
+	$(GO) mod tidy -diff
 	$(GO) vet ./...
 	$(GO) tool -modfile=tools/lint/go.mod staticcheck ./...
 
