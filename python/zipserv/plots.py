@@ -106,13 +106,14 @@ def speedup(board: Mapping[str, Any], path: Path) -> Path:
         raise ValueError("nothing to plot: no points were measured")
     figure, axes = _grid(pyplot, len(names))
     for axis, name in zip(axes, names, strict=True):
+        named = next(p["weights"] for p in points if p["model"] == name)
         for kind, style in (("gaussian", "-"), ("trained", "--")):
             mine = [p for p in points if p["model"] == name and p["weights"] == kind]
             for color, (label, rows) in enumerate(_curves(mine).items()):
                 x = [r["tokens"] for r in rows]
                 axis.plot(
                     x, [r["speedup"] for r in rows], style, marker=".", color=f"C{color}",
-                    label=label.removeprefix(name) if kind == mine[0]["weights"] else None,
+                    label=label.removeprefix(name) if kind == named else None,
                 )  # fmt: skip
                 axis.fill_between(x, [r["speedup_low"] for r in rows], [r["speedup_high"] for r in rows], color=f"C{color}", alpha=0.12)
         axis.axhline(1, color=_GREY, lw=0.8)
@@ -151,9 +152,10 @@ def roofline(board: Mapping[str, Any], path: Path) -> Path:
     right.set_xscale("log")
     right.set_yscale("log")
     right.set(xlabel="operations per byte moved", ylabel="Tera-operations/s", title="roofline of this run")
-    left.legend(fontsize=5, ncols=2)
+    handles, labels = left.get_legend_handles_labels()
     figure.suptitle(_caption(board, "ZipGEMM against the machine's limits"))
     figure.tight_layout()
+    figure.legend(handles, labels, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0))
     return _save(figure, path)
 
 

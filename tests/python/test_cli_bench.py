@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,6 +116,74 @@ def test_compare_takes_turns_in_both_orders() -> None:
     )
     assert "".join(log) == "abbaabba"
     assert (pair.ratio, pair.first.median, pair.second.median, pair.first.rounds) == (1.5, 3, 2, 4)
+
+
+class FakeCuda:
+    """Stands in for torch.cuda: capturing runs the calls once, replaying takes a millisecond for each."""
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.replays = 0
+        self.now = 0.0
+        self.capturing = False
+        fake = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = fake.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Event) -> float:
+                return end.at - self.at
+
+        class Graph:
+            def replay(self) -> None:
+                assert fake.captured
+                fake.replays += 1
+                fake.now += fake.captured
+
+        class Stream:
+            def wait_stream(self, other: object) -> None: ...
+
+        self.Event, self.CUDAGraph, self.Stream = Event, Graph, Stream
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        assert device.type == "cuda"
+        return contextlib.nullcontext()
+
+    def stream(self, stream: object) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def current_stream(self) -> object:
+        return self.Stream()
+
+    def synchronize(self, device: object = None) -> None: ...
+
+    @contextlib.contextmanager
+    def graph(self, graph: object) -> Iterator[None]:
+        self.capturing = True
+        yield
+        self.capturing = False
+
+
+def test_loop_on_a_gpu_times_one_graph_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(timing, "_CUDA", fake)
+    seen: list[int] = []
+
+    def call(i: int) -> None:
+        if fake.capturing:
+            fake.captured += 1
+            seen.append(i)
+
+    loop = timing.Loop([partial(call, i) for i in range(5)], torch.device("cuda"))
+    assert seen == [0, 1, 2, 3, 4] and fake.replays == 1
+    assert loop.seconds() == pytest.approx(1e-3) and fake.replays == 2
+    loop.close()
 
 
 def test_roofline() -> None:

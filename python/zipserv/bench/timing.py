@@ -51,27 +51,27 @@ class Loop:
             raise ValueError("a loop needs at least one call")
         self._calls = list(calls)
         self._device = device
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._graph: Any = None
         self._warm_up()
 
     def _warm_up(self) -> None:
         if self._device.type != "cuda":
             self._calls[0]()  # first-use costs (thread pools, compiled kernels) are not what is measured
             return
-        with torch.cuda.device(self._device):
+        with _CUDA.device(self._device):
             side = _CUDA.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            side.wait_stream(_CUDA.current_stream())
+            with _CUDA.stream(side):
                 for call in self._calls[:2]:
                     call()
-            torch.cuda.current_stream().wait_stream(side)
-            torch.cuda.synchronize()
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            _CUDA.current_stream().wait_stream(side)
+            _CUDA.synchronize()
+            self._graph = _CUDA.CUDAGraph()
+            with _CUDA.graph(self._graph):
                 for call in self._calls:
                     call()
             self._graph.replay()
-            torch.cuda.synchronize()
+            _CUDA.synchronize()
 
     def seconds(self) -> float:
         if self._graph is None:
@@ -79,7 +79,7 @@ class Loop:
             for call in self._calls:
                 call()
             return (time.perf_counter() - start) / len(self._calls)
-        with torch.cuda.device(self._device):
+        with _CUDA.device(self._device):
             begin = _CUDA.Event(enable_timing=True)
             end = _CUDA.Event(enable_timing=True)
             begin.record()
