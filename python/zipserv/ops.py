@@ -28,7 +28,7 @@ from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, parse_header, storage_shape
 
 #: Most bytes of a weight that the CPU path holds decompressed at a time (but at least one row of tiles).
-PANEL_BYTES = 4 << 20
+PANEL_BYTES = 2 << 20
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _library: Any = torch.library.Library  # untyped in torch
@@ -177,7 +177,7 @@ def _linear_cuda(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code
 def _linear_grad_x_cuda(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
     # Panels bound the workspace as on the CPU; they are larger, for a GPU needs more work at a time.
     g2 = grad.reshape(-1, m)
-    step = min(m, max(TILE, 16 * PANEL_BYTES // (2 * k) // TILE * TILE))
+    step = min(m, max(TILE, 32 * PANEL_BYTES // (2 * k) // TILE * TILE))
     work = grad.new_empty((step, k))
     if step == m:
         cuda_module().decompress(blob, m, k, dtype_code, 0, work)

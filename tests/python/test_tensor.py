@@ -181,6 +181,7 @@ def test_compress_refuses_with_a_cure(tensor: torch.Tensor, error: type[Exceptio
         zipserv.compress(tensor)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 def test_compress_refuses_quantized_and_compressed_tensors() -> None:
     with pytest.raises(TypeError, match="dequantize"):
         zipserv.compress(torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8))
