@@ -10,10 +10,11 @@ type kernels struct {
 	name string
 
 	// scan reads `rows` rows of 64 weights: their checksum with s.rowA and s.colB, their lowest and highest exponent;
-	// it leaves the exponents in s.exps, in any order inside a row.
+	// it leaves the exponents in s.exps, in any order inside a row. Without counts the two exponents may be any bounds.
 	scan func(s *scratch, src []byte, stride, rows int) (sum uint32, lowest, highest uint8)
 
 	// count counts exponents of s.exps around the highest one: all of counts, or only window, top[0], top[1] and below[0].
+	// nil where a whole histogram is the best there is.
 	count func(s *scratch, highest uint8, all bool) counts
 
 	// outside counts exponents of s.exps below lo or above hi.
@@ -56,7 +57,7 @@ type kernelWork struct {
 	counts [8]uint32
 }
 
-var portable = kernels{"portable", scanPortable, countPortable, outsidePortable, encodePortable, decodePortable, nil, nil}
+var portable = kernels{"portable", scanPortable, nil, nil, encodePortable, decodePortable, nil, nil}
 
 // kern is the set in use: the fastest that this machine has.
 var kern = best()

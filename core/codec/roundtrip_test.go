@@ -221,13 +221,15 @@ func TestQuickWindowIsExact(t *testing.T) {
 			var hist [256]uint32
 			histogram(&hist, s.exps[:n])
 			want := histogramWindow(&hist, n, 248)
-			if w, ok := s.quickWindow(low, high, padding, n, 248); ok {
-				quick++
-				require.Equal(t, want, w)
+			if kern.count != nil {
+				if w, ok := s.quickWindow(low, high, padding, n, 248); ok {
+					quick++
+					require.Equal(t, want, w)
+				}
 			}
 			require.Equal(t, want, s.chooseWindow(low, high, padding, 248))
 		}
-		require.Greater(t, quick, 100, "the quick way was hardly tried")
+		require.True(t, quick > 100 || kern.count == nil, "the quick way was hardly tried")
 	})
 }
 

@@ -42,8 +42,10 @@ func literalBounds(base uint8) (lo, hi int) {
 // chooseWindow chooses for the exponents in s.exps; `padding` of them are 0 and stand for no weight.
 func (s *scratch) chooseWindow(lowest, highest uint8, padding, maxBase int) window {
 	weights := tileWeights - padding
-	if w, ok := s.quickWindow(lowest, highest, padding, weights, maxBase); ok {
-		return w
+	if kern.count != nil {
+		if w, ok := s.quickWindow(lowest, highest, padding, weights, maxBase); ok {
+			return w
+		}
 	}
 	hist := &s.work.hist
 	histogram(hist, s.exps[:])
