@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole way of a CUDA call, from tensors to the driver, over a driver that only pretends (core/cuda/driver/testdata/fakecuda.c).
+
+NVRTC compiles the real kernels; nothing runs them. Each test is a process of its own: a process opens one driver.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Without torch, which takes seconds to import.
+NATIVE = """
+import ctypes, os, zipserv
+from zipserv import _zipserv
+_zipserv.cuda_set_dirs(os.environ["TEST_NVRTC_DIRS"])
+fake = ctypes.CDLL(os.environ["ZIPSERV_LIBCUDA"])
+fake.fake_log.restype = ctypes.c_char_p
+def log(): return fake.fake_log().decode().splitlines()
+def launches(): return [line for line in log() if line.startswith("launch")]
+def raises(kind, words, call, *args):
+    try: call(*args)
+    except kind as error: assert all(w in str(error) for w in words), str(error)
+    else: raise AssertionError(f"no {kind}")
+"""
+
+TENSORS = NATIVE + """
+import torch, zipserv.cuda as cuda
+class OnDevice(torch.Tensor):  # host memory that says it is on device 0, where the driver that pretends keeps its memory too
+    def get_device(self): return 0
+def on_device(t): return t.as_subclass(OnDevice)
+cuda._stream = lambda index: 0x77
+"""
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("fakecuda") / "libfakecuda.so"
+    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    command = [compiler] if compiler else [sys.executable, "-m", "ziglang", "cc"]
+    source = ROOT / "core" / "cuda" / "driver" / "testdata" / "fakecuda.c"
+    subprocess.run([*command, "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(out), str(source), "-lpthread"], check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def run(fake_driver: Path, kernel_cache: Path):
+    from zipserv.cuda import _compiler_dirs
+
+    here = {"ZIPSERV_LIBCUDA": str(fake_driver), "ZIPSERV_CACHE_DIR": str(kernel_cache), "TEST_NVRTC_DIRS": os.pathsep.join(_compiler_dirs())}
+
+    def run(code: str, prelude: str = NATIVE, **env: str) -> str:
+        full = {**os.environ, **here, **env}
+        done = subprocess.run([sys.executable, "-c", prelude + code], env=full, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_products(run) -> None:
+    run("""
+blob = on_device(zipserv.compress((torch.randn(256, 192) * 0.02).bfloat16()).blob)
+x = on_device(torch.randn(2, 3, 192).bfloat16())
+bias = on_device(torch.randn(256).bfloat16())
+y = cuda.linear(x, blob, 256, 192, 1, bias)
+assert y.shape == (2, 3, 256) and len(launches()) == 1, log()
+words = launches()[0].split()
+assert words[2] == "zs_zipgemm_mma" and "stream 77" in launches()[0]
+assert words[-4:] == [f"{v:x}" for v in (blob.data_ptr(), x.data_ptr(), 192, bias.data_ptr())], words
+cuda.linear(x[0, :, :].T.contiguous().T, blob, 256, 192, 1)   # columns lie apart: a copy
+wide = on_device(torch.randn(5, 400).bfloat16())
+cuda.linear(wide[:, 8:200], blob, 256, 192, 1)                # rows lie apart: no copy
+assert launches()[2].split()[-3:-1] == [f"{wide.data_ptr() + 16:x}", f"{400:x}"], launches()
+moved = torch.empty(blob.numel() + 1, dtype=torch.uint8)[1:].copy_(blob)
+cuda.linear(x, on_device(moved), 256, 192, 1)                 # a blob at an odd address: a copy of it
+assert int(launches()[3].split()[-4], 16) % 16 == 0
+assert sum(line.startswith("alloc") for line in log()) == 1, log()
+raises(TypeError, ["x is torch.float32", "the weight is torch.bfloat16"], cuda.linear, on_device(x.float()), blob, 256, 192, 1)
+raises(ValueError, ["x has the shape", "(..., 192)"], cuda.linear, x[..., :100], blob, 256, 192, 1)
+raises(ValueError, ["bias has the shape", "(256,)"], cuda.linear, x, blob, 256, 192, 1, bias[:255])
+raises(TypeError, ["bias is torch.float32"], cuda.linear, x, blob, 256, 192, 1, on_device(bias.float()))
+fake.fake_fail(b"cuLaunchKernelEx", 700, 0)
+raises(zipserv.Error, ["cuLaunchKernelEx", "700"], cuda.linear, x, blob, 256, 192, 1)
+""", TENSORS)
+
+
+def test_many_tokens_and_batch_invariance(run) -> None:
+    run("""
+job = (0, 0x77, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256)
+assert _zipserv.cuda_linear(*job) is False and not launches()
+zipserv.set_batch_invariant(True)
+assert _zipserv.cuda_linear(*job) is True and len(launches()) == 79, len(launches())
+zipserv.set_batch_invariant(False)
+assert _zipserv.cuda_linear(*job) is False
+""")
+    run("assert _zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256) is True", VLLM_BATCH_INVARIANT="1")
+
+
+def test_decompress_and_raw_weights(run) -> None:
+    run("""
+w = (torch.randn(128, 192) * 0.02).bfloat16()
+z = zipserv.compress(w)
+out = on_device(torch.zeros(128, 200, dtype=torch.bfloat16))
+cuda.decompress(on_device(z.blob), 128, 192, 1, 0, out[:, :192])
+assert launches()[0].split()[-4:-1] == [f"{v:x}" for v in (z.blob.data_ptr(), out.data_ptr(), 200)], launches()
+noise = torch.randint(-32768, 32768, (64, 64), dtype=torch.int16).view(torch.bfloat16)
+raw = zipserv.compress(noise)
+assert raw.is_raw
+out = on_device(torch.zeros(10, 64, dtype=torch.bfloat16))
+cuda.decompress(on_device(raw.blob), 64, 64, 1, 5, out)
+assert torch.equal(out.view(torch.int16), noise[5:15].view(torch.int16)) and len(launches()) == 1
+raises(ValueError, ["rows 60 .. 70 of a matrix of 64 rows"], cuda.decompress, on_device(raw.blob), 64, 64, 1, 60, out)
+""", TENSORS)
+
+
+def test_compress(run) -> None:
+    run("""
+w = on_device((torch.randn(64, 8, 24) * 0.02).bfloat16())
+real = torch.empty
+torch.empty = lambda *a, device=None, **k: on_device(real(*a, **k))
+scratch = real(_zipserv.cuda_compress_scratch(0, 64, 192), dtype=torch.uint8)
+blob = cuda.compress(w, 64, 192, (64, 8, 24))
+names = [line.split()[2] for line in launches()]
+assert names[:2] == ["zs_compress_plan", "zs_compress_scan"] and "synchronize" in log(), log()
+header = _zipserv.header(blob.data_ptr(), 128)
+assert (header["m"], header["k"], header["shape"]) == (64, 192, (64, 8, 24))
+""", TENSORS)
+
+
+def test_warm_and_report(run) -> None:
+    out = run("""
+cuda.warm(on_device(torch.zeros(1)), 256, 192, 8)
+before = len(log())
+_zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256)
+assert [line.split()[0] for line in log()[before:]] == ["launch"], log()
+facts = cuda.describe()
+assert facts["driver"]["cuda"] == "13.0" and len(facts["devices"]) == 2 and facts["cache"]["files"] >= 1
+for key, value in cuda.report().items(): print(key, "=", value)
+""", TENSORS)
+    assert "device 0 = Fake GPU 0, compute capability 9.0, compiles for sm_90a" in out
+
+
+def test_errors_of_the_machine(run, tmp_path: Path) -> None:
+    call = "_zipserv.cuda_linear, 0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256"
+    run(f"raises(zipserv.Error, ['too old', 'CUDA 11.4', '12.0'], {call})", FAKECUDA_VERSION="11040")
+    run(f"raises(zipserv.Error, ['compute capability 7.5', '8.0'], {call})", FAKECUDA_CC="75")
+    run(f"raises(ValueError, ['no CUDA device 0', 'shows 0'], {call})", FAKECUDA_DEVICES="0")
+    run(f"raises(zipserv.Error, ['NVRTC', 'ZIPSERV_NVRTC'], {call})", ZIPSERV_NVRTC=str(tmp_path / "none.so"))
+    missing = f"""
+import zipserv
+from zipserv import _zipserv
+try: _zipserv.cuda_linear({call.split(",", 1)[1]})
+except zipserv.Error as error: assert "no NVIDIA driver" in str(error) and "ZIPSERV_LIBCUDA" in str(error)
+else: raise SystemExit("no error")
+assert "no NVIDIA driver" in _zipserv.cuda_describe()
+"""
+    env = dict(os.environ, ZIPSERV_LIBCUDA=str(tmp_path / "libcuda.so.1"))
+    subprocess.run([sys.executable, "-c", missing], env=env, check=True)
+
+
+def test_a_forked_child_is_refused(run) -> None:
+    run("""
+import sys
+_zipserv.cuda_describe()
+child = os.fork()
+if child == 0:
+    try: _zipserv.cuda_decompress(0, 0, 0x1000, 64, 64, 0x2000, 64)
+    except zipserv.Error as error: os._exit(0 if "spawn" in str(error) else 2)
+    os._exit(1)
+assert os.waitpid(child, 0)[1] == 0
+""")
+
+
+def test_threads(run) -> None:
+    run("""
+import threading
+failures = []
+def work():
+    try:
+        for _ in range(200): assert _zipserv.cuda_linear(0, 0x77, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256)
+    except BaseException as error: failures.append(error)
+threads = [threading.Thread(target=work) for _ in range(6)]
+for t in threads: t.start()
+for t in threads: t.join()
+assert not failures, failures
+assert len(launches()) == 1200
+""")
+
+
+def test_first_argument_errors(run) -> None:
+    run("""
+raises(TypeError, ["11 arguments, got 2"], _zipserv.cuda_linear, 0, 0)
+raises(TypeError, ["ldx must be an int"], _zipserv.cuda_linear, 0, 0, 16, 1, 1, 0, 1, "8", 0, 0, 1)
+raises(ValueError, ["stream must be 0"], _zipserv.cuda_linear, 0, -1, 16, 1, 1, 0, 1, 8, 0, 0, 1)
+raises(ValueError, ["M, K and N must be"], _zipserv.cuda_linear, 0, 0, 16, 0, 1, 0, 1, 8, 0, 0, 1)
+raises(ValueError, ["not aligned to 16"], _zipserv.cuda_decompress, 0, 0, 17, 64, 64, 0x2000, 64)
+raises(ValueError, ["do not fit"], _zipserv.cuda_decompress, 0, 0, 16, 64, 64, 0x2000, 63)
+raises(ValueError, ["1 to 8 dimensions"], _zipserv.cuda_compress_plan, 0, 0, 16, 64, 64, 64, (1,) * 9, 16)
+""")
