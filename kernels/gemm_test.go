@@ -26,19 +26,16 @@ type gemm struct {
 	allowUninitialised bool
 }
 
-type variant struct{ n, mw, kw, stages, xstages int }
+type variant struct{ n, mw, kw, xstages int }
 
 func (v variant) String() string {
-	return fmt.Sprintf("n=%d,mw=%d,kw=%d,stages=%d,xstages=%d", v.n, v.mw, v.kw, v.stages, v.xstages)
+	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
 }
 
-func newGEMM(t *testing.T, files fs.FS, kernel string, v variant, bulk bool) gemm {
+func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
 	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
-		fmt.Sprintf("ZS_STAGES=%d", v.stages), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), "ZS_BULK=0"}
-	if bulk {
-		defines[5] = "ZS_BULK=1"
-	}
+		fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	entry := "zs_zipgemm_" + kernel
 	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: defines, Kernels: []string{entry},
 		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
@@ -176,16 +173,7 @@ var gemmShapes = []struct{ m, k, grid int }{
 	{1, 1, 1}, {64, 64, 1}, {130, 72, 2}, {65, 1000, 3}, {200, 520, 2}, {128, 1536, 5}, {300, 330, 7}, {16, 4000, 4}, {333, 64, 3},
 }
 
-var mmaVariants = []struct {
-	variant
-	bulk bool
-}{
-	{variant{8, 2, 4, 2, 4}, true},
-	{variant{8, 1, 2, 3, 2}, false},
-	{variant{16, 2, 2, 4, 2}, true},
-	{variant{32, 2, 1, 2, 3}, false},
-	{variant{64, 1, 2, 2, 2}, true},
-}
+var mmaVariants = []variant{{8, 3, 4, 3}, {8, 1, 2, 2}, {16, 2, 2, 2}, {32, 2, 1, 3}, {64, 1, 2, 2}}
 
 func testShapes(t *testing.T, g gemm, schedules int) {
 	for i, s := range gemmShapes {
@@ -210,20 +198,20 @@ func testShapes(t *testing.T, g gemm, schedules int) {
 
 func TestGEMM(t *testing.T) {
 	for _, v := range mmaVariants {
-		t.Run(fmt.Sprintf("%v,bulk=%v", v.variant, v.bulk), func(t *testing.T) {
+		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
-			testShapes(t, newGEMM(t, kernels.Sources, "mma", v.variant, v.bulk), 1)
+			testShapes(t, newGEMM(t, kernels.Sources, "mma", v), 1)
 		})
 	}
 }
 
-var wgmmaVariants = []variant{{8, 1, 1, 2, 2}, {16, 2, 1, 3, 2}, {32, 1, 2, 2, 3}}
+var wgmmaVariants = []variant{{8, 1, 1, 2}, {16, 2, 2, 2}, {32, 1, 2, 3}}
 
 func TestWGMMA(t *testing.T) {
 	for _, v := range wgmmaVariants {
 		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
-			testShapes(t, newGEMM(t, kernels.Sources, "wgmma", v, true), 1)
+			testShapes(t, newGEMM(t, kernels.Sources, "wgmma", v), 1)
 		})
 	}
 }
@@ -235,11 +223,7 @@ func TestBatchInvariance(t *testing.T) {
 			t.Parallel()
 			var all []gemm
 			for _, n := range []int{8, 16, 32} {
-				if set == "mma" {
-					all = append(all, newGEMM(t, kernels.Sources, "mma", variant{n, 1, 2, 2, 2}, n != 16))
-				} else {
-					all = append(all, newGEMM(t, kernels.Sources, "wgmma", variant{n, 1, 2, 2, 3}, true))
-				}
+				all = append(all, newGEMM(t, kernels.Sources, set, variant{n, 1, 2, 2}))
 			}
 			for _, s := range []struct{ m, k, grid int }{{130, 600, 4}, {64, 1300, 3}} {
 				whole := newProduct(s.m, s.k, 19, 4)
@@ -271,7 +255,7 @@ func TestBatchInvariance(t *testing.T) {
 // NaN and infinity in a padded or absent place must not leak into results.
 func TestGEMMIgnoresWhatIsNotThere(t *testing.T) {
 	t.Parallel()
-	g := newGEMM(t, kernels.Sources, "mma", variant{8, 2, 4, 2, 4}, true)
+	g := newGEMM(t, kernels.Sources, "mma", variant{8, 3, 4, 3})
 	p := newProduct(70, 100, 3, 6)
 	p.grid, p.ldx = 2, 104
 	y, err := g.run(p)

@@ -90,12 +90,12 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		return ""
 	}
-	v := variant{8, 1, 2, 2, 2}
+	v := variant{8, 1, 2, 2}
 	p := newProduct(130, 900, 5, 2*seed)
 	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
-	want, err := newGEMM(t, kernels.Sources, kernel, v, true).run(p)
+	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
-	got, err := newGEMM(t, files, kernel, v, true).run(p)
+	got, err := newGEMM(t, files, kernel, v).run(p)
 	if err != nil {
 		require.NotEmpty(t, faultKind(err), err)
 		return faultKind(err)

@@ -7,14 +7,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from sass import ARCHITECTURES, REPO, Variant, ceilings, decode_core, nvrtc, usage, variants
+from sass import ARCHITECTURES, REPO, Usage, Variant, ceilings, decode_core, nvrtc, usages, variants
 
 PAGE = REPO / "docs" / "performance.md"
 BEGIN, END = "<!-- kernels:begin -->", "<!-- kernels:end -->"  # between them: what --write generates
 
 
-def _row(v: Variant) -> str:
-    u = usage(v)
+def _row(v: Variant, u: Usage) -> str:
     defines = " ".join(d.removeprefix("ZS_") for d in v.defines)
     return f"| {v.arch} | `{v.entry}` | {defines} | {v.block} | {v.smem} | {u.registers} | {u.spill_bytes} |"
 
@@ -26,7 +25,7 @@ def generate() -> str:
         "",
         "| architecture | kernel | variant | threads | shared memory | registers | spills |",
         "|---|---|---|---|---|---|---|",
-        *(_row(v) for v in variants()),
+        *(_row(v, u) for v, u in usages(variants()).items()),
         "",
         "The decode core (`decode32` in `kernels/format.cuh`) for 1024 weights, 32 in each lane of a warp: SASS instructions by pipe, and the",
         "ceiling that the tests hold it to. For sm_120 ptxas writes the four plain additions as IADD and not as IMAD, so they count as integer.",

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,14 +73,28 @@ _USAGE = re.compile(
 
 
 @cache
+def _ptxas(arch: str, source: str, defines: tuple[str, ...]) -> str:
+    options = [*OPTIONS, f"-arch={arch}", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
+    return nvrtc().compile(source, (KERNELS / source).read_text(), headers(), options).log
+
+
+@cache
 def usage(v: Variant) -> Usage:
-    options = [*OPTIONS, f"-arch={v.arch}", "--ptxas-options=-v", *(f"-D{d}" for d in v.defines)]
-    log = nvrtc().compile(v.source, (KERNELS / v.source).read_text(), headers(), options).log
+    log = _ptxas(v.arch, v.source, v.defines)
     for name, stack, stores, loads, registers in _USAGE.findall(log):
         if name == v.entry:
             warnings = tuple(line for line in log.splitlines() if "warning" in line.lower() or "serialized" in line.lower())
             return Usage(int(registers), int(stores) + int(loads), int(stack), warnings)
     raise RuntimeError(f"ptxas says nothing of {v.entry}:\n{log}")
+
+
+def usages(some: Iterable[Variant]) -> dict[Variant, Usage]:
+    """usage() of many variants, compiled on all cores (NVRTC does not hold the interpreter's lock)."""
+    some = list(some)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for result in [pool.submit(_ptxas, *key) for key in dict.fromkeys((v.arch, v.source, v.defines) for v in some)]:
+            result.result()
+    return {v: usage(v) for v in some}
 
 
 # A kernel that decodes 32 weights a lane COPIES times between a load and a store with constant addresses; the difference of two such kernels

@@ -34,6 +34,23 @@ var targets = []struct {
 	{"sm_120", plan.Device{Capability: 120, SMs: 170, SmemBlock: 99 << 10, SmemSM: 100 << 10}},
 }
 
+// shapes: from one tile to an output layer, wide and tall, because plans may differ by size.
+var shapes = [][2]uint64{
+	{64, 64}, {1024, 1024}, {2048, 2048}, {1024, 4096}, {4096, 4096}, {6144, 4096}, {5120, 5120}, {4096, 14336}, {14336, 4096}, {28672, 4096},
+	{8192, 8192}, {8192, 28672}, {53248, 16384}, {128256, 4096},
+}
+
+// next steps through the numbers of tokens: all few, then the borders of every class.
+func next(n uint64) uint64 {
+	switch {
+	case n < 72:
+		return n + 1
+	case n%8 == 0:
+		return n + 1
+	}
+	return n + 7
+}
+
 func main() {
 	var all []variant
 	for _, t := range targets {
@@ -44,17 +61,23 @@ func main() {
 				all = append(all, variant{t.arch, k.Source, k.Entry, k.Defines, k.Smem, k.Block})
 			}
 		}
-		const m, k = 4096, 4096
-		add(plan.Decompress(t.device, m, k))
-		for n := uint64(1); n <= 256; n++ {
-			for _, invariant := range []bool{true, false} {
-				l, err := plan.ForLinear(t.device, plan.Problem{M: m, K: k, N: n, Invariant: invariant})
-				if err != nil {
-					fmt.Fprintln(os.Stderr, t.arch, err)
-					os.Exit(1)
-				}
-				if !l.Expand {
-					add(l.Kernel)
+		for _, s := range shapes {
+			m, k := s[0], s[1]
+			add(plan.Decompress(t.device, m, k))
+			c := plan.Compress(t.device, m, k)
+			add(c.Plan)
+			add(c.Scan)
+			add(c.Write)
+			for n := uint64(1); n <= 1024; n = next(n) {
+				for _, invariant := range []bool{true, false} {
+					l, err := plan.ForLinear(t.device, plan.Problem{M: m, K: k, N: n, Invariant: invariant})
+					if err != nil {
+						fmt.Fprintln(os.Stderr, t.arch, err)
+						os.Exit(1)
+					}
+					if !l.Expand {
+						add(l.Kernel)
+					}
 				}
 			}
 		}
