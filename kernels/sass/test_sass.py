@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import check
 import pytest
+
+import check
 import sass
 
 
