@@ -35,6 +35,7 @@ class ZipConv(BlobModule):
     weight_zipserv: torch.Tensor
     bias: torch.Tensor | None
     stride: tuple[int, ...]
+    weight_dtype: torch.dtype
 
     @staticmethod
     def from_conv(conv: Any, weight: ZipTensor | None = None) -> ZipConv:
@@ -54,14 +55,13 @@ class ZipConv(BlobModule):
         if not is_matmul(conv):
             raise ValueError(f"{conv} is no matrix product: it needs stride = kernel size or a kernel of 1, and no padding, dilation or groups")
         weight = compress(conv.weight) if weight is None else weight
-        layer = kind.__new__(kind)
-        nn.Module.__init__(layer)
-        skip = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        layer.__dict__.update({key: value for key, value in conv.__dict__.items() if key not in skip})
-        layer.weight_dtype = weight.dtype
-        layer.register_blob("weight", tuple(weight.shape), weight.dtype, weight.blob)
-        layer.register_parameter("bias", conv.bias)
-        return layer
+        return _over(kind, conv, tuple(weight.shape), weight.dtype, weight.blob)
+
+    @staticmethod
+    def empty_like(conv: Any, dtype: torch.dtype | None = None) -> ZipConv:
+        """The same convolution without a weight yet, to load one into; ``dtype`` is the weight's (default: the old one's)."""
+        dtype = dtype or (conv.weight.dtype if conv.weight.dtype in DTYPE_CODES else torch.bfloat16)
+        return _over(_KINDS[type(conv)], conv, tuple(conv.weight.shape), dtype, None)
 
     def to_conv(self) -> nn.Module:
         """The plain convolution with the decompressed weight, equal to the original bit for bit; the bias is shared."""
@@ -132,6 +132,17 @@ class ZipConv2d(ZipConv, nn.Conv2d):  # type: ignore[override]
 
 class ZipConv3d(ZipConv, nn.Conv3d):  # type: ignore[override]
     """``nn.Conv3d`` without overlap (a video patch embedding), weight compressed."""
+
+
+def _over(kind: type[ZipConv], conv: Any, shape: tuple[int, ...], dtype: torch.dtype, blob: torch.Tensor | None) -> ZipConv:
+    layer = kind.__new__(kind)
+    nn.Module.__init__(layer)
+    skip = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+    layer.__dict__.update({key: value for key, value in conv.__dict__.items() if key not in skip})
+    layer.weight_dtype = dtype
+    layer.register_blob("weight", shape, dtype, blob, conv.weight.device)
+    layer.register_parameter("bias", conv.bias)
+    return layer
 
 
 _KINDS: dict[type[nn.Module], type[ZipConv]] = {nn.Conv1d: ZipConv1d, nn.Conv2d: ZipConv2d, nn.Conv3d: ZipConv3d}

@@ -272,6 +272,25 @@ def test_disk_is_refused_clearly(folders: Any) -> None:
         load("llama", folders("llama"), quantization_config=ZipServConfig(), device_map={"model": "cpu", "lm_head": "disk"})
 
 
+def test_sharded_parameters_are_refused_clearly(tmp_path: Path) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    from zipserv.integrations.transformers import ZipServQuantizer
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        model[0].weight = torch.nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh))
+        quantizer = ZipServQuantizer(ZipServConfig())
+        quantizer.targets = {"0.weight": "linear"}
+        with pytest.raises(ValueError, match="without tp_plan"):
+            quantizer.param_needs_quantization(model, "0.weight")
+        assert not quantizer.param_needs_quantization(model, "0.bias")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_damaged_blob_is_an_error_that_names_the_weight(folders: Any, tmp_path: Path) -> None:
     model = load("llama", folders("llama"), quantization_config=ZipServConfig())
     model.save_pretrained(tmp_path)

@@ -67,6 +67,7 @@ class Install(_Op):
     @torch.no_grad()
     def convert(self, input_dict: Tensors, *args: Any, **kwargs: Any) -> Tensors:
         full_layer_name = kwargs["full_layer_name"]
+        self.quantizer.param_needs_quantization(kwargs["model"], full_layer_name)
         (value,) = input_dict.values()
         return {full_layer_name: self.quantizer.keep_blob(full_layer_name, one(value))}
 

@@ -16,6 +16,8 @@ from zipserv.tensor import ZipTensor
 
 from .config import ZipServConfig
 
+_DTENSOR: Any = getattr(getattr(torch.distributed, "tensor", None), "DTensor", ())
+
 logger = logging.getLogger(__name__)
 
 #: What to expect of trained weights, in bytes a weight: for planning a device map before the sizes are known.
@@ -59,6 +61,8 @@ class ZipServQuantizer(HfQuantizer):
         self.targets = drop_half_tied(found, getattr(model, "all_tied_weights_keys", {}))
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if param_name in self.targets:
+            refuse_sharded(model, param_name)
         return param_name in self.targets
 
     @property
@@ -157,6 +161,15 @@ class ZipServQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def refuse_sharded(model: Any, name: str) -> None:
+    """Tensor parallelism of transformers cuts parameters; whole compressed weights do not fit into the pieces."""
+    if name.rpartition(".")[2] in model.get_submodule(_module_name(name))._parameters and isinstance(model.get_parameter(name), _DTENSOR):
+        raise ValueError(
+            f"{name} is sharded over devices (tp_plan, FSDP): load compressed models without tp_plan, or serve them with vLLM, "
+            "whose tensor parallelism zipserv supports"
+        )
 
 
 def _module_name(parameter: str) -> str:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole models on a GPU: loading, graphs, compiled generation, offload. Run by hand or by the GPU script, not in CI."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.0")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+from zipserv import ZipEmbedding, ZipLinear, ZipServConfig, offload  # noqa: E402
+from zipserv.bench import model as bench  # noqa: E402
+
+IDS = torch.randint(3, 2048, (2, 33), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(
+        hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=4, vocab_size=2048
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+def load(path: Path, **kwargs: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", **kwargs)
+
+
+@torch.no_grad()
+def error(model: Any, exact: torch.Tensor) -> float:
+    return float((model(IDS.cuda()).logits.double() - exact).square().mean().sqrt())
+
+
+@torch.no_grad()
+def test_as_exact_as_the_uncompressed_model(folder: Path, tmp_path: Path) -> None:
+    plain = load(folder, device_map="cuda")
+    exact = load(folder, device_map="cuda").double()(IDS.cuda()).logits
+    model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
+    assert isinstance(model.lm_head, ZipLinear) and isinstance(model.model.embed_tokens, ZipEmbedding)
+    assert all(tensor.is_cuda for tensor in [*model.parameters(), *model.buffers()])
+    assert torch.equal(model.model.embed_tokens(IDS.cuda()), plain.model.embed_tokens(IDS.cuda()))
+    assert error(model, exact) <= 1.1 * error(plain, exact)
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, device_map="cuda")
+    assert torch.equal(again(IDS.cuda()).logits, model(IDS.cuda()).logits)
+    assert torch.equal(again.dequantize()(IDS.cuda()).logits, plain(IDS.cuda()).logits)
+
+
+def test_memory_while_loading(folder: Path) -> None:
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
+    held = torch.cuda.memory_allocated() - base
+    dense = sum(2 * p.numel() for p in load(folder).parameters())
+    largest = 2 * 2816 * 1024
+    assert held < 0.73 * dense
+    assert torch.cuda.max_memory_allocated() - base < held + 4 * largest + (16 << 20)
+    del model
+
+
+@torch.no_grad()
+def test_compiled_generation_with_a_static_cache(folder: Path) -> None:
+    model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS[:1]).cuda()}
+    eager = model.generate(IDS[:1].cuda(), **arguments)
+    compiled = model.generate(IDS[:1].cuda(), cache_implementation="static", **arguments)
+    assert (eager == compiled).float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_compile_reduce_overhead(folder: Path) -> None:
+    model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
+    expected = model(IDS.cuda()).logits
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(IDS.cuda()).logits, expected, rtol=5e-2, atol=5e-2)
+
+
+@torch.no_grad()
+def test_accelerate_offload_to_the_cpu(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    plain = load(folder, device_map="cuda")
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 0, "lm_head": 0}
+    device_map |= {f"model.layers.{i}": (0 if i < 2 else "cpu") for i in range(4)}
+    model = load(folder, device_map=device_map, quantization_config=ZipServConfig())
+    torch.testing.assert_close(model(IDS.cuda()).logits, plain(IDS.cuda()).logits, rtol=5e-2, atol=5e-2)
+
+
+@torch.no_grad()
+def test_offload_streams(folder: Path) -> None:
+    plain = load(folder, device_map="cuda")
+    expected = plain(IDS.cuda()).logits
+    del plain
+    model = load(folder, quantization_config=ZipServConfig())
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    handle = offload.apply(model)
+    assert torch.cuda.memory_allocated() - base < handle.device_bytes + (8 << 20)
+    for _ in range(4):
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=5e-2, atol=5e-2)
+    # Host and device do not wait for each other: a long series in one go is still right.
+    outputs = [model(IDS).logits for _ in range(16)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+@pytest.mark.parametrize("offloaded", [None, "cpu"])
+def test_bench(offloaded: str | None) -> None:
+    result = bench.run("tiny", device="cuda", batch=(1, 4), prompt=32, new_tokens=8, rounds=2, offload=offloaded)
+    print(bench.format_rows(result))
+    assert result["graphs"] == (offloaded is None)
+    assert all(row["zipserv"]["decode_tokens_per_second"] > 0 for row in result["rows"])
