@@ -88,9 +88,9 @@ func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, expand *C.int32
 }
 
 //export zsgo_cuda_decompress
-func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, out, ld C.uint64_t) C.int32_t {
+func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, row0, rows, out, ld C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
-		return d.Decompress(driver.Stream(stream), driver.Pointer(blob), uint64(m), uint64(k), driver.Pointer(out), uint64(ld))
+		return d.Decompress(driver.Stream(stream), driver.Pointer(blob), uint64(m), uint64(k), uint64(row0), uint64(rows), driver.Pointer(out), uint64(ld))
 	})
 }
 

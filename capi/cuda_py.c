@@ -90,16 +90,18 @@ static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nar
 
 static PyObject *py_decompress(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("cuda_decompress", 7);
+    ARGS("cuda_decompress", 9);
     ARG(0, device);
     ARG(1, stream);
     ARG(2, blob);
     ARG(3, m);
     ARG(4, k);
-    ARG(5, out);
-    ARG(6, ld);
+    ARG(5, row0);
+    ARG(6, rows);
+    ARG(7, out);
+    ARG(8, ld);
     int32_t code;
-    WITHOUT_GIL(code = zs_cuda_decompress(device_number(device), stream, blob, m, k, out, ld));
+    WITHOUT_GIL(code = zs_cuda_decompress(device_number(device), stream, blob, m, k, row0, rows, out, ld));
     if (code != ZS_OK) return zs_py_fail(code);
     Py_RETURN_NONE;
 }
@@ -211,7 +213,7 @@ PyMethodDef zs_cuda_methods[] = {
     {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
     FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
-    FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, out, ld) -> None"),
+    FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, mode, escape_bytes, checksum, blob) -> None"),

@@ -40,8 +40,10 @@ typedef struct zs_cuda_linear_t {
 /* y = x w^T + bias. Where it is faster to decompress w and multiply by another library, does nothing and sets *expand to 1. */
 ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand);
 
-/* Decodes a tiled BF16 blob to out, whose rows start ld elements apart. */
-ZS_API int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t out, uint64_t ld);
+/* Decodes rows row0 .. row0 + rows - 1 of a tiled BF16 blob of m x k weights to out, whose rows start ld elements apart. row0 must be a
+ * multiple of 64. */
+ZS_API int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t row0, uint64_t rows,
+                                  uint64_t out, uint64_t ld);
 
 /* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory, zs_cuda_compress_plan reads the weights, waits and
  * tells the blob's size, the caller allocates the blob (16-byte aligned) and zs_cuda_compress_write writes it. Of a raw blob (mode

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// decompress: blob -> BF16, row-major, any shape and leading dimension.
+// decompress: blob -> BF16, row-major, any shape and leading dimension; all rows, or `rows` of them from row 64 * row_tile0 on.
 //
 // Launch: block (32 * ZS_WARPS), grid = multiprocessors x blocks that fit, dynamic shared memory ZS_DECOMPRESS_SMEM, any number of
 // blocks is right. Each warp takes every (number of warps)-th tile. Limit: (compressed + raw bytes) / copy bandwidth.
@@ -31,11 +31,14 @@ ZS_DEVICE void store_tile(uint32_t tile, uint16_t* out, uint64_t ld, uint32_t ro
 }
 
 extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
-zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, uint64_t ld, uint32_t m, uint32_t k) {
+zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, uint64_t ld, uint32_t m, uint32_t k, uint32_t row_tile0,
+              uint32_t rows) {
     ZS_SMEM(smem);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Blob blob(blob_ptr, m, k);
-    const uint32_t tiles = blob.row_tiles * blob.col_tiles, step = gridDim.x * ZS_WARPS;
+    Blob blob(blob_ptr, m, k);
+    const uint64_t skip = (uint64_t)row_tile0 * blob.col_tiles;
+    blob.headers += skip * 8, blob.fixed += skip * ZS_FIXED;  // lists are found by their offsets
+    const uint32_t tiles = (rows + ZS_TILE - 1) / ZS_TILE * blob.col_tiles, step = gridDim.x * ZS_WARPS;
     const uint32_t tile = smem_addr(smem) + warp * 8192, spare = smem_addr(smem) + ZS_WARPS * 8192;
     const bool aligned = ld % 8 == 0 && (uint64_t)out % 16 == 0;
     const uint32_t first = blockIdx.x * ZS_WARPS + warp;
@@ -57,7 +60,7 @@ zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, 
         next_head = t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0;
         __syncwarp();
         const uint32_t row0 = t / blob.col_tiles * ZS_TILE, col0 = t % blob.col_tiles * ZS_TILE;
-        store_tile(tile, out + (uint64_t)row0 * ld + col0, ld, min(ZS_TILE, m - row0), min(ZS_TILE, k - col0), aligned, lane);
+        store_tile(tile, out + (uint64_t)row0 * ld + col0, ld, min(ZS_TILE, rows - row0), min(ZS_TILE, k - col0), aligned, lane);
         __syncwarp();
     }
 }

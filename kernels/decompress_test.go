@@ -40,7 +40,7 @@ func (d decompressor) run(c decompressCase) ([]byte, error) {
 	out := &emu.Buffer{Name: "out", Data: make([]byte, size), Mode: emu.Out, Align: c.align}
 	_, err := d.program.Run(context.Background(), emu.Launch{
 		Kernel: "zs_decompress", Grid: [3]int{c.blocks}, Block: [3]int{32 * d.program.Constant("ZS_WARPS")}, Shared: d.program.Constant("ZS_DECOMPRESS_SMEM"),
-		Args: []any{blob, emu.Ptr{Buffer: out, Offset: 2 * c.spare}, c.ld, c.x.m, c.x.k}, Seed: c.seed,
+		Args: []any{blob, emu.Ptr{Buffer: out, Offset: 2 * c.spare}, c.ld, c.x.m, c.x.k, 0, c.x.m}, Seed: c.seed,
 	})
 	return out.Data, err
 }
@@ -74,6 +74,24 @@ func TestDecompress(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A range of rows, which begins with a row of tiles and may end anywhere, is the same as the rows of the whole.
+func TestDecompressRows(t *testing.T) {
+	d := newDecompressor(t, kernels.Sources, 2)
+	for _, kind := range []string{"mixed", "every position"} {
+		x := newMatrix(kind, 300, 130, 7)
+		blob := &emu.Buffer{Name: "blob", Data: encodeTiled(x), Mode: emu.In}
+		for _, r := range [][2]int{{0, 64}, {1, 64}, {1, 65}, {2, 172}, {4, 44}, {3, 1}, {0, 300}} {
+			out := &emu.Buffer{Name: "out", Data: make([]byte, 2*r[1]*x.k), Mode: emu.Out}
+			_, err := d.program.Run(context.Background(), emu.Launch{
+				Kernel: "zs_decompress", Grid: [3]int{2}, Block: [3]int{64}, Shared: d.program.Constant("ZS_DECOMPRESS_SMEM"),
+				Args: []any{blob, out, x.k, x.m, x.k, r[0], r[1]}, Seed: 5,
+			})
+			require.NoError(t, err)
+			requireSame(t, halves(x.w[64*r[0]*x.k:(64*r[0]+r[1])*x.k]), out.Data, x.k, fmt.Sprintf("%s rows %v", kind, r))
+		}
 	}
 }
 

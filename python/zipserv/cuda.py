@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _zipserv
-from .format import DTYPE_CODES, DTYPES, HEADER_BYTES
+from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE
 
 __all__ = ["clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
 
@@ -153,15 +153,15 @@ def decompress(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, o
         out.copy_(_raw_matrix(blob, m, k, DTYPES[dtype_code])[row0 : row0 + rows])
     elif dtype_code != _BF16:
         out.copy_(_decode_on_host(blob, m, k, dtype_code, row0, rows))
-    elif rows != m:
-        whole = torch.empty((m, k), dtype=_bf16, device=blob.device)
-        decompress(blob, m, k, dtype_code, 0, whole)
-        out.copy_(whole[row0 : row0 + rows])
-    elif rows and k:
+    elif row0 % TILE:  # begin with the row of tiles that holds row0
+        more = torch.empty((row0 % TILE + rows, k), dtype=_bf16, device=blob.device)
+        decompress(blob, m, k, dtype_code, row0 - row0 % TILE, more)
+        out.copy_(more[row0 % TILE :])
+    elif rows:
         blob = blob if blob.data_ptr() % 16 == 0 else blob.clone()
         index = blob.get_device()
         ld = out.stride(0) if rows > 1 else k
-        _zipserv.cuda_decompress(index, _stream(index), blob.data_ptr(), m, k, out.data_ptr(), ld)
+        _zipserv.cuda_decompress(index, _stream(index), blob.data_ptr(), m, k, row0, rows, out.data_ptr(), ld)
 
 
 def _decode_on_host(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, rows: int) -> torch.Tensor:

@@ -7,14 +7,16 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/plan"
 )
 
-type codecKey struct{ m, k uint64 }
+const tileRows = 64 // of a block tile
 
-func (d *Device) decompressor(m, k uint64) (*kernel, error) {
-	key := codecKey{m, k}
+type codecKey struct{ rows, k uint64 }
+
+func (d *Device) decompressor(rows, k uint64) (*kernel, error) {
+	key := codecKey{rows, k}
 	if l, known := d.codecs.Load(key); known {
 		return l.(*kernel), nil
 	}
-	l, err := d.prepare(plan.Decompress(d.planDevice, m, k))
+	l, err := d.prepare(plan.Decompress(d.planDevice, rows, k))
 	if err != nil {
 		return nil, err
 	}
@@ -22,20 +24,24 @@ func (d *Device) decompressor(m, k uint64) (*kernel, error) {
 	return l, nil
 }
 
-// Decompress queues the decoding of a tiled BF16 blob into out, whose rows start ld elements apart.
-func (d *Device) Decompress(s driver.Stream, blob driver.Pointer, m, k uint64, out driver.Pointer, ld uint64) error {
+// Decompress queues the decoding of rows row0 .. row0 + rows - 1 of a tiled BF16 blob into out, whose rows start ld elements apart. row0 is
+// a multiple of 64.
+func (d *Device) Decompress(s driver.Stream, blob driver.Pointer, m, k, row0, rows uint64, out driver.Pointer, ld uint64) error {
 	if m-1 >= maxSide || k-1 >= maxSide {
 		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
 	}
 	if blob%16 != 0 {
 		return badArgument("the blob at %#x is not aligned to 16 bytes", blob)
 	}
+	if row0%tileRows != 0 || row0 > m || rows < 1 || rows > m-row0 {
+		return badArgument("rows %d .. %d cannot be decoded of a matrix of %d rows; the first must be a multiple of %d", row0, row0+rows, m, tileRows)
+	}
 	if ld < k {
 		return badArgument("rows of %d elements do not fit at a distance of %d", k, ld)
 	}
-	l, err := d.decompressor(m, k)
+	l, err := d.decompressor(rows, k)
 	if err != nil {
 		return err
 	}
-	return d.launch(l, s, uint64(blob), uint64(out), ld, m, k)
+	return d.launch(l, s, uint64(blob), uint64(out), ld, m, k, row0/tileRows, rows)
 }

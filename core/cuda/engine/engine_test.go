@@ -138,11 +138,17 @@ func TestDevicesHaveTheirOwnState(t *testing.T) {
 func TestDecompress(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
-	require.NoError(t, d.Decompress(0x88, 0x1000, 1000, 777, 0x5000, 800))
+	require.NoError(t, d.Decompress(0x88, 0x1000, 1000, 777, 0, 1000, 0x5000, 800))
 	require.Len(t, launches(f), 1)
 	assert.Regexp(t, `^launch 0 zs_decompress grid \d+,1,1 block \d+ smem \d+ stream 88 pdl [01] args 1000 5000 320 `, launches(f)[0])
-	assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, 0x5000, 776), "do not fit")
-	assert.ErrorContains(t, d.Decompress(0, 0x1000, 0, 777, 0x5000, 777), "M and K")
+	assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, 0, 1000, 0x5000, 776), "do not fit")
+	assert.ErrorContains(t, d.Decompress(0, 0x1000, 0, 777, 0, 1, 0x5000, 777), "M and K")
+	f.Reset()
+	require.NoError(t, d.Decompress(0, 0x1000, 1000, 777, 64, 100, 0x5000, 777))
+	assert.Contains(t, launches(f)[0], "grid 4,1,1", "26 tiles, 8 warps a block")
+	for _, r := range [][2]uint64{{1, 5}, {0, 1001}, {1024, 1}, {960, 41}, {64, 0}, {64, 1<<64 - 1}} {
+		assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, r[0], r[1], 0x5000, 777), "multiple of 64")
+	}
 }
 
 // hostMemory is memory that the fake takes for device memory.
@@ -226,7 +232,7 @@ func TestWarmLeavesNothingToDo(t *testing.T) {
 		_, err := d.Linear(&p)
 		require.NoError(t, err)
 	}
-	require.NoError(t, d.Decompress(0, 0x1000, 1024, 512, 0x5000, 512))
+	require.NoError(t, d.Decompress(0, 0x1000, 1024, 512, 0, 1024, 0x5000, 512))
 	assert.Zero(t, count(f, "load"))
 	assert.Zero(t, count(f, "alloc"))
 }
@@ -298,7 +304,7 @@ func TestTheRealKernelsCompileAndLoad(t *testing.T) {
 	p := job()
 	_, err = device(t, e, 0).Linear(&p)
 	require.NoError(t, err)
-	require.NoError(t, device(t, e, 0).Decompress(0, 0x1000, 64, 64, 0x5000, 64))
+	require.NoError(t, device(t, e, 0).Decompress(0, 0x1000, 64, 64, 0, 64, 0x5000, 64))
 	assert.Len(t, launches(f), 2)
 }
 
@@ -316,7 +322,7 @@ func TestManyThreads(t *testing.T) {
 				p.Stream = driver.Stream(0x100 + 0x10*(i/2))
 				_, err := d.Linear(&p)
 				assert.NoError(t, err)
-				assert.NoError(t, d.Decompress(p.Stream, 0x1000, 1024, 512, 0x5000, 512))
+				assert.NoError(t, d.Decompress(p.Stream, 0x1000, 1024, 512, 0, 1024, 0x5000, 512))
 				assert.NoError(t, d.Follow(d.SideStream(i), p.Stream))
 			}
 		})

@@ -12,8 +12,8 @@ const (
 // decompressSmem mirrors ZS_DECOMPRESS_SMEM of decompress.cu: each warp has a tile of its own.
 func decompressSmem(warps int) int { return warps*tileData + 16 }
 
-// Decompress plans the kernel that writes a blob out as a matrix.
-func Decompress(d Device, m, k uint64) Kernel {
+// Decompress plans the kernel that writes rows of a blob out as a matrix.
+func Decompress(d Device, rows, k uint64) Kernel {
 	warps := decompressWarps
 	for decompressSmem(warps) > d.limit(decompressBlocks) && warps > 1 {
 		warps /= 2
@@ -21,7 +21,7 @@ func Decompress(d Device, m, k uint64) Kernel {
 	return Kernel{
 		Source: "decompress.cu", Entry: "zs_decompress",
 		Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps), fmt.Sprintf("ZS_BLOCKS=%d", decompressBlocks)},
-		Grid:    clampGrid(ceilDiv(Tiles(m, k), uint64(warps))), PerSM: 16,
+		Grid:    clampGrid(ceilDiv(Tiles(rows, k), uint64(warps))), PerSM: 16,
 		Block: uint32(32 * warps), Smem: uint32(decompressSmem(warps)),
 	}
 }
