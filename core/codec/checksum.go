@@ -22,10 +22,7 @@ func rowFactor(r uint32) uint32 {
 	return r | 1
 }
 
-// columnFactor is B(c) of format.md section 7.
-func columnFactor(c uint32) uint16 { return uint16(c*columnStep>>16) | 1 }
-
-// factors fills the checksum factors of tile (mb, kb).
+// factors fills the checksum factors A(r) and B(c) of tile (mb, kb); those of the last tile's row or column are kept.
 func (s *scratch) factors(mb, kb uint64) {
 	if s.rowTag != mb+1 {
 		for i := range s.rowA {
