@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -317,7 +318,9 @@ def test_signal_leaves_no_half_written_file(tmp_path: Path, number: signal.Signa
     save_file({"a": weight(256, 256), "b": weight(256, 256)}, source)
     target.write_text("old")
     command = [sys.executable, "-c", textwrap.dedent(_SLOW), str(source), str(target), "--force"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     assert process.stdout is not None
     assert process.stdout.readline() == "writing\n"
     process.send_signal(number)

@@ -141,6 +141,10 @@ class Bench:
         self.plain = [self.weight, *(self.weight.clone() for _ in range(copies - 1))]
         self.zipped = [self.compressed, *(_clone(self.compressed) for _ in range(copies - 1))]
 
+    def _identity(self) -> dict[str, object]:
+        s = self.shape
+        return {"model": s.model, "layer": s.layer, "m": s.m, "k": s.k, "weights": self.kind}
+
     def about_weight(self) -> dict[str, object]:
         """Checks the round trip bit by bit, then times compression and decompression."""
         s, settings = self.shape, self.settings
@@ -155,11 +159,7 @@ class Bench:
         unpack.close()
         moved = raw + self.compressed.nbytes
         return {
-            "model": s.model,
-            "layer": s.layer,
-            "m": s.m,
-            "k": s.k,
-            "weights": self.kind,
+            **self._identity(),
             "bits_per_weight": self.compressed.bits_per_weight,
             "ratio": self.compressed.ratio,
             "bytes": self.compressed.nbytes,
@@ -208,11 +208,7 @@ class Bench:
         invariant = self._invariant(x, linear, pair.second.median) if settings.invariant else {}
         bound = limits.gemm_seconds(self.compressed.nbytes, s.m, s.k, tokens)
         return {
-            "model": s.model,
-            "layer": s.layer,
-            "m": s.m,
-            "k": s.k,
-            "weights": self.kind,
+            **self._identity(),
             "tokens": tokens,
             "blas_seconds": pair.first.median,
             "blas_spread": pair.first.spread,
