@@ -3,6 +3,9 @@
 package engine
 
 import (
+	"errors"
+	"sync"
+
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/plan"
 )
@@ -83,18 +86,23 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	if m-1 >= maxSide || k-1 >= maxSide {
 		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
 	}
-	if _, err := d.decompressor(m, k); err != nil {
-		return err
+	// One goroutine a variant: the compiler uses one core for each.
+	var wg sync.WaitGroup
+	errs := make(chan error, 64)
+	try := func(prepare func() error) { wg.Go(func() { errs <- prepare() }) }
+	try(func() error { _, err := d.decompressor(m, k); return err })
+	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
+		try(func() error { _, err := d.linear(m, k, n); return err })
 	}
-	for n := uint64(1); n <= max(tokens, 1); n = plan.Class(n) + 1 {
-		l, err := d.linear(m, k, n)
-		if err != nil {
-			return err
-		}
-		if l.plan.Expand {
-			break
-		}
+	try(func() error { _, err := d.workspaces.Get(0); return err })
+	wg.Wait()
+	close(errs)
+	var all []error
+	for err := range errs {
+		all = append(all, err)
 	}
-	_, err := d.workspaces.Get(0)
-	return err
+	return errors.Join(all...)
 }
+
+// warmTokens is where Warm stops: larger problems use the same kernels, and their plans cost nothing.
+const warmTokens = 256
