@@ -5,6 +5,7 @@ package codec
 import (
 	"context"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 )
@@ -14,7 +15,8 @@ import (
 const tileGrain = 128
 
 // parallel calls work for consecutive ranges [lo, hi) that cover [0, n), on up to GOMAXPROCS goroutines, each with a scratch of its
-// own. It returns the first error, or the context's.
+// own. It returns the first error, or the context's. A panic of a worker, also that of a fault in memory (a mapped file that was cut short),
+// reaches the caller in its own goroutine, once no worker touches the memory any more.
 func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -23,7 +25,15 @@ func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi
 	var stop atomic.Bool
 	var once sync.Once
 	var first error
+	var failure any
 	worker := func() {
+		defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+		defer func() {
+			if r := recover(); r != nil {
+				once.Do(func() { failure = r })
+				stop.Store(true)
+			}
+		}()
 		s := scratchPool.Get().(*scratch)
 		defer scratchPool.Put(s)
 		s.reset()
@@ -50,6 +60,9 @@ func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi
 	}
 	worker()
 	wg.Wait()
+	if failure != nil {
+		panic(failure)
+	}
 	return first
 }
 
