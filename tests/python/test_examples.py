@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_helpers import Zipserv
 
+from cli_helpers import Zipserv
 from zipserv.bench import weights
 from zipserv.survey import survey
 
