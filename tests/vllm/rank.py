@@ -78,7 +78,8 @@ def main() -> None:
     if "--expert-parallel" in sys.argv:
         parallel["enable_expert_parallel"] = True
     with support.load(plain, **parallel) as a:
-        expected = run(a, rank, world, pipeline)
+        # vLLM's uncompressed experts on a CPU know no expert parallelism: there only the compressed model can run
+        expected = None if "--expert-parallel" in sys.argv else run(a, rank, world, pipeline)
     with support.load(plain if str(zipped) == "flag" else zipped, "zipserv" if str(zipped) == "flag" else None, **parallel) as b:
         compared = same_layers(a, b)
         got = run(b, rank, world, pipeline)

@@ -183,6 +183,8 @@ def test_loading_again_is_refused(dtype) -> None:
     give(layer, [(None, weights(320))], "plain")
     with pytest.raises(RuntimeError, match="compressed already"):
         param.weight_loader(param, weights(320))
+    with pytest.raises(RuntimeError, match="compressed already"):
+        layer.weight.weight_loader(layer.weight, weights(320))
 
 
 def test_a_damaged_blob_is_refused(dtype) -> None:

@@ -155,10 +155,18 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def record(loader: Callable[..., Any], param: torch.Tensor, collectors: list[Collector], after: Callable[[], None]) -> Callable[..., Any]:
-    """vLLM's `loader`, with its writes into the meta tensor `param` going to the collectors; `after` runs after each call."""
+    """vLLM's `loader`, with its writes into the meta tensor `param` going to the collectors; `after` runs after each call.
+
+    The result may be called with any parameter: it always stands for this one. So it still knows which weights belong to other
+    ranks, and refuses those that come a second time, when the blob has taken the parameter's place.
+    """
 
     @functools.wraps(loader)
     def load(*args: Any, **kwargs: Any) -> Any:
+        if "param" in kwargs:
+            kwargs["param"] = param
+        else:
+            args = (param, *args[1:])
         with _Recorder(param, collectors):
             result = loader(*args, **kwargs)
         after()

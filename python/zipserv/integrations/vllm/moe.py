@@ -22,7 +22,7 @@ import zipserv.ops  # noqa: F401  (registers torch.ops.zipserv)
 from zipserv.format import DTYPE_CODES
 
 from .collect import Collector
-from .weight import attach, finish
+from .weight import attach, finish, loaded_parameter
 
 #: Blobs of one layer lie in one tensor, each at a multiple of this: what the kernels' wide copies want.
 ALIGN = 256
@@ -46,7 +46,7 @@ class Experts:
         set_weight_attrs(param, attrs)
         self.collectors = [Collector(f"{prefix}.{name}[{i}]", self.m, self.k, dtype, self.device) for i in range(count)]
         self.spans: list[tuple[int, int]] = []
-        attach(param, self.collectors, self.settle)
+        self.loader = attach(param, self.collectors, self.settle)
 
     def settle(self) -> None:
         if self.spans:
@@ -59,7 +59,7 @@ class Experts:
         together = torch.zeros(end, dtype=torch.uint8, device=self.device)
         for (start, stop), blob in zip(self.spans, made, strict=True):
             together[start:stop] = blob
-        setattr(self.layer, self.name, torch.nn.Parameter(together, requires_grad=False))
+        setattr(self.layer, self.name, loaded_parameter(together, self.loader))
 
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         start, stop = self.spans[expert]

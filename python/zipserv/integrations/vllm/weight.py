@@ -44,8 +44,11 @@ def finish(collector: Collector) -> torch.Tensor:
     return collector.finish()
 
 
-def attach(param: torch.Tensor, collectors: Sequence[Collector], ready: Callable[[], None]) -> None:
-    """Let the loader of the meta parameter `param` feed the collectors; `ready` is called once, when all are complete."""
+def attach(param: torch.Tensor, collectors: Sequence[Collector], ready: Callable[[], None]) -> Callable[..., Any]:
+    """Let the loader of the meta parameter `param` feed the collectors; `ready` is called once, when all are complete.
+
+    Gives the loader back, for the parameter that comes after.
+    """
     loader = param.weight_loader  # type: ignore[attr-defined]
     called = False
 
@@ -55,7 +58,15 @@ def attach(param: torch.Tensor, collectors: Sequence[Collector], ready: Callable
             called = True
             ready()
 
-    param.weight_loader = record(loader, param, list(collectors), after)  # type: ignore[attr-defined]
+    made = record(loader, param, list(collectors), after)
+    param.weight_loader = made  # type: ignore[attr-defined]
+    return made
+
+
+def loaded_parameter(weight: torch.Tensor, loader: Callable[..., Any]) -> torch.nn.Parameter:
+    param = torch.nn.Parameter(weight, requires_grad=False)
+    param.weight_loader = loader  # type: ignore[attr-defined]
+    return param
 
 
 class ZipWeight:
@@ -72,7 +83,7 @@ class ZipWeight:
         self.layers = [layer]
         self.plain: UnquantizedLinearMethod | None = None
         self.collector: Collector | None = Collector(f"{prefix}.weight", self.m, self.k, param.dtype, torch.get_default_device())
-        attach(param, [self.collector], self.settle)
+        self.loader = attach(param, [self.collector], self.settle)
 
     def settle(self) -> None:
         """Put the blob in place. Called when the last piece has come, or at the latest after loading."""
@@ -87,7 +98,7 @@ class ZipWeight:
             logger.info("%s stays uncompressed: it would not shrink", self.layers[0].prefix or "a layer without a name")
             self.plain = UnquantizedLinearMethod()
             weight = raw_matrix(blob, self.m, self.k, self.dtype).clone()
-        param = torch.nn.Parameter(weight, requires_grad=False)
+        param = loaded_parameter(weight, self.loader)
         for layer in self.layers:
             layer.weight = param
             if self.plain is not None:
