@@ -7,7 +7,6 @@ import contextlib
 import fnmatch
 import importlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -41,8 +40,7 @@ class Converter:
         weights: names of the parameters that are compressed.
         view: what of such a parameter is compressed, e.g. its transpose.
         compress: compresses it; the result, with ``nbytes`` and ``is_raw``, is what ``build`` gets.
-        empty: makes the new module without weights (for a dtype, by default the old one's), to load a compressed checkpoint
-            into; None if it can't.
+        empty: makes the new module without weights, to load a compressed checkpoint into; None if it can't.
     """
 
     matches: Callable[[nn.Module], bool]
@@ -50,21 +48,25 @@ class Converter:
     weights: tuple[str, ...] = ("weight",)
     view: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor
     compress: Callable[[torch.Tensor], Any] = compress
-    empty: Callable[[nn.Module, torch.dtype | None], nn.Module] | None = None
+    empty: Callable[[nn.Module], nn.Module] | None = None
 
 
-def _empty_linear(old: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _blob_dtype(old: nn.Module) -> torch.dtype:
+    """Dtype of the compressed weight to be loaded: the old one's where that can be compressed."""
+    dtype = old.get_parameter("weight").dtype
+    return dtype if dtype in DTYPE_CODES else torch.bfloat16
+
+
+def _empty_linear(old: nn.Module) -> nn.Module:
     assert isinstance(old, nn.Linear)
-    dtype = dtype or (old.weight.dtype if old.weight.dtype in DTYPE_CODES else torch.bfloat16)
-    new = ZipLinear(old.in_features, old.out_features, False, old.weight.device, dtype)
+    new = ZipLinear(old.in_features, old.out_features, False, old.weight.device, _blob_dtype(old))
     new.bias = old.bias
     return new
 
 
-def _empty_embedding(old: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+def _empty_embedding(old: nn.Module) -> nn.Module:
     assert isinstance(old, nn.Embedding)
-    dtype = dtype or (old.weight.dtype if old.weight.dtype in DTYPE_CODES else torch.bfloat16)
-    return ZipEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, old.weight.device, dtype)
+    return ZipEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, old.weight.device, _blob_dtype(old))
 
 
 #: The kinds of modules that are compressed; the first match counts. Exactly these classes, for a subclass may use its
@@ -80,7 +82,11 @@ converters: list[Converter] = [
         build=lambda old, weights: ZipEmbedding.from_embedding(cast(nn.Embedding, old), weights["weight"]),
         empty=_empty_embedding,
     ),
-    Converter(matches=is_matmul, build=lambda old, weights: ZipConv.from_conv(old, weights["weight"])),
+    Converter(
+        matches=is_matmul,
+        build=lambda old, weights: ZipConv.from_conv(old, weights["weight"]),
+        empty=lambda old: ZipConv.empty_like(old, _blob_dtype(old)),
+    ),
 ]
 
 
@@ -117,11 +123,8 @@ def compress_model(
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
     if offload not in (None, "cpu"):
         raise ValueError(f"offload is 'cpu' or None, not {offload!r}")
-    chosen = [
-        (name, module, converter)
-        for name, module, converter in _candidates(model)
-        if _matches(include, name, module, default=True) and not _matches(exclude, name, module, default=False)
-    ]
+    wanted = _selector(include, exclude)
+    chosen = [(name, module, converter) for name, module, converter in _candidates(model) if wanted(name, module)]
     if any(not name for name, _, _ in chosen):
         raise ValueError("the model is a single layer and can't be replaced in place: use ZipLinear.from_linear(layer)")
     run = _Run(model, chosen)
@@ -152,21 +155,14 @@ def prepare_model(model: nn.Module, include: Patterns = None, exclude: Patterns 
     Returns:
         Names of the replaced layers.
     """
-    return _prepare(
-        model,
-        lambda name, module: _matches(include, name, module, default=True) and not _matches(exclude, name, module, default=False),
-        lambda name: None,
-    )
-
-
-def _prepare(model: nn.Module, wanted: Callable[[str, nn.Module], bool], dtype_of: Callable[[str], torch.dtype | None]) -> list[str]:
+    wanted = _selector(include, exclude)
     names = []
     for name, module, converter in list(_candidates(model)):
         if converter.empty is None or not wanted(name, module):
             continue
         if not name:
             raise ValueError("the model is a single layer and can't be replaced in place: use zipserv.ZipLinear")
-        _replace(model, {module: _take_over(module, converter.empty(module, dtype_of(name)))})
+        _replace(model, {module: _take_over(module, converter.empty(module))})
         names.append(name)
     return names
 
@@ -194,12 +190,20 @@ def load_model(
         What ``load_state_dict`` returns: missing and unexpected keys.
     """
     with open_file(path, device=device, verify=verify) as file:
-        held = {name: file.info(name).dtype for name in file.keys() if file.info(name).compressed}
-        prepared = _prepare(model, lambda name, _: f"{name}.weight" in held, lambda name: held[f"{name}.weight"])
-        odd = sorted(held.keys() - {f"{name}.weight" for name in prepared} - _blob_names(model))
-        if odd:
-            raise Error(f"{odd[0]!r} is compressed in the file, but the model has no layer there that can be compressed")
+        held = {name: file.info(name).shape for name in file.keys() if file.info(name).compressed}
         state = file.load()
+    for name, module, converter in list(_candidates(model)):
+        keys = {weight: f"{name}.{weight}" for weight in converter.weights}
+        if converter.compress is not compress or not all(key in held for key in keys.values()):
+            continue
+        for weight, key in keys.items():
+            shape = tuple(converter.view(getattr(module, weight)).shape)
+            if held[key] != shape:
+                raise Error(f"{key!r} has the shape {held[key]} in the file, {shape} in the model")
+        _replace(model, {module: _take_over(module, converter.build(module, {w: state[key] for w, key in keys.items()}))})
+    odd = sorted(held.keys() - _blob_names(model))
+    if odd:
+        raise Error(f"{odd[0]!r} is compressed in the file, but the model has no layer there that can be compressed")
     return model.load_state_dict(state, strict=strict, assign=True)
 
 
@@ -318,15 +322,19 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def _matches(patterns: Patterns, name: str, module: nn.Module, *, default: bool) -> bool:
-    if patterns is None:
-        return default
-    if callable(patterns):
-        return bool(patterns(name, module))
+def _selector(include: Patterns, exclude: Patterns) -> Callable[[str, nn.Module], bool]:
+    """Which layers are meant."""
+    wanted, unwanted = _predicate(include), _predicate(exclude)
+    return lambda name, module: (wanted is None or wanted(name, module)) and not (unwanted is not None and unwanted(name, module))
+
+
+def _predicate(patterns: Patterns) -> Callable[[str, nn.Module], bool] | None:
+    if patterns is None or callable(patterns):
+        return patterns
     globs = [patterns] if isinstance(patterns, str) else list(patterns)
     if any(not isinstance(glob, str) for glob in globs):
         raise TypeError("include and exclude are a glob, a list of globs, or a function of name and module")
-    return any(re.match(fnmatch.translate(glob), name) for glob in globs)
+    return lambda name, _: any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

@@ -262,6 +262,28 @@ def test_load_model_into_another_architecture(tmp_path: Path) -> None:
         zipserv.load_model(Net(), tmp_path / "m.safetensors")
 
 
+def test_load_model_of_another_shape(tmp_path: Path) -> None:
+    zipserv.save_file({"head.weight": zipserv.compress(weights(64, 64))}, tmp_path / "m.safetensors")
+    with pytest.raises(zipserv.Error, match=r"\(64, 64\) in the file, \(192, 128\) in the model"):
+        zipserv.load_model(Net(), tmp_path / "m.safetensors")
+
+
+def test_load_model_with_a_convolution(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Conv2d(3, 128, 16, stride=16), nn.Flatten(), nn.Linear(512, 64)).bfloat16()
+    x = weights(2, 3, 32, 32, sigma=1)
+    zipserv.compress_model(source)
+    zipserv.save_file(source.state_dict(), tmp_path / "m.safetensors")
+    model = nn.Sequential(nn.Conv2d(3, 128, 16, stride=16), nn.Flatten(), nn.Linear(512, 64))
+    zipserv.load_model(model, tmp_path / "m.safetensors")
+    assert torch.equal(model(x), source(x)) and type(model[0]) is type(source[0]) is not nn.Conv2d
+
+
+def test_patterns_may_be_any_iterable() -> None:
+    model = Net().bfloat16()
+    zipserv.compress_model(model, include=(glob for glob in ("*.up", "head")))
+    assert names(model) == ["blocks.0.up", "blocks.1.up", "head"]
+
+
 def test_prepare_model() -> None:
     model = Net().bfloat16()
     assert zipserv.prepare_model(model, include="blocks.*", exclude="*.down") == ["blocks.0.up", "blocks.1.up"]
@@ -270,3 +292,15 @@ def test_prepare_model() -> None:
         model(IDS)
     with pytest.raises(ValueError, match="single layer"):
         zipserv.prepare_model(nn.Linear(4, 4))
+
+
+def test_prepare_model_of_every_kind() -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"conv": nn.Conv2d(3, 128, 16, stride=16), "table": nn.Embedding(128, 128), "head": nn.Linear(512, 64)})
+
+    source, model = make().bfloat16(), make()
+    zipserv.compress_model(source)
+    assert zipserv.prepare_model(model) == ["conv", "table", "head"]
+    model.to(torch.bfloat16).load_state_dict(source.state_dict())
+    for found, expected in zip(model.buffers(), source.buffers(), strict=True):
+        assert torch.equal(found, expected)
