@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 import zipserv  # noqa: E402
 from zipserv import ZipEmbedding, ZipExperts, ZipLinear, ZipServConfig  # noqa: E402
 from zipserv.conv import ZipConv  # noqa: E402
+from zipserv.integrations.transformers import adopt  # noqa: E402
 
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
 GQA = {**SMALL, "num_key_value_heads": 2}
@@ -130,12 +131,31 @@ def size(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "qwen2-moe", "vit"])
-def test_compress_model_in_place(name: str, folders: Any) -> None:
+def test_compress_model_in_place(name: str, folders: Any, tmp_path: Path) -> None:
     model = reference(name, folders(name))
     expected = run(name, model)
     report = zipserv.compress_model(model)
     assert report.ratio > 1.25 and not [layer for layer in report.layers if layer.status == "kept" and layer.before > 8192]
     assert torch.equal(run(name, model), expected)
+    adopt(model)
+    again = reload(model, tmp_path)
+    assert len(compressed_modules(again)) == len(compressed_modules(model))
+    assert zipserv.load_file(tmp_path).keys() == zipserv.load_file(folders(name)).keys()
+    assert torch.equal(run(name, again), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("arguments", [[], ["--include", "*"]], ids=["default", "everything"])
+def test_a_folder_from_the_command_line(name: str, arguments: list[str], folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zipserv.cli import main
+
+    monkeypatch.setattr(sys, "argv", ["zipserv", "compress", str(folders(name)), str(tmp_path / "zip"), *arguments])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert not done.value.code
+    model, info = load(name, tmp_path / "zip", output_loading_info=True)
+    assert compressed_modules(model) and not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(run(name, model), run(name, reference(name, folders(name))))
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, "t5"])

@@ -11,8 +11,9 @@
 
 from .config import METHOD, ZipServConfig
 from .quantizer import ZipServQuantizer
+from .saving import adopt
 
-__all__ = ["ZipServConfig", "ZipServQuantizer", "register"]
+__all__ = ["ZipServConfig", "ZipServQuantizer", "adopt", "register"]
 
 
 def register() -> None:
