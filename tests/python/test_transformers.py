@@ -146,13 +146,10 @@ def test_compress_model_in_place(name: str, folders: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "mixtral"])
 @pytest.mark.parametrize("arguments", [[], ["--include", "*"]], ids=["default", "everything"])
-def test_a_folder_from_the_command_line(name: str, arguments: list[str], folders: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from zipserv.cli import main
+def test_a_folder_from_the_command_line(name: str, arguments: list[str], folders: Any, tmp_path: Path) -> None:
+    from zipserv.cli import run as zipserv_command
 
-    monkeypatch.setattr(sys, "argv", ["zipserv", "compress", str(folders(name)), str(tmp_path / "zip"), *arguments])
-    with pytest.raises(SystemExit) as done:
-        main()
-    assert not done.value.code
+    assert zipserv_command(["compress", str(folders(name)), str(tmp_path / "zip"), *arguments]) == 0
     model, info = load(name, tmp_path / "zip", output_loading_info=True)
     assert compressed_modules(model) and not info["missing_keys"] and not info["unexpected_keys"]
     assert torch.equal(run(name, model), run(name, reference(name, folders(name))))
@@ -290,6 +287,22 @@ def test_config_refuses_what_it_does_not_know() -> None:
 def test_disk_is_refused_clearly(folders: Any) -> None:
     with pytest.raises(ValueError, match="'disk'"):
         load("llama", folders("llama"), quantization_config=ZipServConfig(), device_map={"model": "cpu", "lm_head": "disk"})
+
+
+@torch.no_grad()
+def test_conv1d_keeps_its_orientation_in_files(folders: Any, tmp_path: Path) -> None:
+    """GPT-2's weights are transposed linear weights; the square ones would not be noticed by shape."""
+    plain = reference("gpt2", folders("gpt2"))
+    expected = run("gpt2", plain)
+    zipserv.save_file({"transformer.h.0.attn.c_proj.weight": zipserv.compress(plain.transformer.h[0].attn.c_proj.weight)}, tmp_path / "one")
+    zipserv.load_model(plain, tmp_path / "one", strict=False)
+    assert isinstance(plain.transformer.h[0].attn.c_proj, ZipLinear) and torch.equal(run("gpt2", plain), expected)
+    zipserv.compress_model(plain)
+    other = reference("gpt2", folders("gpt2"))
+    torch.nn.init.zeros_(other.transformer.h[0].mlp.c_fc.bias)
+    zipserv.compress_model(other)
+    other.load_state_dict(plain.state_dict())
+    assert torch.equal(run("gpt2", other), expected)
 
 
 def test_sharded_parameters_are_refused_clearly(tmp_path: Path) -> None:

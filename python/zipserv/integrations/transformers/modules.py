@@ -15,6 +15,7 @@ from zipserv.conv import ZipConv, is_matmul
 from zipserv.embedding import ZipEmbedding
 from zipserv.errors import Error
 from zipserv.experts import ZipExperts
+from zipserv.format import SUFFIX
 from zipserv.layers import ZipLinear
 from zipserv.model import Converter
 from zipserv.tensor import ZipTensor, compress
@@ -26,7 +27,33 @@ _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class ZipConv1D(ZipLinear):
-    """A linear layer that was transformers' ``Conv1D`` (GPT-2): checkpoints keep its weight transposed."""
+    """A linear layer that was transformers' ``Conv1D`` (GPT-2), whose weight is ``(in_features, out_features)``.
+
+    The layer computes with the transpose; checkpoints and state dicts keep the weight as ``Conv1D`` has it.
+    """
+
+    @classmethod
+    def from_conv1d_weight(cls, weight: ZipTensor, bias: torch.Tensor | None) -> ZipConv1D:
+        """From the compressed weight ``(in_features, out_features)``."""
+        return cast(ZipConv1D, cls.from_ziptensor(_transposed(weight), bias))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        key = prefix + "weight" + SUFFIX
+        if key in destination and destination[key].numel() and not destination[key].is_meta:
+            destination[key] = checkpoint_weight(self, dense=False)
+
+    def _load_blob(self, name: str, value: object, *, is_plain: bool, assign: bool) -> None:
+        if isinstance(value, torch.Tensor) and value.is_meta:
+            super()._load_blob(name, value, is_plain=is_plain, assign=assign)
+            return
+        if isinstance(value, torch.Tensor):
+            value = compress(value) if is_plain else ZipTensor(value)
+        super()._load_blob(name, _transposed(cast(ZipTensor, value)), is_plain=False, assign=assign)
+
+
+def _transposed(weight: ZipTensor) -> ZipTensor:
+    return compress(weight.decompress().t())
 
 
 def find_targets(model: nn.Module, config: ZipServConfig) -> dict[str, str]:
@@ -91,7 +118,7 @@ def compress_weight(kind: str, weight: torch.Tensor) -> Payload | None:
 def adopt_weight(kind: str, zipped: ZipTensor) -> Payload:
     """A weight that a checkpoint holds compressed, as its module will hold it."""
     if kind == "conv1d":
-        return compress(zipped.decompress().t())
+        return _transposed(zipped)
     if kind == "experts":
         return ZipExperts.from_tensor(zipped.decompress())
     return zipped
@@ -194,8 +221,7 @@ def model_converters() -> list[Converter]:
     return [
         Converter(
             matches=lambda module: type(module) is Conv1D,
-            build=lambda old, weights: ZipConv1D.from_ziptensor(weights["weight"], cast(Conv1D, old).bias),
-            view=lambda weight: weight.t(),
+            build=lambda old, weights: ZipConv1D.from_conv1d_weight(weights["weight"], cast(Conv1D, old).bias),
         ),
         *(
             Converter(matches=stacked(*names), build=place, weights=names, compress=ZipExperts.from_tensor)

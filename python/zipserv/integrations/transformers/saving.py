@@ -60,7 +60,8 @@ def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch
     zipped = _compressed_modules(model)
     tied = getattr(model, "all_tied_weights_keys", {})
     hidden = tuple(f"{name}." for name in zipped)
-    names: list[str] = [key for key in model.state_dict() if not (key.endswith(SUFFIX) and key.startswith(hidden))]
+    dense = model.state_dict()
+    names: list[str] = [key for key in dense if not (key.endswith(SUFFIX) and key.startswith(hidden))]
     converts = any(isinstance(conversion, WeightConverter) for conversion in conversions)
 
     groups: dict[str, list[str]] = defaultdict(list)
@@ -68,7 +69,6 @@ def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch
         match = _LAYER.match(key)
         groups[match.group(0) if match else ""].append(key)
 
-    dense = model.state_dict()
     modules = {_parameter_name(name, module): module for name, module in zipped.items()}
     result: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
