@@ -53,11 +53,11 @@ func (p *Program) Constant(name string) int {
 // optimiser must not merge accesses, or the checks of alignment and bounds would see accesses that the source does not make.
 var kernelFlags = []string{
 	"-std=c++17", "-O1", "-g1", "-DZS_EMU", "-fsanitize=thread", "-fno-omit-frame-pointer", "-fno-exceptions", "-fno-rtti",
-	"-fno-strict-aliasing", "-ffp-contract=off", "-fno-pie", "-w",
+	"-fno-strict-aliasing", "-ffp-contract=off", "-fPIE", "-w",
 }
 var kernelFlagsGCC = []string{"-fno-tree-vectorize", "-fno-store-merging", "-fno-tree-loop-distribute-patterns", "-fno-ipa-icf"}
-var kernelFlagsClang = []string{"-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin"}
-var hostFlags = []string{"-std=c++17", "-O2", "-g1", "-fno-omit-frame-pointer", "-fno-pie", "-fno-exceptions", "-Wall", "-Wextra", "-Werror"}
+var kernelFlagsClang = []string{"-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin", "-fno-sanitize=undefined"}
+var hostFlags = []string{"-std=c++17", "-O2", "-g1", "-fno-omit-frame-pointer", "-fPIE", "-fno-exceptions", "-Wall", "-Wextra", "-Werror"}
 
 type compiler struct {
 	command []string
@@ -216,7 +216,7 @@ func Compile(src Source) (*Program, error) {
 		if err := c.run(dir, args...); err != nil {
 			return err
 		}
-		return c.run(dir, "-no-pie", "program.o", filepath.Join(host, "runtime.o"), "-o", "program")
+		return c.run(dir, "-pie", "program.o", filepath.Join(host, "runtime.o"), "-o", "program")
 	})
 	if err != nil {
 		return nil, err

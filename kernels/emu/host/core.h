@@ -8,6 +8,8 @@
 #include "api.h"
 #include "clock.h"
 
+extern "C" char __executable_start, end;   // from the linker: the program's own memory
+
 namespace zsemu {
 
 constexpr uint32_t kNone = 0xFFFFFFFFu;
@@ -194,6 +196,7 @@ inline bool chance(uint32_t one_in) { return one_in && rnd() % one_in == 0; }
 [[noreturn]] void fault(const char* kind, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
 std::string format(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 
-#define ZS_ENTER() (::zsemu::cur->pc = uint32_t(uintptr_t(__builtin_return_address(0))))
+// Code addresses are kept relative to the program's start, as addr2line wants them.
+#define ZS_ENTER() (::zsemu::cur->pc = uint32_t(uintptr_t(__builtin_return_address(0)) - uintptr_t(&__executable_start)))
 
 }  // namespace zsemu

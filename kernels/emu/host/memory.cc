@@ -241,10 +241,7 @@ void store_global(void* p, const void* from, uint32_t bytes) {
 }  // namespace zsemu
 
 // ---- hooks of compiled code
-extern "C" {
-extern char __executable_start, end;   // the program itself: constants and tables are in it
-}
-
+// A thread's own stack, and the program itself: constants and tables are in it.
 static inline bool is_private(const void* p) {
   auto a = (uintptr_t)p, s = (uintptr_t)zsemu::cur->stack;
   return a - s < zsemu::kStack || (a >= (uintptr_t)&__executable_start && a < (uintptr_t)&end);
