@@ -143,12 +143,12 @@ def _show(document: dict[str, Any], out: Path | None, plots: bool, as_json: bool
 
 
 def _whole_model(
-    config: str, device: torch.device, batch: list[int], prompt: int, new_tokens: int, offload: bool, out: Path | None, as_json: bool
+    config: str, device: torch.device, batch: list[int], prompt: int, new_tokens: int, offload: str | None, out: Path | None, as_json: bool
 ) -> int:
     from ..bench import model  # needs transformers, which nothing else here does
 
     try:
-        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload="cpu" if offload else None)
+        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload=offload)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     result = {"about": machine.describe(device), **result}
@@ -184,7 +184,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--batch", callback=_numbers, default="1", metavar="B,...", help="With --model: numbers of sequences.")
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="With --model: tokens of each prompt.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="With --model: decode steps that are timed.")
-@click.option("--offload", is_flag=True, help="With --model: weights stream from host memory.")
+@click.option("--offload", type=click.Choice(["cpu"]), help="With --model: weights stream from host memory.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: the GPU where there is one.")
 @click.option(
     "--models",
@@ -219,7 +219,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @json_option
 def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None,
-    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: bool, device: str | None,
+    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
     kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, out: Path | None,
     read: Path | None, plots: bool, as_json: bool,
