@@ -164,7 +164,7 @@ class FakeCuda:
     def synchronize(self, device: object = None) -> None: ...
 
     @contextlib.contextmanager
-    def graph(self, graph: object) -> Iterator[None]:
+    def graph(self, graph: object, stream: object) -> Iterator[None]:
         self.capturing = True
         yield
         self.capturing = False

@@ -67,7 +67,7 @@ class Loop:
             _CUDA.current_stream().wait_stream(side)
             _CUDA.synchronize()
             self._graph = _CUDA.CUDAGraph()
-            with _CUDA.graph(self._graph):
+            with _CUDA.graph(self._graph, stream=side):  # what the warm-up allocated for this stream is there already
                 for call in self._calls:
                     call()
             self._graph.replay()
