@@ -205,7 +205,7 @@ func TestGEMM(t *testing.T) {
 	}
 }
 
-var wgmmaVariants = []variant{{8, 1, 1, 2}, {16, 2, 2, 2}, {32, 1, 2, 3}}
+var wgmmaVariants = []variant{{8, 1, 1, 2}, {32, 2, 2, 2}, {128, 2, 1, 2}}
 
 func TestWGMMA(t *testing.T) {
 	for _, v := range wgmmaVariants {

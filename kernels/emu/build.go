@@ -19,6 +19,7 @@ import (
 	"sort"
 	"strings"
 	"sync"
+	"time"
 )
 
 //go:embed *.h host/*.h host/*.cc
@@ -101,7 +102,8 @@ var building sync.Map // key -> *sync.Mutex
 func cached(key string, build func(dir string) error) (string, error) {
 	dir, ok := cacheDir(key)
 	if ok {
-		return dir, nil
+		now := time.Now()
+		return dir, os.Chtimes(dir, now, now)
 	}
 	mu, _ := building.LoadOrStore(key, new(sync.Mutex))
 	mu.(*sync.Mutex).Lock()
@@ -117,6 +119,7 @@ func cached(key string, build func(dir string) error) (string, error) {
 		return "", err
 	}
 	defer os.RemoveAll(scratch)
+	prune(filepath.Dir(dir))
 	if err := build(scratch); err != nil {
 		return "", err
 	}
@@ -126,6 +129,16 @@ func cached(key string, build func(dir string) error) (string, error) {
 		}
 	}
 	return dir, nil
+}
+
+// prune removes what nobody has used for days.
+func prune(cache string) {
+	entries, _ := os.ReadDir(cache)
+	for _, e := range entries {
+		if info, err := e.Info(); err == nil && time.Since(info.ModTime()) > 72*time.Hour {
+			os.RemoveAll(filepath.Join(cache, e.Name()))
+		}
+	}
 }
 
 // hashTree hashes the names and contents of all files, and the parts.
