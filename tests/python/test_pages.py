@@ -22,7 +22,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize(("page", "count", "needs"), [("transformers.md", 3, []), ("offload.md", 2, []), ("lora.md", 2, ["peft"])])
+@pytest.mark.parametrize(("page", "count", "needs"), [("transformers.md", 4, []), ("offload.md", 2, []), ("lora.md", 2, ["peft"])])
 def test_python_blocks(page: str, count: int, needs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in needs:
         pytest.importorskip(name)
