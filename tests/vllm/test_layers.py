@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -175,6 +176,16 @@ def test_fullgraph_compile(dtype) -> None:
         for tokens in (1, 3, 17):
             x = torch.randn(tokens, K).bfloat16()
             assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("before", [None, "fork", "spawn"])
+def test_workers_are_spawned(before, monkeypatch) -> None:
+    """vLLM forks its workers unless told otherwise; the library can't be used in a forked child."""
+    monkeypatch.delenv("VLLM_WORKER_MULTIPROC_METHOD", raising=False)
+    if before:
+        monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", before)
+    ZipServConfig()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
 
 
 def test_loading_again_is_refused(dtype) -> None:

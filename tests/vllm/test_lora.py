@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_layers import LAYERS, K, give, weights
 from vllm.config.lora import LoRAConfig
 from vllm.lora.layers import (
     ColumnParallelLinearWithLoRA,
@@ -17,6 +16,7 @@ from vllm.lora.layers import (
 )
 from vllm.lora.punica_wrapper import get_punica_wrapper
 
+from test_layers import LAYERS, K, give, weights
 from zipserv.integrations.vllm.config import ZipServConfig
 
 WRAPPERS = {

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ METHOD = "zipserv"
 VERSION = 1
 
 _HEAD = "lm_head"
+_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
 logger = init_logger("vllm.zipserv")
 
@@ -38,6 +40,7 @@ class ZipServConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.version = version
         self.ignore = list(ignore or [])
+        _start_workers_by_spawn()
 
     def __repr__(self) -> str:
         return f"ZipServConfig(version={self.version}, ignore={self.ignore})"
@@ -110,6 +113,13 @@ class ZipServConfig(QuantizationConfig):  # type: ignore[misc]
     @staticmethod
     def _plain(prefix: str, why: str) -> None:
         logger.info("%s stays uncompressed: %s", prefix or "a layer without a name", why)
+
+
+def _start_workers_by_spawn() -> None:
+    """The native library works in no forked child of a process that has loaded it: `vllm serve` spawns its workers, `LLM` forks them."""
+    if os.environ.setdefault(_METHOD, "spawn") == "fork":
+        logger.warning("%s=fork: the zipserv library does not work in forked processes, spawn is used", _METHOD)
+        os.environ[_METHOD] = "spawn"
 
 
 def _ties_embeddings() -> bool:

@@ -11,7 +11,6 @@ from torch.nn.parameter import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-import zipserv.ops  # noqa: F401  (registers torch.ops.zipserv)
 from zipserv.gather import max_escapes
 
 from .weight import ZipWeight

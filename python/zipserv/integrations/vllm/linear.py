@@ -14,8 +14,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_
 from vllm.model_executor.parameter import ModelWeightParameter
 from vllm.model_executor.utils import set_weight_attrs
 
-import zipserv.ops  # noqa: F401  (registers torch.ops.zipserv)
-
 from .weight import ZipWeight
 
 

@@ -18,8 +18,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.utils import set_weight_attrs
 
-import zipserv.ops  # noqa: F401  (registers torch.ops.zipserv)
-from zipserv.format import DTYPE_CODES
+from zipserv.tensor import linear_blob
 
 from .collect import Collector
 from .weight import attach, finish, loaded_parameter
@@ -39,7 +38,7 @@ class Experts:
 
     def __init__(self, layer: Any, name: str, prefix: str, shape: tuple[int, int, int], dtype: torch.dtype, attrs: dict[str, Any]) -> None:
         count, self.m, self.k = shape
-        self.layer, self.name, self.code = layer, name, DTYPE_CODES[dtype]
+        self.layer, self.name, self.dtype = layer, name, dtype
         self.device = torch.get_default_device()
         param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
         layer.register_parameter(name, param)
@@ -64,8 +63,7 @@ class Experts:
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         start, stop = self.spans[expert]
         blob = getattr(self.layer, self.name)[start:stop]
-        y: torch.Tensor = torch.ops.zipserv.linear(x, blob, self.m, self.k, self.code, None)
-        return y
+        return linear_blob(x, blob, self.m, self.k, self.dtype, None)
 
 
 class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]

@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from zipserv.format import DTYPE_CODES, HEADER_BYTES, raw_nbytes
+from zipserv.tensor import linear_blob
 
 from .collect import Collector, record
 
@@ -108,6 +109,5 @@ class ZipWeight:
         if self.plain is not None:
             y: torch.Tensor = self.plain.apply(layer, x, bias)
             return y
-        y = torch.ops.zipserv.linear(x, layer.weight, self.m, self.k, self.code, bias)
-        return y
+        return linear_blob(x, layer.weight, self.m, self.k, self.dtype, bias)
 
