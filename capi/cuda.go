@@ -87,6 +87,14 @@ func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, expand *C.int32
 	})
 }
 
+//export zsgo_cuda_changed
+func zsgo_cuda_changed(device C.int32_t, blob C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		d.Changed(driver.Pointer(blob))
+		return nil
+	})
+}
+
 //export zsgo_cuda_decompress
 func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, row0, rows, out, ld C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {

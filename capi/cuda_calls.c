@@ -45,6 +45,11 @@ int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *exp
     return zsgo_cuda_linear(device, (zs_cuda_linear_t *)job, expand);
 }
 
+int32_t zs_cuda_changed(int32_t device, uint64_t blob) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_changed(device, blob);
+}
+
 int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t row0, uint64_t rows,
                            uint64_t out, uint64_t ld) {
     REFUSE_IN_CHILD();

@@ -88,6 +88,16 @@ static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nar
     Py_RETURN_TRUE;
 }
 
+static PyObject *py_changed(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_changed", 2);
+    ARG(0, device);
+    ARG(1, blob);
+    int32_t code = zs_cuda_changed(device_number(device), blob);
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_decompress(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
     ARGS("cuda_decompress", 9);
@@ -213,6 +223,7 @@ PyMethodDef zs_cuda_methods[] = {
     {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
     FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
+    FUNCTION(changed, "cuda_changed(device, blob) -> None: the blob has new content, written by work in a stream"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),

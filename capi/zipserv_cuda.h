@@ -40,6 +40,10 @@ typedef struct zs_cuda_linear_t {
 /* y = x w^T + bias. Where it is faster to decompress w and multiply by another library, does nothing and sets *expand to 1. */
 ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand);
 
+/* A product may fetch its first weights before the kernel ahead of it in the stream has ended; the first product with a blob does not.
+ * Whoever writes new content to the address of a blob that was used already, by work in a stream, says so here. */
+ZS_API int32_t zs_cuda_changed(int32_t device, uint64_t blob);
+
 /* Decodes rows row0 .. row0 + rows - 1 of a tiled BF16 blob of m x k weights to out, whose rows start ld elements apart. row0 must be a
  * multiple of 64. */
 ZS_API int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t row0, uint64_t rows,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE
 
-__all__ = ["clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
+__all__ = ["changed", "clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
 
 _BF16 = 1
 _RAW = 0
@@ -228,6 +228,15 @@ def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
         tokens: largest number of tokens to prepare for.
     """
     _zipserv.cuda_warm(blob.get_device(), m, k, tokens)
+
+
+def changed(blob: torch.Tensor) -> None:
+    """To be called after a blob on a GPU was overwritten in place: the next product with it then waits for that.
+
+    Products fetch their first weights before the kernel ahead of them in the stream has ended. The first product with a blob does not,
+    so a blob in memory of its own needs no call.
+    """
+    _zipserv.cuda_changed(blob.get_device(), blob.data_ptr())
 
 
 def clear_cache() -> None:

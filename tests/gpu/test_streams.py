@@ -108,6 +108,53 @@ def test_graphs_give_their_workspace_back() -> None:
     assert before - torch.cuda.mem_get_info()[0] < 32 << 20
 
 
+def test_a_chain_of_products_in_one_stream() -> None:
+    """Each product starts early, while the one that makes its activations still runs: it must not read them before they are there."""
+    torch.manual_seed(3)
+    zs = [on_gpu((torch.randn(2048, 2048) * 2048**-0.5).bfloat16()) for _ in range(6)]
+    x = torch.randn(4, 2048, device="cuda").bfloat16()
+
+    def chain(slow: bool) -> torch.Tensor:
+        y = x
+        for z in zs:
+            y = zipserv.linear(y, z)
+            if slow:
+                torch.cuda.synchronize()
+        return y
+
+    want = chain(slow=True)
+    for _ in range(100):
+        assert same_bits(chain(slow=False), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(slow=False)
+    for _ in range(50):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert same_bits(y, want)
+
+
+def test_a_blob_that_was_just_made() -> None:
+    """The first product with a blob waits for the kernels that write it, also at an address that another blob had before."""
+    x = torch.eye(64, 1024, device="cuda").bfloat16()
+    for i in range(30):
+        w = (torch.randn(1024, 1024, device="cuda") * 0.02 * (i + 1)).bfloat16()
+        y = zipserv.linear(x, zipserv.compress(w))
+        assert torch.equal(y, w.T[:64] + 0.0)
+
+
+def test_a_blob_that_was_overwritten() -> None:
+    w = [gaussian(1024, 1024) for _ in range(2)]
+    blobs = [zipserv.compress(v.cuda()).blob for v in w]
+    room = torch.empty(max(b.numel() for b in blobs), dtype=torch.uint8, device="cuda")
+    x = torch.eye(64, 1024, device="cuda").bfloat16()
+    for i in range(30):
+        blob = room[: blobs[i % 2].numel()]
+        blob.copy_(blobs[i % 2])
+        zipserv.cuda.changed(blob)
+        assert torch.equal(torch.ops.zipserv.linear(x, blob, 1024, 1024, 1, None), w[i % 2].T[:64].cuda() + 0.0)
+
+
 def test_decompress_in_a_graph() -> None:
     w = trained(300, 520)
     z = on_gpu(w)

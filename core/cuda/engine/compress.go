@@ -110,6 +110,7 @@ func (d *Device) CompressWrite(p *Compression, blob driver.Pointer) error {
 		if err != nil {
 			return err
 		}
+		d.Changed(blob)
 		if err := d.launch(c.last, p.Stream, uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch), uint64(blob)); err != nil {
 			return err
 		}

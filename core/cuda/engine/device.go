@@ -18,9 +18,13 @@ type Device struct {
 	engine     *Engine
 	props      driver.Device
 	planDevice plan.Device
+	early      bool // the driver knows programmatic dependent launches, also in captures
 	ctx        *driver.Context
 	pool       *stream.Pool
 	workspaces *stream.Workspaces
+
+	// read holds the blobs that a product has read before: see Linear.
+	read sync.Map // driver.Pointer -> struct{}
 
 	mu      sync.Mutex
 	modules map[string]*loading // by source and defines
@@ -41,6 +45,9 @@ type loading struct {
 	err    error
 }
 
+// programmaticVersion is the CUDA version from which on a programmatic dependent launch can be captured.
+const programmaticVersion = 12030
+
 func openDevice(e *Engine, ordinal int) (*Device, error) {
 	props, err := e.driver.Device(ordinal)
 	if err != nil {
@@ -60,12 +67,13 @@ func openDevice(e *Engine, ordinal int) (*Device, error) {
 	}
 	d := &Device{
 		engine: e, props: props, ctx: ctx, pool: pool, modules: map[string]*loading{},
+		early: e.driver.Version() >= programmaticVersion,
 		planDevice: plan.Device{
 			Capability: cc, SMs: props.SMs, SmemBlock: props.SmemBlock, SmemSM: props.SmemSM,
 			Bandwidth: props.Bandwidth(), ClockHz: float64(props.ClockKHz) * 1e3,
 		},
 	}
-	d.workspaces = stream.NewWorkspaces(ctx, pool.Side(0), plan.Workspace(d.planDevice))
+	d.workspaces = stream.NewWorkspaces(ctx, pool.Side(0))
 	return d, nil
 }
 
@@ -127,10 +135,16 @@ func (d *Device) prepare(k plan.Kernel) (*kernel, error) {
 	return out, nil
 }
 
+// launch queues a kernel that waits for all work before it.
 func (d *Device) launch(k *kernel, s driver.Stream, args ...uint64) error {
+	return d.launchEarly(k, s, false, args...)
+}
+
+// launchEarly queues a kernel that, with early, may start before the one ahead of it has ended, if its plan says that it can.
+func (d *Device) launchEarly(k *kernel, s driver.Stream, early bool, args ...uint64) error {
 	l := driver.Launch{
 		Function: k.fn, Stream: s, Grid: [3]uint32{k.grid, 1, 1}, Block: k.plan.Block, Smem: k.plan.Smem,
-		Programmatic: k.plan.Programmatic, NumArgs: len(args),
+		Programmatic: early && k.plan.Programmatic && d.early, NumArgs: len(args),
 	}
 	copy(l.Args[:], args)
 	return d.ctx.Launch(&l)

@@ -145,7 +145,7 @@ func TestDecompress(t *testing.T) {
 	assert.ErrorContains(t, d.Decompress(0, 0x1000, 0, 777, 0, 1, 0x5000, 777), "M and K")
 	f.Reset()
 	require.NoError(t, d.Decompress(0, 0x1000, 1000, 777, 64, 100, 0x5000, 777))
-	assert.Contains(t, launches(f)[0], "grid 4,1,1", "26 tiles, 8 warps a block")
+	assert.Contains(t, launches(f)[0], "grid 7,1,1", "26 tiles, 4 warps a block")
 	for _, r := range [][2]uint64{{1, 5}, {0, 1001}, {1024, 1}, {960, 41}, {64, 0}, {64, 1<<64 - 1}} {
 		assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, r[0], r[1], 0x5000, 777), "multiple of 64")
 	}
@@ -219,6 +219,59 @@ func TestWrongArguments(t *testing.T) {
 		var wrong engine.ArgumentError
 		assert.ErrorAs(t, err, &wrong)
 	}
+}
+
+func early(f *drivertest.Fake) (out []bool) {
+	for _, line := range launches(f) {
+		out = append(out, strings.Contains(line, "pdl 1"))
+	}
+	return out
+}
+
+// The first product with a blob waits for all work before it; only later ones may fetch weights early.
+func TestOnlyBlobsThatWereReadBeforeAreFetchedEarly(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := job()
+	linear := func() {
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+	}
+	linear()
+	linear()
+	p.Blob = 0x2000
+	linear()
+	p.Blob = 0x1000
+	linear()
+	d.Changed(p.Blob)
+	linear()
+	linear()
+	assert.Equal(t, []bool{false, true, false, true, false, true}, early(f))
+
+	// A blob that is written by the engine is new again.
+	f.Reset()
+	scratch := hostMemory(t, f, d.CompressScratch(1000, 777))
+	blob := hostMemory(t, f, 1<<20)
+	p.Blob = blob
+	linear()
+	c := engine.Compression{Src: 0x4000, Ld: 777, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
+	require.NoError(t, d.CompressPlan(&c))
+	require.NoError(t, d.CompressWrite(&c, blob))
+	linear()
+	linear()
+	assert.Equal(t, []bool{false, false, false, false, false, true}, early(f), "product, three kernels of the compression, products")
+}
+
+func TestOldGPUsFetchNothingEarly(t *testing.T) {
+	t.Setenv("FAKECUDA_CC", "89")
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := job()
+	for range 3 {
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+	}
+	assert.Equal(t, []bool{false, false, false}, early(f))
 }
 
 func TestWarmLeavesNothingToDo(t *testing.T) {

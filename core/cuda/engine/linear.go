@@ -34,7 +34,10 @@ type linearPlan struct {
 
 const maxSide = 1<<31 - 1
 
-// Linear queues a product. Where the plan is to decompress the weights and leave the product to cuBLAS it does nothing and returns
+// Linear queues a product. The kernels fetch their first weights before the work ahead of them in the stream has ended, which must
+// therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
+//
+// Where the plan is to decompress the weights and leave the product to cuBLAS it does nothing and returns
 // expand.
 func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
@@ -47,16 +50,21 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	if err != nil || l.plan.Expand {
 		return err == nil, err
 	}
-	ws, err := d.workspaces.Get(p.Stream)
+	ws, err := d.workspaces.Get(p.Stream, l.plan.Workspace)
 	if err != nil {
 		return false, err
 	}
+	_, early := d.read.Load(p.Blob)
 	for first := uint64(0); first < p.N; first += l.plan.Tokens {
 		n := min(p.N-first, l.plan.Tokens)
-		err := d.launch(l.kernel, p.Stream, uint64(p.Blob), uint64(p.X)+2*first*p.LdX, p.LdX, uint64(p.Bias),
+		err := d.launchEarly(l.kernel, p.Stream, early, uint64(p.Blob), uint64(p.X)+2*first*p.LdX, p.LdX, uint64(p.Bias),
 			uint64(p.Y)+2*first*p.LdY, p.LdY, p.M, p.K, n, uint64(ws))
 		if err != nil {
 			return false, err
+		}
+		if !early {
+			d.read.Store(p.Blob, struct{}{})
+			early = true
 		}
 	}
 	return false, nil
@@ -94,7 +102,7 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
 		try(func() error { _, err := d.linear(m, k, n); return err })
 	}
-	try(func() error { _, err := d.workspaces.Get(0); return err })
+	try(func() error { _, err := d.workspaces.Get(0, smallWorkspace); return err })
 	wg.Wait()
 	close(errs)
 	var all []error
@@ -103,6 +111,12 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	}
 	return errors.Join(all...)
 }
+
+// smallWorkspace is what Warm makes ready on the legacy default stream.
+const smallWorkspace = 16 << 20
+
+// Changed tells the engine that a blob has new content, written by work that may still be in the stream.
+func (d *Device) Changed(blob driver.Pointer) { d.read.Delete(blob) }
 
 // warmTokens is where Warm stops: larger problems use the same kernels, and their plans cost nothing.
 const warmTokens = 256

@@ -5,8 +5,8 @@ package plan
 import "fmt"
 
 const (
-	decompressWarps  = 8
-	decompressBlocks = 2 // a multiprocessor
+	decompressWarps  = 4
+	decompressBlocks = 5 // a multiprocessor
 )
 
 // decompressSmem mirrors ZS_DECOMPRESS_SMEM of decompress.cu: each warp has a tile of its own.

@@ -2,7 +2,10 @@
 
 package plan
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Problem is y[N,M] = x[N,K] W[M,K]^T.
 type Problem struct {
@@ -20,22 +23,42 @@ type Linear struct {
 	Workspace uint64
 }
 
-// mmaVariants, in order of preference. Eight warps have room for the sums of 64 tokens in registers; twelve spill.
-var mmaVariants = []variant{
-	{mw: 2, kw: 4, blocks: 1, xstages: 2},
-	{mw: 3, kw: 2, blocks: 1, xstages: 2},
-	{mw: 2, kw: 2, blocks: 1, xstages: 2},
+// Layouts of the mma kernel. Up to eight warps have room for the sums of 64 tokens in registers; twelve have for those of 16.
+var (
+	mmaNarrow = []variant{{2, 4}, {1, 8}, {4, 2}, {3, 2}, {2, 2}}
+	mmaWide   = []variant{{3, 4}, {2, 6}, {1, 12}}
+)
+
+// layouts lists those of the mma kernel that serve a class of tokens without spilling registers.
+func layouts(d Device, class uint64) []variant {
+	list := mmaNarrow
+	if d.Capability < 90 { // what comes by cp.async leaves fewer registers
+		list = []variant{{2, 4}, {3, 2}, {2, 2}}
+	}
+	if class <= wideTokens {
+		return slices.Concat(mmaWide, list)
+	}
+	return list
 }
 
-// maxTokens is the most tokens that one launch of the few-token kernel serves.
-const maxTokens = 64
+const (
+	wideTokens  = 16    // most tokens of twelve warps
+	mmaTokens   = 64    // most tokens of a launch of the mma kernel
+	wgmmaTokens = 128   // the same of the wgmma kernel
+	smallTiles  = 12000 // below, a weight is small: the wgmma kernel pays from 33 tokens on, and two warpgroups a block serve it better than three
+)
 
-// Class rounds N to the variant that serves it; problems of a class share a plan.
+// classes are the numbers of tokens that kernels are compiled for.
+var classes = []uint64{8, 16, 32, mmaTokens, wgmmaTokens}
+
+// Class rounds N up so that problems of a class share a plan.
 func Class(n uint64) uint64 {
-	if n <= maxTokens {
-		return mma.class(n)
+	for _, c := range classes {
+		if n <= c {
+			return c
+		}
 	}
-	return ceilDiv(n, maxTokens) * maxTokens
+	return ceilDiv(n, mmaTokens) * mmaTokens
 }
 
 // ForLinear plans a product.
@@ -43,25 +66,38 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	if p.M == 0 || p.K == 0 || p.N == 0 {
 		return Linear{}, fmt.Errorf("a product needs M, K and N of at least 1, got %d, %d and %d", p.M, p.K, p.N)
 	}
-	v, err := mma.first(d, mmaVariants, maxTokens)
+	if p.Invariant {
+		return forInvariant(d, p)
+	}
+	n := Class(p.N)
+	if d.Capability == 90 {
+		small := Tiles(p.M, p.K) < smallTiles
+		switch {
+		case n > wgmmaTokens:
+			return Linear{Expand: true}, nil
+		case n == wgmmaTokens && small && wgmma.fits(d, variant{2, 1}, n):
+			return wgmma.launch(d, variant{2, 1}, p.M, p.K, n), nil
+		case n == wgmmaTokens && wgmma.fits(d, variant{3, 1}, n):
+			return wgmma.launch(d, variant{3, 1}, p.M, p.K, n), nil
+		case n == mmaTokens && small && wgmma.fits(d, variant{2, 2}, n):
+			return wgmma.launch(d, variant{2, 2}, p.M, p.K, n), nil
+		}
+	}
+	v, err := best(d, layouts(d, n), p.M, p.K, min(n, mmaTokens))
 	if err != nil {
 		return Linear{}, err
 	}
-	fused, err := mma.launch(d, v, p.M, p.K, mma.class(p.N))
-	if err != nil {
-		return Linear{}, err
-	}
-	if !p.Invariant && expandTime(d, p) < fusedTime(d, p, fused.Tokens) {
+	if n > mmaTokens && expandTime(d, p) < fusedTime(d, p, mmaTokens) {
 		return Linear{Expand: true}, nil
 	}
-	return fused, nil
+	return mma.launch(d, v, p.M, p.K, min(n, mmaTokens)), nil
 }
 
-// Workspace bounds the workspace over all problems of a device, so that one serves them all and never grows.
-func Workspace(d Device) uint64 {
-	v, err := mma.first(d, mmaVariants, maxTokens)
+// forInvariant takes one layout for every N, and as many launches as that needs.
+func forInvariant(d Device, p Problem) (Linear, error) {
+	v, err := best(d, layouts(d, mmaTokens), p.M, p.K, mmaTokens)
 	if err != nil {
-		return 0
+		return Linear{}, err
 	}
-	return partialBytes(v, uint32(d.SMs*v.blocks), maxTokens)
+	return mma.launch(d, v, p.M, p.K, min(Class(p.N), mmaTokens)), nil
 }

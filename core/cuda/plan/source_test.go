@@ -35,10 +35,14 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 	for name, d := range devices {
 		c := plan.Compress(d, 4096, 4096)
 		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Plan, c.Scan, c.Write}
-		for _, n := range []uint64{1, 16, 32, 64} {
-			l, err := plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: n, Invariant: true})
-			require.NoError(t, err)
-			plans = append(plans, l.Kernel)
+		for _, m := range []uint64{4096, 28672} {
+			for _, n := range []uint64{1, 64, 128} {
+				l, err := plan.ForLinear(d, plan.Problem{M: m, K: 4096, N: n})
+				require.NoError(t, err)
+				if !l.Expand {
+					plans = append(plans, l.Kernel)
+				}
+			}
 		}
 		for _, k := range plans {
 			id := fmt.Sprint(k.Entry, k.Defines, d.Capability/10)

@@ -19,33 +19,42 @@ import (
 // The memory is the engine's own, not torch's: torch's allocator would hand out memory of the graph's pool during a capture, whose
 // fill would be part of the graph.
 type Workspaces struct {
-	ctx   *driver.Context
-	side  driver.Stream
-	bytes uint64
+	ctx  *driver.Context
+	side driver.Stream
 
 	mu       sync.RWMutex
-	eager    map[driver.Stream]driver.Pointer
+	eager    map[driver.Stream]piece
 	captures []*capture
-	free     []driver.Pointer
+	free     []piece
 	total    int
 }
+
+// piece is one allocation.
+type piece struct {
+	at    driver.Pointer
+	bytes uint64
+}
+
+// smallest is the size of the smallest piece; others are this times a power of two, so that they can be reused.
+const smallest = 1 << 20
 
 // empty is each byte of a workspace between launches.
 const empty = 0xFF
 
 type capture struct {
 	id       uint64
-	streams  map[driver.Stream]driver.Pointer
+	streams  map[driver.Stream][]piece // rising
 	released *driver.Released
 }
 
-// NewWorkspaces prepares workspaces of the given size; side is a stream that no one captures.
-func NewWorkspaces(ctx *driver.Context, side driver.Stream, bytes uint64) *Workspaces {
-	return &Workspaces{ctx: ctx, side: side, bytes: bytes, eager: map[driver.Stream]driver.Pointer{}}
+// NewWorkspaces prepares workspaces; side is a stream that no one captures.
+func NewWorkspaces(ctx *driver.Context, side driver.Stream) *Workspaces {
+	return &Workspaces{ctx: ctx, side: side, eager: map[driver.Stream]piece{}}
 }
 
-// Get returns the workspace for work on the stream. It allocates only the first time that a stream or a capture asks.
-func (w *Workspaces) Get(s driver.Stream) (driver.Pointer, error) {
+// Get returns a workspace of at least the given size for work on the stream. It allocates only when a stream or a capture asks for the
+// first time, or for more than before.
+func (w *Workspaces) Get(s driver.Stream, bytes uint64) (driver.Pointer, error) {
 	// The legacy default stream cannot be captured, and asking about it while another stream is would be an error.
 	if s != 0 {
 		active, id, graph, err := w.ctx.Capture(s)
@@ -53,28 +62,29 @@ func (w *Workspaces) Get(s driver.Stream) (driver.Pointer, error) {
 			return 0, err
 		}
 		if active {
-			return w.captured(s, id, graph)
+			return w.captured(s, id, graph, bytes)
 		}
 	}
 	w.mu.RLock()
-	p, known := w.eager[s]
+	p := w.eager[s]
 	w.mu.RUnlock()
-	if known {
-		return p, nil
+	if p.bytes >= bytes {
+		return p.at, nil
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if p, known := w.eager[s]; known {
-		return p, nil
+	if p := w.eager[s]; p.bytes >= bytes {
+		return p.at, nil
 	}
-	p, err := w.take()
+	// A smaller one stays allocated: work that is under way may use it.
+	p, err := w.take(bytes)
 	if err == nil {
 		w.eager[s] = p
 	}
-	return p, err
+	return p.at, err
 }
 
-func (w *Workspaces) captured(s driver.Stream, id uint64, graph driver.Graph) (driver.Pointer, error) {
+func (w *Workspaces) captured(s driver.Stream, id uint64, graph driver.Graph, bytes uint64) (driver.Pointer, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	var c *capture
@@ -89,17 +99,19 @@ func (w *Workspaces) captured(s driver.Stream, id uint64, graph driver.Graph) (d
 		if err != nil {
 			return 0, err
 		}
-		c = &capture{id: id, streams: map[driver.Stream]driver.Pointer{}, released: released}
+		c = &capture{id: id, streams: map[driver.Stream][]piece{}, released: released}
 		w.captures = append(w.captures, c)
 	}
-	if p, known := c.streams[s]; known {
-		return p, nil
+	for _, p := range c.streams[s] {
+		if p.bytes >= bytes {
+			return p.at, nil
+		}
 	}
-	p, err := w.take()
+	p, err := w.take(bytes)
 	if err == nil {
-		c.streams[s] = p
+		c.streams[s] = append(c.streams[s], p)
 	}
-	return p, err
+	return p.at, err
 }
 
 // reclaim frees the workspaces of graphs that are gone.
@@ -110,26 +122,31 @@ func (w *Workspaces) reclaim() {
 			kept = append(kept, c)
 			continue
 		}
-		for _, p := range c.streams {
-			w.free = append(w.free, p)
+		for _, pieces := range c.streams {
+			w.free = append(w.free, pieces...)
 		}
 	}
 	clear(w.captures[len(kept):])
 	w.captures = kept
 }
 
-func (w *Workspaces) take() (driver.Pointer, error) {
-	if n := len(w.free); n > 0 {
-		p := w.free[n-1]
-		w.free = w.free[:n-1]
-		return p, nil
+func (w *Workspaces) take(bytes uint64) (piece, error) {
+	size := uint64(smallest)
+	for size < bytes {
+		size *= 2
 	}
-	p, err := w.ctx.AllocFilled(w.side, w.bytes, empty)
+	for i, p := range w.free {
+		if p.bytes == size {
+			w.free = append(w.free[:i], w.free[i+1:]...)
+			return p, nil
+		}
+	}
+	at, err := w.ctx.AllocFilled(w.side, size, empty)
 	if err != nil {
-		return 0, fmt.Errorf("a workspace of %d bytes: %w", w.bytes, err)
+		return piece{}, fmt.Errorf("a workspace of %d bytes: %w", size, err)
 	}
 	w.total++
-	return p, nil
+	return piece{at, size}, nil
 }
 
 // Count is the number of workspaces that were made.
@@ -138,6 +155,3 @@ func (w *Workspaces) Count() int {
 	defer w.mu.RUnlock()
 	return w.total
 }
-
-// Bytes is the size of one workspace.
-func (w *Workspaces) Bytes() uint64 { return w.bytes }
