@@ -154,7 +154,8 @@ func (p product) check(t *testing.T, y []uint16) {
 
 func newProduct(m, k, n int, seed uint64) product {
 	rng := rand.New(rand.NewPCG(seed, 99))
-	p := product{w: newMatrix("moderate", m, k, seed), n: n, x: make([]float64, n*k), seed: seed}
+	kind := []string{"moderate", "tiles"}[seed/2%2]
+	p := product{w: newMatrix(kind, m, k, seed), n: n, x: make([]float64, n*k), seed: seed}
 	for i := range p.x {
 		p.x[i] = fromBF16(bf16(rng.NormFloat64()))
 	}

@@ -21,12 +21,17 @@ import (
 )
 
 // seeds are the schedules a case runs under: derived from its name, so that cases differ and every run of the tests is the same, or
-// the one of ZS_EMU_SEED, to repeat a failure.
+// the one of ZS_EMU_SEED, to repeat a failure. ZS_EMU_SCHEDULES=n gives each case n times as many.
 func seeds(t *testing.T, n int) []uint64 {
 	if s := os.Getenv("ZS_EMU_SEED"); s != "" {
 		seed, err := strconv.ParseUint(s, 10, 64)
 		require.NoError(t, err)
 		return []uint64{seed}
+	}
+	if s := os.Getenv("ZS_EMU_SCHEDULES"); s != "" {
+		times, err := strconv.Atoi(s)
+		require.NoError(t, err)
+		n *= times
 	}
 	h := fnv.New64a()
 	h.Write([]byte(t.Name()))

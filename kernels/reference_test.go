@@ -207,6 +207,21 @@ var kinds = map[string]func(rng *rand.Rand, r, c int) uint16{
 		}
 		return bf16(rng.NormFloat64())
 	},
+	// Finite too, with tiles of every sort side by side: few escapes, dense, long lists. A lost escape is far too large and shows in a product.
+	"tiles": func(rng *rand.Rand, r, c int) uint16 {
+		w := bf16(rng.NormFloat64())
+		switch (r/64 + c/64) % 3 {
+		case 1:
+			if rng.IntN(20) < 9 {
+				w = w&0x807F | uint16(60+rng.IntN(10))<<7
+			}
+		case 2:
+			if rng.IntN(10) == 0 {
+				w = w&0x807F | uint16(112+rng.IntN(8))<<7
+			}
+		}
+		return w
+	},
 }
 
 func newMatrix(kind string, m, k int, seed uint64) matrix {
