@@ -38,7 +38,7 @@ class ZipConv1D(ZipLinear):
         return cast(ZipConv1D, cls.from_ziptensor(_transposed(weight), bias))
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(destination, prefix, keep_vars)
         key = prefix + "weight" + SUFFIX
         if key in destination and destination[key].numel() and not destination[key].is_meta:
             destination[key] = checkpoint_weight(self, dense=False)

@@ -38,17 +38,18 @@ def adopt(model: Any) -> None:
         return
     if not any(isinstance(module, BlobModule) for module in model.modules()):
         return
+    known: Any = model
     quantizer = ZipServQuantizer(ZipServConfig(), pre_quantized=False)
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:  # as transformers does for a model that was not loaded
         conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
     quantizer.original_conversions = conversions
-    model._weight_conversions = []
-    model.hf_quantizer = quantizer
-    model.is_quantized = True
-    model.quantization_method = quantizer.quantization_config.quant_method
-    model.config.quantization_config = quantizer.quantization_config
-    model.config._is_quantized = True
+    known._weight_conversions = []
+    known.hf_quantizer = quantizer
+    known.is_quantized = True
+    known.quantization_method = quantizer.quantization_config.quant_method
+    known.config.quantization_config = quantizer.quantization_config
+    known.config._is_quantized = True
 
 
 def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch.Tensor]:
