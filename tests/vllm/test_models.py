@@ -10,6 +10,7 @@ import torch
 import transformers
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from zipserv.integrations.vllm.collect import Collector
 from zipserv.integrations.vllm.embedding import ZipServEmbeddingMethod
 from zipserv.integrations.vllm.linear import ZipServLinearMethod
 from zipserv.integrations.vllm.moe import ZipServMoEMethod
@@ -81,6 +82,39 @@ def test_moe_model_agrees_with_the_uncompressed_model(folders, name, way) -> Non
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_loading_holds_few_layers_uncompressed(folders, name, monkeypatch) -> None:
+    """A plain checkpoint: the uncompressed weights in memory at any time are those of the layers under way; a compressed one: none."""
+    alive, peak = {}, 0
+    make, finish = Collector._make_plain, Collector.finish
+
+    def made(self):
+        nonlocal peak
+        plain = make(self)
+        alive[self.name] = plain.numel()
+        peak = max(peak, sum(alive.values()))
+        return plain
+
+    def finished(self):
+        blob = finish(self)
+        alive.pop(self.name, None)
+        return blob
+
+    monkeypatch.setattr(Collector, "_make_plain", made)
+    monkeypatch.setattr(Collector, "finish", finished)
+    with support.load(folders.plain(name), "zipserv") as loaded:
+        pass
+    total = sum(m.zip_weight.m * m.zip_weight.k for m in loaded.model.modules() if hasattr(m, "zip_weight"))
+    methods = [m.quant_method for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), ZipServMoEMethod)]
+    parts = [part for method in methods for part in (method.w13, method.w2)]
+    total += sum(p.m * p.k * len(p.spans) for p in parts)
+    assert not alive and 0 < peak < 0.65 * total  # two layers and a head: one layer, and what of the next comes first in the file
+    peak = 0
+    with support.load(folders.compressed(name)):
+        pass
+    assert peak == 0, "blobs on tile borders are never decoded to be loaded"
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_dummy_weights(folders, name) -> None:
     with support.load(folders.plain(name), "zipserv", load_format="dummy") as dummy:
         assert torch.isfinite(reference.logits(dummy.model, dummy.config, TOKENS)).all()
@@ -131,3 +165,33 @@ def test_a_newer_layout_is_refused() -> None:
 
     with pytest.raises(ValueError, match="version 2"):
         ZipServConfig.from_config({"quant_method": "zipserv", "version": 2})
+
+
+@pytest.mark.parametrize("form", ["stacked", "one-by-one"])
+def test_stacked_experts(folders, tmp_path, form) -> None:
+    """Experts stored as one three-dimensional tensor a layer, compressed as one blob or (transformers' way) one for each expert."""
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    import zipserv
+
+    folder = tmp_path / form
+    shutil.copytree(folders.plain("qwen3-moe"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        parts = {part: [tensors.pop(f"{prefix}.{expert}.{part}.weight") for expert in range(8)] for part in ("gate_proj", "up_proj", "down_proj")}
+        gate_up = [torch.cat(pair) for pair in zip(parts["gate_proj"], parts["up_proj"], strict=True)]
+        for name, experts in (("gate_up_proj", gate_up), ("down_proj", parts["down_proj"])):
+            if form == "stacked":
+                tensors[f"{prefix}.{name}_zipserv"] = zipserv.compress(torch.stack(experts)).blob
+            else:
+                tensors |= {f"{prefix}.{name}.{i}_zipserv": zipserv.compress(expert).blob for i, expert in enumerate(experts)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "zipserv", "version": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    with support.load(folders.plain("qwen3-moe"), "zipserv") as flag, support.load(folder) as zip_:
+        assert torch.equal(reference.logits(zip_.model, zip_.config, TOKENS), reference.logits(flag.model, flag.config, TOKENS))

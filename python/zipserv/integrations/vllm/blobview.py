@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from vllm.model_executor.models.utils import WeightsMapper
 
-from zipserv import tiles
+from zipserv import _zipserv, tiles
 from zipserv.format import SUFFIX, Header
 
 aten = torch.ops.aten
@@ -111,7 +111,9 @@ class BlobView(torch.Tensor):
         return self.is_rectangle() and self.numel() == self.header.m * self.header.k
 
     def decode(self) -> torch.Tensor:
-        """The weights of the view. Only the tiles that it touches are read."""
+        """The weights of the view. Only the tiles that it touches are read; if that is all of them, the checksum is checked, too."""
+        if self.is_whole():
+            _zipserv.check(self.blob.data_ptr(), self.blob.numel(), True)
         (r0, r1), (c0, c1) = self.part()
         weights = tiles.decode(self.blob, (r0, r1), (c0, c1)).view(-1)
         k, width = self.header.k, c1 - c0

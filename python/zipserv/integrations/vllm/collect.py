@@ -36,6 +36,7 @@ class Collector:
         self.name, self.rows, self.cols, self.dtype, self.device = name, rows, cols, dtype, device
         self.plain: torch.Tensor | None = None
         self.blocks: dict[Rect, tiles.Block] = {}
+        self.whole: torch.Tensor | None = None  # the blob, where one alone is all of the matrix
         self.rects: set[Rect] = set()
         self.done = False
 
@@ -63,7 +64,10 @@ class Collector:
             assert isinstance(source, BlobView)
             if source.is_whole():  # nothing else of this blob goes elsewhere: its own checksum can be held against it
                 _zipserv.check(source.blob.data_ptr(), source.blob.numel(), True)
-            self.blocks[rect] = tiles.Block.of(source.blob, *source.part()).own()
+                if rect == (0, self.rows, 0, self.cols):
+                    self.whole = source.blob
+            block = tiles.Block.of(source.blob, *source.part())
+            self.blocks[rect] = block if self.whole is not None else block.own()
         else:
             self._make_plain()[r0:r1, c0:c1].copy_(source.reshape(r1 - r0, c1 - c0))
         self.rects.add(rect)
@@ -85,17 +89,19 @@ class Collector:
             self.plain = torch.zeros(self.rows, self.cols, dtype=self.dtype, device=self.device)
             for (r0, r1, c0, c1), block in self.blocks.items():
                 self.plain[r0:r1, c0:c1].copy_(tiles.decode(tiles.assemble([[block]])))
-            self.blocks = {}
+            self.blocks, self.whole = {}, None
         return self.plain
 
     def finish(self) -> torch.Tensor:
         """The blob, on the device; whatever has not come is zero. The collector is empty afterwards."""
         grid = self._grid()
-        if grid is not None:
+        if self.whole is not None:
+            blob = self.whole.to(self.device, copy=True)
+        elif grid is not None:
             blob = tiles.assemble(grid).to(self.device)
         else:
             blob = torch.ops.zipserv.compress(self._make_plain())
-        self.done, self.plain, self.blocks = True, None, {}
+        self.done, self.plain, self.blocks, self.whole = True, None, {}, None
         return blob
 
     def _grid(self) -> list[list[tiles.Block]] | None:
