@@ -32,8 +32,11 @@ var (
 // layouts lists those of the mma kernel that serve a class of tokens without spilling registers.
 func layouts(d Device, class uint64) []variant {
 	list := mmaNarrow
-	if d.Capability < 90 { // what comes by cp.async leaves fewer registers
-		list = []variant{{2, 4}, {3, 2}, {2, 2}}
+	if d.Capability < 90 { // the compiler needs a few registers more there; with 2 x 4 warps they suffice
+		list = []variant{{3, 2}, {2, 2}}
+		if eight := (variant{2, 4}); mma.fits(d, eight, class) {
+			list = []variant{eight}
+		}
 	}
 	if class <= wideTokens {
 		return slices.Concat(mmaWide, list)
@@ -83,7 +86,7 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 			return wgmma.launch(d, variant{2, 2}, p.M, p.K, n), nil
 		}
 	}
-	v, err := best(d, layouts(d, n), p.M, p.K, min(n, mmaTokens))
+	v, err := best(d, layouts(d, min(n, mmaTokens)), p.M, p.K, min(n, mmaTokens))
 	if err != nil {
 		return Linear{}, err
 	}
