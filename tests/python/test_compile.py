@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def test_compile_fullgraph() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="TorchInductor needs a C++ compiler for the CPU")
 @torch.no_grad()
 def test_compile_inductor() -> None:
     made = compressed()
