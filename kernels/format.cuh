@@ -171,19 +171,40 @@ struct Escapes {
     // Gives every escape its exponent in the decoded tile. The warp must have met (__syncwarp) since the decode, and must meet again before the tile
     // is read. `spare`: two bytes of shared memory that nobody reads.
     ZS_DEVICE void patch(const uint8_t* escapes, uint32_t tile, uint32_t spare, uint32_t lane) const {
-        // Literals come first in a list, so the first entry tells whether there are any.
-        const bool rare = head.dense || head.count > 128 || __shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15;
-        if (rare) {
-            patch_rare(escapes + (uint64_t)head.offset * 16, tile, lane);
+        const uint8_t* list = escapes + (uint64_t)head.offset * 16;
+        if (head.dense) {
+            patch_dense(list, tile, lane, 32);
             return;
         }
         scratch_bytes(spare, 2);
-        // No branch: lanes without an entry write to the spare bytes. Loads first, then stores: four latencies become one.
+        uint32_t more[2] = {0, 0};  // entries 128 .. 255, under way during the first
+        if (head.count > 128) load_more(more, list, 128, lane);
+        patch_words(words, 0, tile, spare, lane);
+        if (head.count > 128) {
+            patch_words(more, 128, tile, spare, lane);
+            for (uint32_t first = 256; first < head.count; first += 128) {
+                load_more(more, list, first, lane);
+                patch_words(more, first, tile, spare, lane);
+            }
+        }
+        // Literals come first in a list, so the first entry tells whether there are any.
+        if (__shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15) patch_literals(list, tile, lane);
+    }
+
+    // Two words a lane of entries first .. first + 127.
+    ZS_DEVICE void load_more(uint32_t (&to)[2], const uint8_t* list, uint32_t first, uint32_t lane) const {
+#pragma unroll
+        for (uint32_t g = 0; g < 2; g++) to[g] = first + 64 * g + 2 * lane < head.count ? ld_stream_u32(list + 2 * first + 128 * g + 4 * lane) : 0;
+    }
+
+    // No branch: lanes without an entry, and literals, write to the spare bytes. Loads first, then stores: four latencies become one.
+    ZS_DEVICE void patch_words(const uint32_t (&from)[2], uint32_t first, uint32_t tile, uint32_t spare, uint32_t lane) const {
         uint32_t at[4], value[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t entry = i & 1 ? words[i / 2] >> 16 : words[i / 2] & 0xFFFFu;
-            at[i] = 64 * (i / 2) + 2 * lane + (i & 1) < head.count ? tile + swizzle_position(entry & 0xFFFu) : spare;
+            const uint32_t entry = i & 1 ? from[i / 2] >> 16 : from[i / 2] & 0xFFFFu;
+            const bool mine = first + 64 * (i / 2) + 2 * lane + (i & 1) < head.count && entry < 15u << 12;
+            at[i] = mine ? tile + swizzle_position(entry & 0xFFFu) : spare;
             value[i] = escape_exponent(entry, head.base) << 7;
         }
 #pragma unroll
@@ -192,11 +213,12 @@ struct Escapes {
         for (uint32_t i = 0; i < 4; i++) st_shared_u16(at[i], value[i]);
     }
 
-    ZS_DEVICE void patch_rare(const uint8_t* list, uint32_t tile, uint32_t lane) const {
-        if (head.dense) {
-            patch_dense(list, tile, lane, 32);
-            return;
+    ZS_DEVICE void patch_literals(const uint8_t* list, uint32_t tile, uint32_t lane) const {
+        for (uint32_t i = lane;; i += 32) {
+            const uint32_t entry = i < head.count ? ((const uint16_t*)list)[i] : 0;
+            const bool literal = entry >> 12 == 15;
+            if (literal) patch_entry(list, head, i, entry, tile);
+            if (!__any_sync(0xFFFFFFFFu, literal)) return;
         }
-        for (uint32_t i = lane; i < head.count; i += 32) patch_entry(list, head, i, ((const uint16_t*)list)[i], tile);
     }
 };
