@@ -75,7 +75,7 @@ func (d *Device) linear(m, k, n uint64) (*linearPlan, error) {
 	if l, known := d.linears.Load(key); known {
 		return l.(*linearPlan), nil
 	}
-	p, err := plan.ForLinear(d.planDevice, plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant})
+	p, err := plan.ForLinear(d.planDevice, plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, WGMMA: wgmma})
 	if err != nil {
 		return nil, err
 	}

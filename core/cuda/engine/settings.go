@@ -18,6 +18,11 @@ var (
 // EnvInvariant names the variable that switches batch invariance on at start; it is vLLM's.
 const EnvInvariant = "VLLM_BATCH_INVARIANT"
 
+// EnvWGMMA names the variable that lets plans choose the wgmma kernel for 33 to 128 tokens on compute capability 9.0. It is an experiment.
+const EnvWGMMA = "ZIPSERV_WGMMA"
+
+var wgmma = os.Getenv(EnvWGMMA) == "1"
+
 func init() { invariant.Store(os.Getenv(EnvInvariant) == "1") }
 
 // SetCompilerDirs says in which directories NVRTC may lie. It counts until a compiler has been found.

@@ -34,11 +34,14 @@ func (d Device) tensorRate() float64 {
 	case d.Capability >= 100 && d.Capability < 120:
 		perClock = 8192
 	}
-	clock := d.ClockHz
-	if clock == 0 {
-		clock = 1.5e9
+	return perClock * d.clock() * float64(d.SMs)
+}
+
+func (d Device) clock() float64 {
+	if d.ClockHz == 0 {
+		return 1.5e9
 	}
-	return perClock * clock * float64(d.SMs)
+	return d.ClockHz
 }
 
 // Kernel is one launch of one variant of one source.

@@ -11,6 +11,7 @@ import (
 type Problem struct {
 	M, K, N   uint64
 	Invariant bool // a token's result must not depend on N
+	WGMMA     bool // the wgmma kernel may be chosen: an experiment, see docs/gpu.md
 }
 
 // Linear says how a problem is solved.
@@ -73,7 +74,7 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 		return forInvariant(d, p)
 	}
 	n := Class(p.N)
-	if d.Capability == 90 {
+	if d.Capability == 90 && p.WGMMA {
 		small := Tiles(p.M, p.K) < smallTiles
 		switch {
 		case n > wgmmaTokens:

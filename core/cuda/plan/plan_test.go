@@ -54,12 +54,13 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 	for name, d := range devices {
 		for _, mk := range matrices {
 			for _, n := range []uint64{1, 2, 8, 9, 33, 64, 65, 100, 512, 8192} {
-				for _, invariant := range []bool{false, true} {
-					l, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: n, Invariant: invariant})
+				for _, p := range []plan.Problem{{}, {Invariant: true}, {WGMMA: true}, {Invariant: true, WGMMA: true}} {
+					p.M, p.K, p.N = mk[0], mk[1], n
+					l, err := plan.ForLinear(d, p)
 					require.NoError(t, err)
-					label := fmt.Sprintf("%s %v N=%d invariant=%v", name, mk, n, invariant)
+					label := fmt.Sprintf("%s %+v", name, p)
 					if l.Expand {
-						assert.False(t, invariant, label)
+						assert.False(t, p.Invariant, label)
 						continue
 					}
 					checkKernel(t, d, l.Kernel)
@@ -144,6 +145,14 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.Equal(t, "zipgemm_mma.cu", l.Kernel.Source)
 	assert.Equal(t, 8, define(t, l.Kernel, "ZS_N"))
 	assert.EqualValues(t, 132, l.Kernel.Grid, "every SM has a share")
+	for _, n := range []uint64{40, 100} {
+		l, err = plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: n})
+		require.NoError(t, err)
+		assert.NotContains(t, l.Kernel.Source, "wgmma", "only on request")
+		l, err = plan.ForLinear(d, plan.Problem{M: 4096, K: 4096, N: n, WGMMA: true})
+		require.NoError(t, err)
+		assert.Equal(t, "zipgemm_wgmma.cu", l.Kernel.Source)
+	}
 	small, err := plan.ForLinear(d, plan.Problem{M: 64, K: 64, N: 5})
 	require.NoError(t, err)
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")

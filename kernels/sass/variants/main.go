@@ -69,8 +69,9 @@ func main() {
 			add(c.Scan)
 			add(c.Write)
 			for n := uint64(1); n <= 1024; n = next(n) {
-				for _, invariant := range []bool{true, false} {
-					l, err := plan.ForLinear(t.device, plan.Problem{M: m, K: k, N: n, Invariant: invariant})
+				for _, p := range []plan.Problem{{Invariant: true}, {}, {WGMMA: true}} {
+					p.M, p.K, p.N = m, k, n
+					l, err := plan.ForLinear(t.device, p)
 					if err != nil {
 						fmt.Fprintln(os.Stderr, t.arch, err)
 						os.Exit(1)
