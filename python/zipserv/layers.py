@@ -168,7 +168,12 @@ def _replace_blob(old: torch.Tensor, blob: torch.Tensor, header: Header, owned: 
     if old.numel() == blob.numel():
         # In place, as for every other tensor: shared blobs stay shared and captured CUDA graphs stay valid.
         with torch.no_grad():
-            return old.copy_(blob)
+            old.copy_(blob)
+        if old.is_cuda:
+            from . import cuda
+
+            cuda.changed(old)  # the next product must not fetch weights ahead of this copy
+        return old
     known = _successors.get(old, header)
     if known is not None:
         return known
