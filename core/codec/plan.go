@@ -144,6 +144,7 @@ func (p *Plan) Encode(ctx context.Context, dst []byte) error {
 	if uint64(len(dst)) != sec.Total {
 		return format.Argumentf("destination has %d bytes, the blob %d", len(dst), sec.Total)
 	}
+	expectLarge(dst)
 	header := p.header.Marshal()
 	copy(dst, header[:])
 	if p.header.Mode == format.Raw {

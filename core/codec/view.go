@@ -66,6 +66,7 @@ func (v *View) DecodeRows(ctx context.Context, row0, row1 uint64, dst []byte, st
 	if need := 2 * ((row1-row0-1)*stride + h.K); uint64(len(dst)) < need {
 		return format.Argumentf("destination has %d bytes, %d rows of stride %d need %d", len(dst), row1-row0, stride, need)
 	}
+	expectLarge(dst)
 	if h.Mode == format.Raw {
 		return v.copyRows(ctx, row0, row1, dst, stride)
 	}
