@@ -31,6 +31,7 @@ from .writer import (
     VERSION_KEY,
     FileWriter,
     data_checksum,
+    require_writable,
     tensor_bytes,
     write_text,
 )
@@ -81,6 +82,9 @@ def save_file(
     else:
         stem = path.name.removesuffix(".safetensors")
         count = len(shards)
+        index_path = path.with_name(stem + _INDEX_SUFFIX)
+        for replaced in (path, index_path):
+            require_writable(replaced)
         paths = [path.with_name(f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors") for i in range(count)]
     writers: list[FileWriter] = []
     try:
@@ -103,7 +107,6 @@ def save_file(
         return paths
     weight_map = {key: writer.path.name for writer in writers for key in writer.keys}
     index = {"metadata": {"total_size": sum(writer.nbytes for writer in writers)}, "weight_map": weight_map}
-    index_path = path.with_name(stem + _INDEX_SUFFIX)
     write_text(index_path, json.dumps(index, indent=2, sort_keys=True) + "\n")
     path.unlink(missing_ok=True)  # a single file of the same name would be read in place of the shards
     return [*paths, index_path]
@@ -163,6 +166,7 @@ class TensorFile:
         self._handles = [_open(file) for file in self.files]
         self._metadata: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
+        self._sealed: set[int] = set()  # files that must have a checksum for every plain tensor
         self._where: dict[str, tuple[int, str]] = {}
         self._tied: dict[str, str] = {}
         for number, handle in enumerate(self._handles):
@@ -183,6 +187,8 @@ class TensorFile:
             if name in self._where:
                 raise Error(f"{file}: {name!r} is stored twice")
             self._where[name] = (number, key)
+        if VERSION_KEY in metadata or CHECKSUMS_KEY in metadata:
+            self._sealed.add(number)
         self._checksums.update(_json_strings(file, metadata, CHECKSUMS_KEY))
         for alias, kept in _json_strings(file, metadata, TIED_KEY).items():
             alias, kept = alias.removesuffix(SUFFIX), kept.removesuffix(SUFFIX)
@@ -242,6 +248,8 @@ class TensorFile:
                     raise Error(f"{key!r} should be a vector of bytes, not of shape {tuple(tensor.shape)}")
                 return ZipTensor.from_blob(tensor, verify="full" if self.verify else "structure").to(self.device)
             expected = self._checksums.get(key)
+            if self.verify and expected is None and number in self._sealed:
+                raise Error("damaged: the file has no checksum for it")
             if self.verify and expected is not None:
                 found = f"{data_checksum(tensor_bytes(tensor)):08x}"
                 if found != expected:

@@ -71,7 +71,7 @@ class FileWriter:
         self._checksums: dict[str, str] = {}
         self._tied: dict[str, str] = {}
         self._size = 0
-        _require_writable(self.path)
+        require_writable(self.path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0)
         self._file = os.fdopen(os.open(self._temporary, flags, 0o666), "wb")
@@ -249,11 +249,14 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     return {key: value for key, value in checked.items() if key not in (VERSION_KEY, CHECKSUMS_KEY, TIED_KEY)}
 
 
-def _require_writable(path: Path) -> None:
+def require_writable(path: Path) -> None:
+    """Raise OSError where a rename to ``path`` would replace what is not to be replaced."""
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder, a file's name is needed")
     if not path.exists():
         return
+    if not path.is_file():  # a rename would put a file in the place of /dev/null itself
+        raise OSError(f"{path} is a device or a pipe, a file's name is needed")
     # A rename would replace a read-only file without asking; its owner marked it for a reason.
     if not stat.S_IMODE(path.stat().st_mode) & 0o222 or not os.access(path, os.W_OK):
         raise PermissionError(f"{path} is read-only")

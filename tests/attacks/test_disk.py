@@ -103,6 +103,10 @@ def test_read_only_file_is_not_replaced(source: Path, capsys: pytest.CaptureFixt
     target.chmod(0o444)
     assert cli.run(["compress", str(source), str(target), "--force"]) == 4
     assert "read-only" in capsys.readouterr().err and target.read_bytes() == b"old"
+    packed = source.with_name("packed.safetensors")
+    assert cli.run(["compress", str(source), str(packed)]) == 0
+    assert cli.run(["decompress", str(packed), str(target), "--force"]) == 4
+    assert "read-only" in capsys.readouterr().err and target.read_bytes() == b"old"
 
 
 def test_no_such_folder(source: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,18 @@ def join(path: Path, header: dict[str, Any], payload: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
 
 
+def test_a_plain_tensor_without_its_checksum_is_noticed(path: Path) -> None:
+    header, payload = split(path)
+    renamed = dict(header)
+    renamed["bjas"] = renamed.pop("bias")
+    without = {**header, "__metadata__": {k: v for k, v in header["__metadata__"].items() if k != "zipserv.checksums"}}
+    for damaged in (renamed, without):
+        join(path, damaged, payload)
+        with pytest.raises(zipserv.Error, match="no checksum"):
+            zipserv.load_file(path)
+        assert len(zipserv.load_file(path, verify=False)) == 2
+
+
 def test_every_flipped_byte_of_the_data_is_noticed(path: Path) -> None:
     header, payload = split(path)
     chooser = random.Random(7)
@@ -102,7 +114,9 @@ def test_a_blob_swapped_for_another_is_just_that_blob_but_never_a_plain_tensor(p
     header, payload = split(path)
     header["w" + SUFFIX]["dtype"] = "I8"
     join(path, header, payload)
-    assert "w" not in zipserv.load_file(path)  # not bytes: an ordinary tensor under its own name
+    assert "w" not in zipserv.load_file(path, verify=False)  # not bytes: an ordinary tensor under its own name
+    with pytest.raises(zipserv.Error, match="no checksum"):
+        zipserv.load_file(path)
     header["w" + SUFFIX]["dtype"] = "U8"
     join(path, header, bytes(len(payload)))
     with pytest.raises(zipserv.Error):
@@ -169,13 +183,25 @@ def test_missing_places(tmp_path: Path) -> None:
         zipserv.save_file({"w": weights(2)}, tmp_path)
 
 
-def test_a_read_only_target_stays(path: Path) -> None:
+@pytest.mark.parametrize("shard", [None, 100])
+def test_a_read_only_target_stays(path: Path, shard: int | None) -> None:
     before = path.read_bytes()
     path.chmod(0o444)
     with pytest.raises(PermissionError, match="read-only"):
-        zipserv.save_file({"w": weights(2)}, path)
+        zipserv.save_file({"w": weights(20), "v": weights(21)}, path, max_shard_size=shard)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == [path.name]
+
+
+@pytest.mark.parametrize("shard", [None, 100])
+def test_a_folder_or_a_pipe_as_target_stays(tmp_path: Path, shard: int | None) -> None:
+    folder, pipe = tmp_path / "folder", tmp_path / "pipe"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    for place in (folder, pipe):
+        with pytest.raises(OSError, match="a file's name is needed"):
+            zipserv.save_file({"w": weights(20), "v": weights(21)}, place, max_shard_size=shard)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"] and pipe.is_fifo()
 
 
 def test_a_place_where_nothing_can_be_written() -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..writer import commit_file
+from ..writer import commit_file, require_writable
 from .output import Code, Failure, WriteFailure
 
 SHARD = ".safetensors"
@@ -108,8 +107,7 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with writing(path):
-        if path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "the file is read-only")
+        require_writable(path)
         try:
             fill(temporary)
             with open(temporary, "rb") as file:
