@@ -130,6 +130,14 @@ def _decompress_out_cpu(blob: torch.Tensor, m: int, k: int, dtype_code: int, row
     _decode(blob, row0, out)
 
 
+def _decompress_out_versioned(keys: Any, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, out: torch.Tensor) -> None:
+    """Tells autograd that ``out`` has changed, so that a graph that had kept its old values refuses to run."""
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        torch.ops.zipserv.decompress_out(blob, m, k, dtype_code, row0, out)
+    if not out.is_inference():
+        torch.autograd.graph.increment_version(out)
+
+
 def _compress_cpu(weight: torch.Tensor) -> torch.Tensor:
     code = DTYPE_CODES[weight.dtype]
     weight = weight.contiguous()
@@ -284,6 +292,7 @@ def _register() -> None:
         _LIB.impl(name, cpu, "CPU")
         _LIB.impl(name, cuda, "CUDA")
         torch.library.register_fake(f"zipserv::{name}", fake, lib=_LIB)
+    _LIB.impl("decompress_out", _decompress_out_versioned, "ADInplaceOrView", with_keyset=True)
     torch.library.register_autograd("zipserv::linear", _linear_backward, setup_context=_linear_setup, lib=_LIB)
     torch.library.register_autograd("zipserv::linear_grad_x", _grad_x_backward, setup_context=_grad_x_setup, lib=_LIB)
 

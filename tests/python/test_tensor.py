@@ -293,3 +293,17 @@ def test_a_header_alone() -> None:
     assert header == z.header and header.nbytes == z.nbytes
     with pytest.raises(zipserv.Error, match="100 bytes"):
         parse_header(z.blob[:100])
+
+
+def test_out_that_autograd_has_kept_is_not_overwritten_unnoticed() -> None:
+    z, factor = zipserv.compress(weights(70, 90)), torch.randn(70, 90).bfloat16().requires_grad_()
+    for rows in (False, True):
+        out = torch.ones(70, 90).bfloat16()
+        y = (factor * out).sum()
+        z.decompress_rows(0, 70, out=out) if rows else z.decompress(out=out)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+    with torch.inference_mode():
+        kept = torch.empty(70, 90).bfloat16()
+        z.decompress(out=kept)
+    assert_same_bits(z.decompress(out=kept), z.decompress())
