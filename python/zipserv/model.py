@@ -331,7 +331,7 @@ def _selector(include: Patterns, exclude: Patterns) -> Callable[[str, nn.Module]
 def _predicate(patterns: Patterns) -> Callable[[str, nn.Module], bool] | None:
     if patterns is None or callable(patterns):
         return patterns
-    globs = [patterns] if isinstance(patterns, str) else list(patterns)
+    globs = [patterns] if isinstance(patterns, str) else list(patterns) if isinstance(patterns, Iterable) else [patterns]
     if any(not isinstance(glob, str) for glob in globs):
         raise TypeError("include and exclude are a glob, a list of globs, or a function of name and module")
     return lambda name, _: any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -290,6 +290,8 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
     """:func:`linear` on a blob whose sizes the caller knows; what ``ZipLinear.forward`` runs."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
+    if bias is not None and not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias must be a torch.Tensor or None, not {type(bias).__name__}")
     if x.dtype != dtype or (bias is not None and bias.dtype != dtype):
         if x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(dtype)
@@ -347,6 +349,8 @@ def require_compressible(tensor: torch.Tensor) -> None:
         raise TypeError(f"expected a torch.Tensor, not {type(tensor).__name__}")
     if tensor.is_quantized:
         raise TypeError(f"quantized tensors ({tensor.dtype}) can't be compressed: tensor.dequantize().to(torch.bfloat16) first")
+    if tensor.is_nested:
+        raise TypeError("nested tensors can't be compressed: compress each tensor of tensor.unbind()")
     if tensor.layout != torch.strided:
         raise TypeError(f"sparse tensors ({tensor.layout}) can't be compressed: tensor.to_dense() first")
     if type(tensor).__name__ == "DTensor":

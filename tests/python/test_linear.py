@@ -147,3 +147,15 @@ def test_memory_is_a_panel_not_the_weight(monkeypatch: pytest.MonkeyPatch) -> No
     for event in profile.events() or ():
         largest = max(largest, event.cpu_memory_usage)
     assert 0 < largest <= 4 * 64 * 512 * 2 < z.original_nbytes
+
+
+def test_bias_that_is_no_tensor() -> None:
+    packed = zipserv.compress(weights(64, 64))
+    with pytest.raises(TypeError, match="bias must be a torch.Tensor or None, not list"):
+        zipserv.linear(weights(1, 64), packed, [0.0] * 64)  # type: ignore[arg-type]
+
+
+def test_nested_tensor_is_refused_with_the_cure() -> None:
+    nested = torch.nested.nested_tensor([weights(2, 64), weights(3, 64)])
+    with pytest.raises(TypeError, match="unbind"):
+        zipserv.compress(nested)

@@ -304,3 +304,8 @@ def test_prepare_model_of_every_kind() -> None:
     model.to(torch.bfloat16).load_state_dict(source.state_dict())
     for found, expected in zip(model.buffers(), source.buffers(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_include_that_is_no_pattern() -> None:
+    with pytest.raises(TypeError, match="a glob, a list of globs, or a function"):
+        zipserv.compress_model(nn.Sequential(nn.Linear(64, 64).bfloat16()), exclude=3)  # type: ignore[arg-type]
