@@ -139,7 +139,8 @@ class ZipServQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         from .saving import checkpoint_state_dict
 
-        return checkpoint_state_dict(model, self.original_conversions), {"zipserv": "1"}
+        # No "zipserv" in the metadata: that is what zipserv's own writer says of files that carry checksums, and transformers writes none.
+        return checkpoint_state_dict(model, self.original_conversions), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         from .modules import restore_modules
