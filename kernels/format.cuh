@@ -85,13 +85,7 @@ struct LaneWords {
     Vec4 a, b;            // sign and mantissa
     uint32_t p0, p1, p2;  // bitmaps
     ZS_DEVICE LaneWords() {}
-    // From warp tile w of the fixed part at shared address `fixed`.
-    ZS_DEVICE LaneWords(uint32_t fixed, uint32_t w, uint32_t lane) {
-        const uint32_t words = fixed + w * ZS_SIGN_MANTISSA + lane * 16, bits = fixed + ZS_BITMAPS + w * ZS_WARP_BITMAPS + lane * 4;
-        a = ld_shared_v4(words), b = ld_shared_v4(words + 512);
-        p0 = ld_shared_u32(bits), p1 = ld_shared_u32(bits + 128), p2 = ld_shared_u32(bits + 256);
-    }
-    // From global memory.
+    // From warp tile w of the fixed part.
     ZS_DEVICE LaneWords(const uint8_t* fixed, uint32_t w, uint32_t lane) {
         const uint8_t *words = fixed + w * ZS_SIGN_MANTISSA + lane * 16, *bits = fixed + ZS_BITMAPS + w * ZS_WARP_BITMAPS + lane * 4;
         a = ld_stream_v4(words), b = ld_stream_v4(words + 512);

@@ -194,10 +194,6 @@ ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
     asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(bytes) : "memory");
 }
-// Announces bytes without arriving.
-ZS_DEVICE void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) {
-    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
-}
 // Makes the initialised barriers visible to the copy engine.
 ZS_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Orders this thread's shared-memory accesses before later ones of the copy engine and of wgmma.
@@ -233,13 +229,4 @@ ZS_DEVICE void pin(const uint8_t*& p) { asm volatile("" : "+l"(p)); }
 
 #ifdef ZS_WGMMA
 #include "wgmma.cuh"
-#endif
-
-// Bulk copies and mbarrier transactions: compute capability 9.0 and later. The emulator runs both paths.
-#ifndef ZS_BULK
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define ZS_BULK 1
-#else
-#define ZS_BULK 0
-#endif
 #endif

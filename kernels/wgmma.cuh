@@ -20,15 +20,6 @@ ZS_DEVICE void wgmma_pin(float (&d)[N]) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-template <int REGISTERS>
-ZS_DEVICE void setmaxnreg_inc() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-template <int REGISTERS>
-ZS_DEVICE void setmaxnreg_dec() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-}
-
 // d[64 x N] += a[64 x 16] * b[16 x N]; a: 64 rows, b: N rows of 16 consecutive BF16 (both "K-major"), given by descriptors.
 template <int N>
 ZS_DEVICE void wgmma_m64k16_bf16(float (&d)[N / 2], uint64_t a, uint64_t b);
