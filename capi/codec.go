@@ -133,14 +133,19 @@ func zsgo_header(header unsafe.Pointer, n C.uint64_t, info *C.zs_info_t) C.int32
 	})
 }
 
+// view parses the caller's blob.
+func view(blob unsafe.Pointer, n C.uint64_t) (*codec.View, error) {
+	b, err := memory("blob", blob, n)
+	if err != nil {
+		return nil, err
+	}
+	return codec.Parse(b)
+}
+
 //export zsgo_info
 func zsgo_info(blob unsafe.Pointer, n C.uint64_t, info *C.zs_info_t) C.int32_t {
 	return guardLong(C.ZS_ERR_FORMAT, uint64(n), func(ctx context.Context) error {
-		b, err := memory("blob", blob, n)
-		if err != nil {
-			return err
-		}
-		v, err := codec.Parse(b)
+		v, err := view(blob, n)
 		if err != nil {
 			return err
 		}
@@ -169,11 +174,7 @@ func zsgo_check(blob unsafe.Pointer, n C.uint64_t, full C.int32_t) C.int32_t {
 //export zsgo_decode
 func zsgo_decode(blob unsafe.Pointer, n C.uint64_t, dst unsafe.Pointer, dstLen C.uint64_t) C.int32_t {
 	return guardLong(C.ZS_ERR_FORMAT, uint64(dstLen), func(ctx context.Context) error {
-		b, err := memory("blob", blob, n)
-		if err != nil {
-			return err
-		}
-		v, err := codec.Parse(b)
+		v, err := view(blob, n)
 		if err != nil {
 			return err
 		}
@@ -191,11 +192,7 @@ func zsgo_decode(blob unsafe.Pointer, n C.uint64_t, dst unsafe.Pointer, dstLen C
 //export zsgo_decode_rows
 func zsgo_decode_rows(blob unsafe.Pointer, n, row0, row1 C.uint64_t, dst unsafe.Pointer, dstLen, stride C.uint64_t) C.int32_t {
 	return guardLong(C.ZS_ERR_FORMAT, uint64(dstLen), func(ctx context.Context) error {
-		b, err := memory("blob", blob, n)
-		if err != nil {
-			return err
-		}
-		v, err := codec.Parse(b)
+		v, err := view(blob, n)
 		if err != nil {
 			return err
 		}
