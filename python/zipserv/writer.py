@@ -8,7 +8,7 @@ import os
 import secrets
 import stat
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -183,11 +183,15 @@ class FileWriter:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file atomically."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def replace_file(path: Path, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` write a temporary file beside ``path``, then put it in place in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        fill(temporary)
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         commit_file(temporary, path)
     finally:

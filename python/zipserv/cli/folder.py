@@ -7,14 +7,13 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..writer import commit_file, require_writable
+from ..writer import replace_file, require_writable
 from .output import Code, Failure, WriteFailure
 
 SHARD = ".safetensors"
@@ -105,16 +104,9 @@ def write_atomically(path: Path, fill: Callable[[Path], object]) -> None:
 
     Whatever goes wrong, ``path`` is either as it was or complete. Raises WriteFailure.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         require_writable(path)
-        try:
-            fill(temporary)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            commit_file(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_file(path, fill)
 
 
 def write_json(path: Path, document: Mapping[str, object]) -> None:
