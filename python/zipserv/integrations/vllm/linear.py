@@ -19,7 +19,7 @@ from .weight import ZipWeight
 
 @register_weight_loader_v2_supported_method
 class ZipServLinearMethod(LinearMethodBase):  # type: ignore[misc]
-    """`y = x W^T + b` with W compressed. The same bits for a token whatever else is in the batch: batch-invariant."""
+    """`y = x W^T + b` with W compressed. With `VLLM_BATCH_INVARIANT=1` a token has the same bits whatever else is in the batch."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
