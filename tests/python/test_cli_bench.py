@@ -170,20 +170,46 @@ class FakeCuda:
         self.capturing = False
 
 
-def test_loop_on_a_gpu_times_one_graph_of_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_length() -> None:
+    assert timing.loop_length(8, 10e-6, 8) == 104  # whole rotations, a millisecond
+    assert timing.loop_length(8, 1e-3, 8) == 8
+    assert timing.loop_length(8, 1e-9, 8) == 256  # no longer than that
+    assert timing.loop_length(300, 1e-9, 8) == 300  # but every copy has its turn
+    assert timing.loop_length(8, 25e-3, 3) == 3 and timing.loop_length(8, 4e-3, 2) == 5  # a part, as far as the cache allows
+
+
+def test_loop_on_a_gpu_times_one_graph_of_whole_rotations(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeCuda()
     monkeypatch.setattr(timing, "_CUDA", fake)
+    warm: list[int] = []
     seen: list[int] = []
 
     def call(i: int) -> None:
-        if fake.capturing:
-            fake.captured += 1
-            seen.append(i)
+        (seen if fake.capturing else warm).append(i)
+        fake.captured += fake.capturing
 
-    loop = timing.Loop([partial(call, i) for i in range(5)], torch.device("cuda"))
-    assert seen == [0, 1, 2, 3, 4] and fake.replays == 1
+    rotation = [partial(call, i) for i in range(5)]
+    loop = timing.Loop(rotation, torch.device("cuda"), length=15)
+    assert warm[:5] == [0, 1, 2, 3, 4]  # every call has run before any is captured
+    assert seen == [0, 1, 2, 3, 4] * 3 and fake.replays == 1 and len(loop) == 15
     assert loop.seconds() == pytest.approx(1e-3) and fake.replays == 2
     loop.close()
+    chosen = timing.Loop(rotation, torch.device("cuda"))
+    assert len(chosen) > 5 and len(chosen) % 5 == 0
+
+
+def test_both_loops_are_as_long_as_the_faster_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeCuda()
+    monkeypatch.setattr(timing, "_CUDA", fake)
+
+    def call(seconds: float) -> None:
+        fake.captured += fake.capturing
+        clock[0] += seconds
+
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    slow, fast = timing.loops([partial(call, 2e-3)] * 2, [partial(call, 1e-4)] * 2, torch.device("cuda"))
+    assert len(slow) == len(fast) == 10
 
 
 def test_roofline() -> None:

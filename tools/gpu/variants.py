@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT / "python"), str(ROOT / "kernels" / "sass")]
 import zipserv  # noqa: E402
 from nvrtc import NVRTC  # noqa: E402
 from zipserv.bench import weights  # noqa: E402
+from zipserv.bench.timing import compare, loops  # noqa: E402
 
 XSTAGES = 2
 PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -107,28 +108,13 @@ class Variant:
         self.check(self.cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, array, None))
 
 
-def microseconds(calls: list[Callable[[], object]], rounds: int = 7) -> float:
-    """Median time of one call, the calls one after the other in a graph."""
-    torch.cuda.synchronize()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
-    return sorted(times)[rounds // 2]
+def microseconds(first: list[Callable[[], object]], second: list[Callable[[], object]]) -> tuple[float, float]:
+    """Median times of one call of each, the calls one after the other in graphs, in turns."""
+    blas, ours = loops(first, second, torch.device("cuda"))
+    pair = compare(blas, ours, min_rounds=7, budget=0.05)
+    blas.close()
+    ours.close()
+    return pair.first.median * 1e6, pair.second.median * 1e6
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -157,6 +143,8 @@ def main() -> int:
                 print(f"N={n} MW={mw} KW={kw}: {note}, {smem_bytes(options.kernel, mw, kw, n)} bytes shared")
         return 0
 
+    torch.zeros(1, device="cuda")  # makes the context in which the variants are loaded
+    torch.cuda.synchronize()
     wrong = 0
     built = {(pair, n): Variant(options.kernel, *pair, n, options.arch) for pair in pairs for n in sorted(set(classes.values()))}
     for m, k in map(shape_of, options.shapes.split(",")):
@@ -168,8 +156,7 @@ def main() -> int:
             x = weights.activations(n, k, device="cuda")
             exact = x.double() @ weight.double().T
             bound = 1.05 * float((F.linear(x, weight).double() - exact).norm() / exact.norm()) + 1e-4
-            blas = microseconds([partial(F.linear, x, w) for w in plain])
-            print(f"{m}x{k} {options.weights} N={n}: F.linear {blas:.2f} us, {blob.numel() * 8 / weight.numel():.3f} bits")
+            print(f"{m}x{k} {options.weights} N={n}: {blob.numel() * 8 / weight.numel():.3f} bits")
             for pair in pairs:
                 variant, y = built[pair, classes[n]], torch.full((n, m), float("nan"), dtype=torch.bfloat16, device="cuda")
                 variant(blob, x, y, m, k)
@@ -178,8 +165,9 @@ def main() -> int:
                     wrong += 1
                     print(f"  {pair}: WRONG, error {error:.3g} over {bound:.3g}")
                     continue
-                time = microseconds([partial(variant, b, x, y, m, k) for b in blobs])
-                print(f"  {pair}: {time:.2f} us, {blas / time:.3f} x, {blob.numel() / time / 1e6:.2f} TB/s, {variant.note}", flush=True)
+                blas, time = microseconds([partial(F.linear, x, w) for w in plain], [partial(variant, b, x, y, m, k) for b in blobs])
+                speed = f"{blas / time:.3f} x, {blob.numel() / time / 1e6:.2f} TB/s"
+                print(f"  {pair}: {time:.2f} us, F.linear {blas:.2f} us, {speed}, {variant.note}", flush=True)
     return 1 if wrong else 0
 
 

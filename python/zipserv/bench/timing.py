@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fair timing of two ways to do the same thing: CUDA graphs on a GPU, a clock on a CPU, both orders, medians.
 
-A *loop* is a list of calls, one for each copy of the weight, so that no call finds its weight in the cache. On a GPU
-the whole loop is captured in one CUDA graph: what is timed is the device's work, not Python.
+A *rotation* is a list of calls, one for each copy of the weight, so that no call finds its weight in the cache. On a GPU
+a loop of whole rotations is captured in one CUDA graph: what is timed is the device's work, not Python.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -43,35 +45,79 @@ def summarize(seconds: Sequence[float]) -> Sample:
     return Sample(statistics.median(ordered), ordered[round(0.1 * last)], ordered[round(0.9 * last)], len(ordered))
 
 
-class Loop:
-    """A loop of calls that can be run and timed as one; ``seconds()`` is the time for one call."""
+# A graph takes some microseconds to start, which its calls share: a loop is at least so long, or has so many calls.
+LEAST_SECONDS = 1e-3
+MOST_CALLS = 256
+# A longer rotation than this is cut, as far as the cache allows.
+MOST_SECONDS = 20e-3
+
+
+class Rotation:
+    """Calls that have all run once on the stream that will capture them, and how long one takes about.
+
+    Every call has to run before: its kernels are compiled then, its workspace exists, and what is different about the
+    first use of a weight is over, as it is in a program that does a second step.
+    """
 
     def __init__(self, calls: Sequence[Call], device: torch.device) -> None:
         if not calls:
             raise ValueError("a loop needs at least one call")
-        self._calls = list(calls)
+        self.calls = list(calls)
+        self.stream: Any = None
+        self.seconds = 0.0  # not known, and not needed, on a CPU
+        if device.type != "cuda":
+            self.calls[0]()  # first-use costs (thread pools, compiled kernels) are not what is measured
+            return
+        with _CUDA.device(device):
+            self.stream = _CUDA.Stream()
+            self.stream.wait_stream(_CUDA.current_stream())
+            self._run()
+            start = time.perf_counter()
+            self._run(8)
+            self.seconds = (time.perf_counter() - start) / min(8, len(self.calls))  # too long where the host is slower than the device
+
+    def _run(self, most: int | None = None) -> None:
+        with _CUDA.stream(self.stream):
+            for call in self.calls[:most]:
+                call()
+        _CUDA.current_stream().wait_stream(self.stream)
+        _CUDA.synchronize()
+
+
+def loop_length(calls: int, seconds: float, least: int) -> int:
+    """How many calls of about ``seconds`` a loop over a rotation of ``calls`` has: whole rotations for a millisecond, but
+    no more than 256 calls if one rotation has fewer; of a rotation longer than 20 ms a part, with at least ``least`` calls."""
+    if calls * seconds > MOST_SECONDS:
+        return min(calls, max(least, math.ceil(MOST_SECONDS / seconds)))
+    return calls * max(1, min(math.ceil(LEAST_SECONDS / (calls * seconds)), MOST_CALLS // calls))
+
+
+class Loop:
+    """A loop of calls that can be run and timed as one; ``seconds()`` is the time for one call.
+
+    ``length``: how many calls a graph has; the rotation is repeated for it. By default what :func:`loop_length` says.
+    """
+
+    def __init__(self, calls: Sequence[Call] | Rotation, device: torch.device, length: int | None = None) -> None:
+        rotation = calls if isinstance(calls, Rotation) else Rotation(calls, device)
+        self._calls = rotation.calls
         self._device = device
         self._graph: Any = None
-        self._warm_up()
+        if device.type == "cuda":
+            self._calls = list(islice(cycle(rotation.calls), length or loop_length(len(rotation.calls), rotation.seconds, len(rotation.calls))))
+            self._capture(rotation.stream)
 
-    def _warm_up(self) -> None:
-        if self._device.type != "cuda":
-            self._calls[0]()  # first-use costs (thread pools, compiled kernels) are not what is measured
-            return
+    def _capture(self, stream: Any) -> None:
         with _CUDA.device(self._device):
-            side = _CUDA.Stream()
-            side.wait_stream(_CUDA.current_stream())
-            with _CUDA.stream(side):
-                for call in self._calls[:2]:
-                    call()
-            _CUDA.current_stream().wait_stream(side)
-            _CUDA.synchronize()
             self._graph = _CUDA.CUDAGraph()
-            with _CUDA.graph(self._graph, stream=side):  # what the warm-up allocated for this stream is there already
+            with _CUDA.graph(self._graph, stream=stream):  # what the warm-up allocated for this stream is there already
                 for call in self._calls:
                     call()
             self._graph.replay()
             _CUDA.synchronize()
+
+    def __len__(self) -> int:
+        return len(self._calls)
 
     def seconds(self) -> float:
         if self._graph is None:
@@ -92,6 +138,15 @@ class Loop:
         """Frees the graph's memory pool; without this a long scoreboard runs out of memory."""
         self._graph = None
         self._calls = []
+
+
+def loops(first: Sequence[Call], second: Sequence[Call], device: torch.device, least: int | None = None) -> tuple[Loop, Loop]:
+    """Two loops of the same length, long enough for the faster of the two; ``least``: calls that pass the cache, by default all."""
+    one, two = Rotation(first, device), Rotation(second, device)
+    length = None
+    if device.type == "cuda":
+        length = loop_length(len(one.calls), min(one.seconds, two.seconds), min(len(one.calls), least or len(one.calls)))
+    return Loop(one, device, length), Loop(two, device, length)
 
 
 @dataclass(frozen=True)
