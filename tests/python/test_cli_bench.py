@@ -208,7 +208,7 @@ def test_both_loops_are_as_long_as_the_faster_needs(monkeypatch: pytest.MonkeyPa
 
     clock = [0.0]
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
-    slow, fast = timing.loops([partial(call, 2e-3)] * 2, [partial(call, 1e-4)] * 2, torch.device("cuda"))
+    slow, fast = timing.loops([partial(call, 2e-3)] * 2, [partial(call, 1.2e-4)] * 2, torch.device("cuda"))
     assert len(slow) == len(fast) == 10
 
 
