@@ -78,21 +78,30 @@ def _panel_rows(m: int, k: int) -> int:
 
 
 def _linear_cpu(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return _linear_rows_cpu(x, blob, m, k, dtype_code, 0, m, bias)
+
+
+def _linear_rows_cpu(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product with rows ``row0 .. row1 - 1`` alone, the bits of a weight that has no others: panels are counted from ``row0``."""
     _require_blob(blob, m, k, dtype_code)
     _require_input(x, k, dtype_code)
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias has the shape {tuple(bias.shape)}, it should be ({m},)")
-    y = x.new_empty((*x.shape[:-1], m))
+    _require_rows(m, row0, row1)
+    rows = row1 - row0
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"bias has the shape {tuple(bias.shape)}, it should be ({rows},)")
+    y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0:
         return y
-    x2, y2 = x.reshape(-1, k), y.view(-1, m)
-    step = _panel_rows(m, k)
+    x2, y2 = x.reshape(-1, k), y.view(-1, rows)
+    step = _panel_rows(rows, k)
     work = x.new_empty((step, k))
-    for row0 in range(0, m, step):
-        row1 = min(m, row0 + step)
-        panel = work[: row1 - row0]
-        _decode(blob, row0, panel)
-        y2[:, row0:row1] = F.linear(x2, panel, None if bias is None else bias[row0:row1])
+    for first in range(0, rows, step):
+        last = min(rows, first + step)
+        panel = work[: last - first]
+        _decode(blob, row0 + first, panel)
+        y2[:, first:last] = F.linear(x2, panel, None if bias is None else bias[first:last])
     return y
 
 
