@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,29 @@ def _curves(rows: Sequence[Row]) -> dict[str, list[Row]]:
 def _grid(pyplot: Any, panels: int) -> tuple[Any, list[Any]]:
     columns = min(3, panels)
     lines = -(-panels // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(5.2 * columns, 3.6 * lines), squeeze=False)
+    size = (5.2 * columns, 3.6 * lines) if panels > 1 else (8.5, 4.6)
+    figure, axes = pyplot.subplots(lines, columns, figsize=size, squeeze=False)
     flat = [axis for line in axes for axis in line]
     for axis in flat[panels:]:
         axis.remove()
     return figure, flat[:panels]
 
 
-def speedup(board: Mapping[str, Any], path: Path) -> Path:
-    """Speed-up over BLAS against the number of tokens: one panel a model, one curve a layer and kind of weights."""
+def _token_axis(axis: Any, rows: Sequence[Row]) -> None:
+    """A logarithmic axis with the numbers of tokens written out, as many as have room."""
+    tokens = sorted({int(r["tokens"]) for r in rows})
+    axis.set_xscale("log", base=2)
+    shown = tokens if len(tokens) <= 8 else tokens[::2]
+    axis.set_xticks(shown, [str(n) for n in shown])
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("tokens")
+
+
+_STYLES = {"gaussian": "-", "trained": "--"}
+
+
+def _panels(board: Mapping[str, Any], value: Callable[[Row], tuple[float, float, float] | None], what: str, ylabel: str, path: Path) -> Path:
+    """One panel a model, one curve a layer and kind of weights; ``value``: a point's value, lower and upper end."""
     pyplot = _pyplot()
     points: Sequence[Row] = board["points"]
     names = list(dict.fromkeys(str(p["model"]) for p in points))
@@ -107,22 +121,44 @@ def speedup(board: Mapping[str, Any], path: Path) -> Path:
     figure, axes = _grid(pyplot, len(names))
     for axis, name in zip(axes, names, strict=True):
         named = next(p["weights"] for p in points if p["model"] == name)
-        for kind, style in (("gaussian", "-"), ("trained", "--")):
+        for kind, style in _STYLES.items():
             mine = [p for p in points if p["model"] == name and p["weights"] == kind]
             for color, (label, rows) in enumerate(_curves(mine).items()):
-                x = [r["tokens"] for r in rows]
-                axis.plot(
-                    x, [r["speedup"] for r in rows], style, marker=".", color=f"C{color}",
-                    label=label.removeprefix(name) if kind == named else None,
-                )  # fmt: skip
-                axis.fill_between(x, [r["speedup_low"] for r in rows], [r["speedup_high"] for r in rows], color=f"C{color}", alpha=0.12)
+                known = [(r["tokens"], *v) for r in rows if (v := value(r)) is not None]
+                if not known:
+                    continue
+                x, middle, low, high = zip(*known, strict=True)
+                axis.plot(x, middle, style, marker=".", color=f"C{color}", label=label.removeprefix(name) if kind == named else None)
+                axis.fill_between(x, low, high, color=f"C{color}", alpha=0.12)
         axis.axhline(1, color=_GREY, lw=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set(title=name, xlabel="tokens", ylabel="time of F.linear / time of zipserv")
+        _token_axis(axis, [p for p in points if p["model"] == name])
+        axis.grid(alpha=0.25)
+        axis.set(title=name, ylabel=ylabel)
         axis.legend(fontsize=7)
-    figure.suptitle(_caption(board, "speed-up over BF16 F.linear (solid: Gaussian weights, dashed: trained-like)"))
+    figure.suptitle(_caption(board, f"{what} (solid: Gaussian weights, dashed: trained-like)"))
     figure.tight_layout()
     return _save(figure, path)
+
+
+def speedup(board: Mapping[str, Any], path: Path) -> Path:
+    """Speed-up over BLAS against the number of tokens: one panel a model, one curve a layer and kind of weights."""
+
+    def value(r: Row) -> tuple[float, float, float]:
+        return r["speedup"], r["speedup_low"], r["speedup_high"]
+
+    return _panels(board, value, "speed-up over BF16 F.linear", "time of F.linear / time of zipserv", path)
+
+
+def invariant(board: Mapping[str, Any], path: Path) -> Path:
+    """The same for the batch-invariant mode, where it was measured."""
+
+    def value(r: Row) -> tuple[float, float, float] | None:
+        if "invariant_seconds" not in r:
+            return None
+        ratio = r["blas_seconds"] / r["invariant_seconds"]
+        return ratio, ratio, ratio
+
+    return _panels(board, value, "batch-invariant mode: speed-up over BF16 F.linear", "time of F.linear / time of zipserv", path)
 
 
 def roofline(board: Mapping[str, Any], path: Path) -> Path:
@@ -133,29 +169,39 @@ def roofline(board: Mapping[str, Any], path: Path) -> Path:
         raise ValueError("nothing to plot: no points were measured")
     limits = board["limits"]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6))
-    for color, (label, rows) in enumerate(_curves(points).items()):
-        marker = dict(color=f"C{color % 10}", marker="os^vD"[color // 10 % 5], ms=4, ls="none", label=label)
-        left.plot([r["tokens"] for r in rows], [r["compressed_bytes_per_second"] / 1e9 for r in rows], **marker)
-        flops = [2.0 * r["m"] * r["k"] * r["tokens"] for r in rows]
-        traffic = [r["compressed_bytes_per_second"] * r["zip_seconds"] + 2 * r["tokens"] * (r["m"] + r["k"]) for r in rows]
-        right.plot(
-            [f / t for f, t in zip(flops, traffic, strict=True)],
-            [f / r["zip_seconds"] / 1e12 for f, r in zip(flops, rows, strict=True)],
-            **marker,
-        )
+    furthest = 0.0
+    curves = _curves(points)
+    models = list(dict.fromkeys(str(p["model"]) for p in points))
+    layers = list(dict.fromkeys(str(p["layer"]) for p in points))
+    for i, (label, rows) in enumerate(curves.items()):
+        # Few curves have a colour each; of many a layer has a colour and a model a marker.
+        color, shape = (i, 0) if len(curves) <= 10 else (layers.index(rows[0]["layer"]), models.index(rows[0]["model"]))
+        for kind, fill in (("gaussian", "full"), ("trained", "none")):
+            mine = [r for r in rows if r["weights"] == kind]
+            if not mine:
+                continue
+            marker = dict(color=f"C{color % 10}", marker="os^vDPX*"[shape % 8], ms=4, ls="none", fillstyle=fill)
+            marker["label"] = label if kind == rows[0]["weights"] else None
+            left.plot([r["tokens"] for r in mine], [r["compressed_bytes_per_second"] / 1e9 for r in mine], **marker)
+            flops = [2.0 * r["m"] * r["k"] * r["tokens"] for r in mine]
+            traffic = [r["compressed_bytes_per_second"] * r["zip_seconds"] + 2 * r["tokens"] * (r["m"] + r["k"]) for r in mine]
+            intensity = [f / t for f, t in zip(flops, traffic, strict=True)]
+            furthest = max(furthest, *intensity)
+            right.plot(intensity, [f / r["zip_seconds"] / 1e12 for f, r in zip(flops, mine, strict=True)], **marker)
     left.axhline(limits["copy_bandwidth"] / 1e9, color=_GREY, lw=1)
-    left.set_xscale("log", base=2)
-    left.set(xlabel="tokens", ylabel="compressed weights read, GB/s", title="line: copy bandwidth (read + written)")
+    left.set_ylim(0, limits["copy_bandwidth"] * 1.08 / 1e9)
+    _token_axis(left, points)
+    left.set(ylabel="compressed weights read, GB/s", title="line: copy bandwidth (read + written)")
     ridge = limits["flops"] / limits["copy_bandwidth"]
-    x = [ridge / 1024, ridge, ridge * 8]
+    x = [ridge / 1024, ridge, max(ridge * 2, furthest * 1.5)]
     right.plot(x, [min(v * limits["copy_bandwidth"], limits["flops"]) / 1e12 for v in x], color=_GREY, lw=1)
     right.set_xscale("log")
     right.set_yscale("log")
     right.set(xlabel="operations per byte moved", ylabel="Tera-operations/s", title="roofline of this run")
     handles, labels = left.get_legend_handles_labels()
-    figure.suptitle(_caption(board, "ZipGEMM against the machine's limits"))
+    figure.suptitle(_caption(board, "ZipGEMM against the machine's limits (filled: Gaussian weights, hollow: trained-like)"))
     figure.tight_layout()
-    figure.legend(handles, labels, fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, 0))
+    figure.legend(handles, labels, fontsize=7, ncols=min(5, len(labels)), loc="upper center", bbox_to_anchor=(0.5, 0))
     return _save(figure, path)
 
 

@@ -15,7 +15,7 @@ import torch
 import zipserv as package
 from cli_helpers import Zipserv
 from zipserv.bench import __main__ as bare
-from zipserv.bench import gpu, machine, report, shapes, timing, weights
+from zipserv.bench import firstcall, gpu, machine, report, shapes, timing, weights
 
 TINY = ("--device", "cpu", "--point-budget", "0.001", "--codec-mib", "1")
 
@@ -212,6 +212,62 @@ def test_both_loops_are_as_long_as_the_faster_needs(monkeypatch: pytest.MonkeyPa
     assert len(slow) == len(fast) == 10
 
 
+RUN = {"import_seconds": 0.2, "first_call_seconds": 0.9, "warm_seconds": 2.0, "kernels": 1, "kernels_after_warm": 6, "rms_error": 1e-3}
+CACHED = {**RUN, "first_call_seconds": 0.04, "warm_seconds": 0.1, "kernels": 6}
+
+
+@pytest.mark.parametrize(
+    "runs, message",
+    [
+        ([RUN, CACHED, {**CACHED, "first_call_seconds": 0.05}], ""),
+        ([{**RUN, "kernels": 0}], "left no kernel"),
+        ([RUN, CACHED, {**CACHED, "kernels": 7}], "grew from 6 to 7"),
+    ],
+)
+def test_first_calls(monkeypatch: pytest.MonkeyPatch, runs: list[dict[str, float]], message: str) -> None:
+    folders: list[str] = []
+
+    def fresh(device: torch.device, cache: str) -> dict[str, float]:
+        folders.append(cache)
+        return runs[len(folders) - 1]
+
+    monkeypatch.setattr(firstcall, "_fresh", fresh)
+    if message:
+        with pytest.raises(package.Error, match=message):
+            firstcall.measure(torch.device("cuda"))
+        return
+    found = firstcall.measure(torch.device("cuda"))
+    assert len(set(folders)) == 1 and not Path(folders[0]).exists()  # one cache for all, and none is left
+    assert found["first_call_seconds"] == 0.9 and found["cached_first_call_seconds"] == 0.05 and found["warm_kernels"] == 5
+    about = {"date": "today", "gpu": "some GPU", "sms": 1, "cuda": "13.0", "zipserv": "1", "torch": "2", "first_call": found}
+    assert "900.00 ms with an empty kernel cache (1 compiled), 50.00 ms with a full one; all 6 kernels" in "\n".join(report.machine_lines(about))
+
+
+def test_a_fresh_process_that_fails_is_no_figure(tmp_path: Path) -> None:
+    with pytest.raises(package.Error, match="fresh process failed"):
+        firstcall._fresh(torch.device("cuda:977"), str(tmp_path))  # no machine has so many
+
+
+def test_time_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: now[0])
+    settings = gpu.Settings(torch.device("cpu"), budget=1.0, total=10.0, invariant=True)
+    clock = gpu._Clock(settings, 4)
+    assert clock.begin() == 1  # 2.5 s for a point, which takes 1.5
+    now[0] += 5  # but took 3.5 beside its budget
+    clock.end()
+    assert clock.begin() == 0.1
+    clock.end()
+    clock.skip(1)
+    assert clock.begin() == 1
+    now[0] = 11
+    clock.end()
+    assert clock.over()
+    unlimited = gpu._Clock(gpu.Settings(torch.device("cpu"), budget=0.5), 1)
+    now[0] = 1e9
+    assert unlimited.begin() == 0.5 and not unlimited.over()
+
+
 def test_roofline() -> None:
     limits = machine.Limits(copy_bandwidth=100.0, flops=1000.0, cache_bytes=1)
     assert limits.gemm_seconds(500, 10, 20, 1) == (500 + 60) / 100  # bound by memory
@@ -249,6 +305,7 @@ def test_scoreboard_on_the_cpu(zipserv: Zipserv, tmp_path: Path) -> None:
     assert [row["tokens"] for row in document["summary"]] == [1, 3]
     assert {row["weights"] for row in document["codec"]} == {"gaussian", "trained"}
     assert document["about"]["cpu"] and document["about"]["date"].endswith("UTC")
+    assert not (out / "batch_invariant.png").exists()  # not measured on a CPU
     for name in ("speedup.png", "roofline.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
 
@@ -327,6 +384,7 @@ def test_batch_invariant_mode_is_measured_and_checked(zipserv: Zipserv, monkeypa
     monkeypatch.setattr(package, "linear", row_by_row)
     result = zipserv(*arguments)
     assert result.code == 0 and result.json["points"][0]["invariant_seconds"] > 0
+    assert result.json["summary"][0]["invariant_speedup"] > 0 and result.json["summary"][0]["invariant_cost"] > -1
     assert invariant_mode == [True, False]
     monkeypatch.setattr(package, "linear", neighbours_matter)
     result = zipserv(*arguments)

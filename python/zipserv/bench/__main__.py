@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import gpu, shapes, weights
+from . import gpu, machine, report, shapes, weights
 
 
 def _listed(text: str) -> list[str]:
@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--time-budget", type=float)
     parser.add_argument("--point-budget", type=float, default=0.3)
     parser.add_argument("--no-batch-invariant", action="store_true")
+    parser.add_argument("--no-first-call", action="store_true")
     options = parser.parse_args()
     settings = gpu.Settings(
         device=options.device,
@@ -38,11 +39,15 @@ def main() -> int:
         budget=options.point_budget,
         total=options.time_budget,
         invariant=not options.no_batch_invariant,
+        first_call=not options.no_first_call,
     )
     failed: list[str] = []
-    shown = 0
+    shown, described = 0, False
     for board in gpu.scoreboard(shapes.select(options.models, options.layers), settings):
         options.out.write_text(json.dumps(board.as_dict(), indent=1) + "\n", encoding="utf-8")
+        if not described:
+            described = True
+            print("\n".join(report.machine_lines(board.about, machine.limits_dict(board.limits))), flush=True)
         for p in board.points[shown:]:
             print(
                 f"{p['model']} {p['layer']} {p['m']}x{p['k']} {p['weights']} N={p['tokens']}: F.linear {float(str(p['blas_seconds'])) * 1e6:.1f} us, "

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import zipserv
 
-from . import machine, weights
+from . import firstcall, machine, weights
 from .shapes import Shape
 from .timing import Loop, compare, loops, measure
 
@@ -26,6 +26,9 @@ TOLERANCE = 2.0**-6
 
 # More copies than this make graphs that take long to build; only weights far below a megabyte would need them.
 MOST_COPIES = 512
+
+# The batch-invariant mode has no second loop beside it, so it takes half as long for as many rounds.
+INVARIANT_SHARE = 0.5
 
 LinearCall = Callable[[torch.Tensor, zipserv.ZipTensor], torch.Tensor]
 
@@ -37,7 +40,8 @@ class WrongResult(zipserv.Error):
 @dataclass(frozen=True)
 class Settings:
     """``budget``: seconds of measuring for one number; ``total``: seconds for the whole run (None: no limit);
-    ``invariant``: also measure the batch-invariant mode, and check that it is."""
+    ``invariant``: also measure the batch-invariant mode, and check that it is; ``first_call``: on a GPU, also time the
+    first product of fresh processes."""
 
     device: torch.device
     kinds: Sequence[str] = weights.KINDS
@@ -50,6 +54,7 @@ class Settings:
     seed: int = 0
     quick: bool = False
     invariant: bool = False
+    first_call: bool = True
 
 
 @dataclass
@@ -134,6 +139,7 @@ class Bench:
 
     def __init__(self, shape: Shape, kind: str, limits: machine.Limits, settings: Settings) -> None:
         self.shape, self.kind, self.limits, self.settings = shape, kind, limits, settings
+        self.budget = settings.budget  # seconds for one number
         device = settings.device
         self.weight = weights.make(kind, shape.m, shape.k, device=device, seed=settings.seed)
         self.compressed = _compress(self.weight)
@@ -155,7 +161,7 @@ class Bench:
         raw = 2 * s.weights
         # Into the plain copies, which hold these very bits: no output is in the cache, and no memory is needed beside them.
         unpack = Loop([partial(z.decompress, out=w) for z, w in zip(self.zipped, self.plain, strict=True)], settings.device)
-        decompress = measure(unpack, min_rounds=settings.min_rounds, budget=settings.budget)
+        decompress = measure(unpack, min_rounds=settings.min_rounds, budget=self.budget)
         unpack.close()
         if not all(torch.equal(restored.view(torch.int16), w.view(torch.int16)) for w in self.plain):
             raise WrongResult(f"{s.label} ({self.kind}): a weight decompressed in a loop differs from the original")
@@ -204,7 +210,7 @@ class Bench:
         x = weights.activations(tokens, s.k, device=settings.device, seed=settings.seed + 1)
         accuracy = self.check(x, linear)
         blas, ours = loops([partial(F.linear, x, w) for w in self.plain], [partial(linear, x, z) for z in self.zipped], settings.device, self.least)
-        pair = compare(blas, ours, min_rounds=settings.min_rounds, budget=settings.budget)
+        pair = compare(blas, ours, min_rounds=settings.min_rounds, budget=self.budget)
         calls = len(ours)
         blas.close()
         ours.close()
@@ -242,7 +248,7 @@ class Bench:
                         f"{self.shape.label} ({self.kind}): token {token} of {x.shape[0]} has other bits than on its own in the batch-invariant mode"
                     )
             loop = Loop([partial(linear, x, z) for z in self.zipped], self.settings.device, calls)
-            sample = measure(loop, min_rounds=self.settings.min_rounds, budget=self.settings.budget)
+            sample = measure(loop, min_rounds=self.settings.min_rounds, budget=self.budget * INVARIANT_SHARE)
             loop.close()
         finally:
             zipserv.set_batch_invariant(False)
@@ -257,9 +263,8 @@ class Bench:
             torch.cuda.empty_cache()
 
 
-def first_calls(settings: Settings) -> dict[str, object]:
-    """How long the first product of a process takes (kernels compiled or read from the cache), and what one call costs
-    the host in eager mode, where nothing hides it. GPU only: a CPU compiles nothing."""
+def host_costs(settings: Settings) -> dict[str, object]:
+    """What one call costs the host in eager mode, where nothing hides it. GPU only."""
     device = settings.device
     if device.type != "cuda":
         return {}
@@ -267,21 +272,10 @@ def first_calls(settings: Settings) -> dict[str, object]:
     x = weights.activations(1, 1024, device=device)
     compressed = _compress(weight)
 
-    def cached() -> int:
-        return int(cuda.describe()["cache"].get("files", 0))
-
-    from zipserv import cuda
-
-    before = cached()
-    torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    zipserv.linear(x, compressed)
-    torch.cuda.synchronize(device)
-    first = time.perf_counter() - start
-
     def host(call: Callable[[], object], calls: int = 200) -> float:
         """Seconds until a call returns, while the device still works; fewer calls than its queue holds."""
         rounds = []
+        call()
         for _ in range(10):
             torch.cuda.synchronize(device)
             start = time.perf_counter()
@@ -292,48 +286,98 @@ def first_calls(settings: Settings) -> dict[str, object]:
 
     with torch.inference_mode():
         return {
-            "first_call_seconds": first,
-            "kernels_compiled_by_it": cached() - before,
             "host_seconds_per_call": host(partial(zipserv.linear, x, compressed)),
             "host_seconds_per_blas_call": host(partial(F.linear, x, weight)),
         }
 
 
+class _Clock:
+    """Shares a run's time out among its points: where it is short every number is measured for less long, down to a tenth."""
+
+    def __init__(self, settings: Settings, points: int) -> None:
+        self._settings, self._left, self._done = settings, points, 0
+        self._start = time.perf_counter()
+        self._begun = 0.0
+        self._beside = 0.0  # spent on points beside their budgets
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self._start
+
+    def over(self) -> bool:
+        return self._settings.total is not None and self.elapsed() > self._settings.total
+
+    def begin(self) -> float:
+        """The budget of the next point."""
+        settings = self._settings
+        self._begun, self._budget = time.perf_counter(), settings.budget
+        if settings.total is not None:
+            share = (settings.total - self.elapsed()) / max(1, self._left) - self._beside / max(1, self._done)
+            self._budget = min(settings.budget, max(settings.budget / 10, share / self._parts()))
+        return self._budget
+
+    def end(self) -> None:
+        self._beside += max(0.0, time.perf_counter() - self._begun - self._parts() * self._budget)
+        self.skip(1)
+        self._done += 1
+
+    def skip(self, points: int) -> None:
+        self._left -= points
+
+    def _parts(self) -> float:
+        return 1 + INVARIANT_SHARE * self._settings.invariant
+
+
 def scoreboard(shapes: Iterable[Shape], settings: Settings) -> Iterator[Board]:
     """Measures every shape, kind of weights and number of tokens; yields the board after each point.
 
-    The caller may stop at any time and keeps what was measured. When ``settings.total`` seconds are over, what is left
-    is named in ``Board.skipped``; a wrong result is named in ``Board.failed`` and gets no time.
+    The caller may stop at any time and keeps what was measured. Where ``settings.total`` seconds are short each number is
+    measured for less long, down to a tenth of the budget; when they are over, what is left is named in ``Board.skipped``.
+    A wrong result is named in ``Board.failed`` and gets no time.
     """
-    start = time.perf_counter()
-    calls = first_calls(settings)
+    shapes = list(shapes)
+    each = len(settings.tokens)
+    clock = _Clock(settings, len(shapes) * len(settings.kinds) * each)
+    costs = host_costs(settings)
     limits = machine.measure_limits(settings.device, quick=settings.quick)
-    board = Board({**machine.describe(settings.device), **calls}, limits)
+    board = Board({**machine.describe(settings.device), **costs}, limits)
+    if settings.first_call and settings.device.type == "cuda":
+        try:
+            board.about["first_call"] = firstcall.measure(settings.device)
+        except zipserv.Error as error:
+            board.failed.append(str(error))
     for shape in shapes:
         for kind in settings.kinds:
-            if settings.total is not None and time.perf_counter() - start > settings.total:
+            left = each
+            if clock.over():
                 board.skipped.append(f"{shape.label} ({kind}): out of time")
+                clock.skip(left)
                 continue
             try:
                 bench = Bench(shape, kind, limits, settings)
             except (MemoryError, torch.OutOfMemoryError) as error:
                 board.skipped.append(f"{shape.label} ({kind}): {error}")
+                clock.skip(left)
                 continue
             try:
                 board.weights.append(bench.about_weight())
                 yield board
                 for tokens in settings.tokens:
-                    if settings.total is not None and time.perf_counter() - start > settings.total:
+                    if clock.over():
                         board.skipped.append(f"{shape.label} ({kind}), {tokens} tokens: out of time")
                         continue
+                    bench.budget = clock.begin()
                     try:
                         board.points.append(bench.point(tokens, zipserv.linear))
                     except WrongResult as error:
                         board.failed.append(str(error))
+                    clock.end()
+                    left -= 1
+                    board.about["seconds"] = clock.elapsed()
                     yield board
             except WrongResult as error:
                 board.failed.append(str(error))
                 yield board
             finally:
+                clock.skip(left)
                 bench.close()
     yield board

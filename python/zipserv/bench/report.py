@@ -8,14 +8,17 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = Mapping[str, Any]
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.table import Table  # here, so that the rest works on a bare machine
+
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
@@ -37,9 +40,17 @@ def machine_lines(about: Row, limits: Row | None = None) -> list[str]:
     name = about.get("gpu") or about["cpu"]
     detail = f"{about['sms']} SMs, CUDA {about['cuda']}" if "gpu" in about else f"{about['cpu_threads']} threads"
     lines = [f"{about['date']}: {name} ({detail}), zipserv {about['zipserv']}, torch {about['torch']}"]
-    if "first_call_seconds" in about:
+    if "first_call" in about:
+        first = about["first_call"]
+        kernels, everything = first["first_call_kernels"], first["first_call_kernels"] + first["warm_kernels"]
         lines.append(
-            f"first product of the process: {seconds(about['first_call_seconds'])} ({about['kernels_compiled_by_it']} kernels compiled); "
+            f"first product of a fresh process: {seconds(first['first_call_seconds'])} with an empty kernel cache ({kernels} compiled), "
+            f"{seconds(first['cached_first_call_seconds'])} with a full one; all {everything} kernels of a weight: "
+            f"{seconds(first['warm_seconds'])} more, cached {seconds(first['cached_warm_seconds'])}; "
+            f"import zipserv {seconds(first['import_seconds'])}"
+        )
+    if "host_seconds_per_call" in about:
+        lines.append(
             f"host time of an eager call: {seconds(about['host_seconds_per_call'])}, F.linear {seconds(about['host_seconds_per_blas_call'])}"
         )
     if limits is not None:
@@ -79,7 +90,7 @@ def weight_table(rows: Sequence[Row]) -> Table:
 
 
 def point_table(rows: Sequence[Row]) -> Table:
-    table = _table("linear: speed-up over F.linear in BF16 (median, 10th..90th percentile); share of the roofline", (
+    table = _table("linear: speed-up over F.linear in BF16 (median, 10th..90th percentile); share of the roofline; batch-invariant mode's time", (
         "shape", "M x K", "weights", "N", "F.linear", "zipserv", "speed-up", "p10..p90", "GB/s", "of bound",
         "RMS error", "F.linear's", "batch-invariant",
     ))  # fmt: skip
@@ -109,19 +120,34 @@ def summary(points: Sequence[Row]) -> list[dict[str, object]]:
                 "least_at": f"{worst['model']} {worst['layer']} ({worst['weights']})",
                 "greatest": max(float(p["speedup"]) for p in mine),
                 "worst_error_to_blas": max(float(p["rms_error"]) / max(float(p["blas_rms_error"]), 1e-300) for p in mine),
+                "worst_max_error_to_blas": max(float(p["max_error"]) / max(float(p["blas_max_error"]), 1e-300) for p in mine),
+                **_invariant(mine),
             }
         )
     return rows
 
 
+def _invariant(points: Sequence[Row]) -> dict[str, object]:
+    """What the batch-invariant mode takes beside the default mode and F.linear; nothing where it was not measured."""
+    mine = [p for p in points if "invariant_seconds" in p]
+    if not mine:
+        return {}
+    return {
+        "invariant_cost": geometric_mean([float(p["invariant_cost"]) + 1 for p in mine]) - 1,
+        "invariant_speedup": geometric_mean([float(p["blas_seconds"]) / float(p["invariant_seconds"]) for p in mine]),
+    }
+
+
 def summary_table(points: Sequence[Row]) -> Table:
-    table = _table("speed-up over F.linear, all shapes", (
-        "tokens", "points", "geometric mean", "least", "at", "greatest", "RMS error / F.linear's, worst",
+    table = _table("speed-up over F.linear, all shapes; errors against float64 beside F.linear's, worst; batch-invariant mode, geometric means", (
+        "tokens", "points", "geometric mean", "least", "at", "greatest", "RMS error", "max error", "batch-invariant: time", "speed-up",
     ))  # fmt: skip
     for r in summary(points):
         table.add_row(
             str(r["tokens"]), str(r["points"]), f"{r['mean']:.3f}", f"{r['least']:.3f}", str(r["least_at"]),
-            f"{r['greatest']:.3f}", f"{r['worst_error_to_blas']:.2f}",
+            f"{r['greatest']:.3f}", f"{r['worst_error_to_blas']:.2f} x", f"{r['worst_max_error_to_blas']:.2f} x",
+            f"{r['invariant_cost']:+.1%}" if "invariant_cost" in r else "",
+            f"{r['invariant_speedup']:.3f}" if "invariant_speedup" in r else "",
         )  # fmt: skip
     return table
 
@@ -136,7 +162,10 @@ def write_json(document: Row, path: Path) -> Path:
 
 
 def write_plots(board: Row, folder: Path) -> list[Path]:
-    """The speed-up curves and the roofline; ImportError without matplotlib."""
+    """The speed-up curves, the roofline and, where it was measured, the batch-invariant mode; ImportError without matplotlib."""
     from .. import plots
 
-    return [plots.speedup(board, folder / "speedup.png"), plots.roofline(board, folder / "roofline.png")]
+    written = [plots.speedup(board, folder / "speedup.png"), plots.roofline(board, folder / "roofline.png")]
+    if any("invariant_seconds" in p for p in board["points"]):
+        written.append(plots.invariant(board, folder / "batch_invariant.png"))
+    return written
