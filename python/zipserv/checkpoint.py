@@ -15,17 +15,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .container import HEADER_KEY, Container, read_container
 from .errors import Error
 from .format import HEADER_BYTES, SUFFIX, parse_header
+from .loader import Loader, Part
+from .streams import forget
 from .tensor import ZipTensor
 from .writer import (
     CHECKSUMS_KEY,
     DTYPE_NAMES,
+    OWN_KEYS,
     TIED_KEY,
     VERSION,
     VERSION_KEY,
@@ -163,23 +167,55 @@ class TensorFile:
         self.device = torch.device(device)
         self.verify = verify
         self.files, weight_map = _resolve(Path(path))
-        self._handles = [_open(file) for file in self.files]
+        self._raw: list[BinaryIO] = []
+        self._handles: list[Any] = []
+        self._containers: list[Container] = []
+        self._loader: Loader | None = None
         self._metadata: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
         self._sealed: set[int] = set()  # files that must have a checksum for every plain tensor
         self._where: dict[str, tuple[int, str]] = {}
         self._tied: dict[str, str] = {}
-        for number, handle in enumerate(self._handles):
-            self._add(number, handle, weight_map)
+        try:
+            for number, file in enumerate(self.files):
+                self._open(file)
+                self._add(number, weight_map)
+            self._refuse_missing(path, weight_map)
+        except BaseException:
+            self.close()
+            raise
+        if not _is_staged(self.device):
+            self._close_raw()
+
+    def _open(self, file: Path) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} does not exist or is not a file")
+        raw = open(file, "rb")
+        self._raw.append(raw)
+        try:
+            self._handles.append(safe_open(str(file), framework="pt", device="cpu"))
+            # Only the library checks a container, and it opens files by name: it must have opened the one that is read here.
+            if not os.path.samestat(os.fstat(raw.fileno()), os.stat(file)):
+                raise Error(f"{file}: was replaced while it was opened: try again")
+            self._containers.append(read_container(raw))
+        except (SafetensorError, ValueError) as error:
+            raise Error(f"{file}: not a valid safetensors file: {error}") from error
+
+    def _refuse_missing(self, path: str | os.PathLike[str], weight_map: dict[str, str] | None) -> None:
         missing = sorted(set(weight_map or ()) - {key for _, key in self._where.values()})
         if missing:
             raise Error(f"{path}: the index names {missing[0]!r} in {weight_map[missing[0]]!r}, which is not there")  # type: ignore[index]
 
-    def _add(self, number: int, handle: Any, weight_map: dict[str, str] | None) -> None:
-        file = self.files[number]
-        metadata: dict[str, str] = handle.metadata() or {}
+    def _add(self, number: int, weight_map: dict[str, str] | None) -> None:
+        file, handle, container = self.files[number], self._handles[number], self._containers[number]
+        metadata = container.metadata
         if metadata.get(VERSION_KEY, VERSION) != VERSION:
             raise Error(f"{file}: written by a newer zipserv (version {metadata[VERSION_KEY]}), this one reads {VERSION}")
+        if not metadata.keys().isdisjoint((VERSION_KEY, *OWN_KEYS)):
+            self._sealed.add(number)
+            if self.verify and metadata.get(HEADER_KEY) != container.digest:
+                said = "has no checksum for it" if HEADER_KEY not in metadata else f"says {metadata[HEADER_KEY]}"
+                raise Error(f"{file}: the header (names, shapes, offsets, metadata) is damaged: checksum {container.digest}, the file {said}")
         for key in handle.keys():
             if weight_map is not None and weight_map.get(key) != file.name:
                 continue
@@ -187,14 +223,12 @@ class TensorFile:
             if name in self._where:
                 raise Error(f"{file}: {name!r} is stored twice")
             self._where[name] = (number, key)
-        if VERSION_KEY in metadata or CHECKSUMS_KEY in metadata:
-            self._sealed.add(number)
         self._checksums.update(_json_strings(file, metadata, CHECKSUMS_KEY))
         for alias, kept in _json_strings(file, metadata, TIED_KEY).items():
             alias, kept = alias.removesuffix(SUFFIX), kept.removesuffix(SUFFIX)
             if alias not in self._where and kept in self._where:
                 self._tied[alias] = kept
-        self._metadata.update({k: v for k, v in metadata.items() if k not in (CHECKSUMS_KEY, TIED_KEY)})
+        self._metadata.update({k: v for k, v in metadata.items() if k not in OWN_KEYS})
 
     def keys(self) -> list[str]:
         """Original names of all tensors."""
@@ -239,14 +273,64 @@ class TensorFile:
             KeyError: there is no such tensor.
             Error: it is damaged.
         """
+        name = self._where_name(name)
+        self._find(name)
+        return self._load([name])[name]
+
+    def load(self) -> dict[str, Value]:
+        """All tensors; names that are tied share one."""
+        loaded = self._load(list(self._where))
+        loaded.update({alias: loaded[name] for alias, name in self._tied.items()})
+        return loaded
+
+    def _load(self, names: list[str]) -> dict[str, Value]:
+        if _is_staged(self.device):
+            return self._stage(names)
+        return {name: self._checked(name, self._mapped(name)).to(self.device) for name in names}
+
+    def _stage(self, names: list[str]) -> dict[str, Value]:
+        """Tensors on the device, read through pinned buffers; what is checked is the file's pages, which the read has just brought in."""
+        if self._loader is None:
+            self._loader = Loader(self.device)
+        order = sorted(names, key=self._place)
+        mapped = {name: self._mapped(name) for name in order}
+        targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for name, tensor in mapped.items()}
+        parts = []
+        for name in order:
+            number, offset = self._place(name)
+            with _named(self.files[number], name):
+                parts.append(Part(f"{self.files[number]}: {name!r}", self._raw[number].fileno(), offset, targets[name].reshape(-1).view(torch.uint8)))
+        loaded: dict[str, Value] = {}
+
+        def check(part: int) -> None:
+            name = order[part]
+            value = self._checked(name, mapped[name])
+            loaded[name] = ZipTensor._trusted(targets[name], value.header) if isinstance(value, ZipTensor) else targets[name]
+
+        self._loader.load(parts, check)
+        forget([value.blob for value in loaded.values() if isinstance(value, ZipTensor)])
+        return {name: loaded[name] for name in names}
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """File and first byte of a tensor."""
+        number, key = self._where[name]
+        return number, self._containers[number].places[key][0]
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        """A stored tensor as the file has it, mapped; nothing of it is read yet."""
         number, key = self._find(name)
-        file = self.files[number]
-        with _named(file, name):
+        with _named(self.files[number], name):
             tensor: torch.Tensor = self._handles[number].get_tensor(key)
-            if key != self._where_name(name):
-                if tensor.dim() != 1:
-                    raise Error(f"{key!r} should be a vector of bytes, not of shape {tuple(tensor.shape)}")
-                return ZipTensor.from_blob(tensor, verify="full" if self.verify else "structure").to(self.device)
+            if key != name and tensor.dim() != 1:
+                raise Error(f"{key!r} should be a vector of bytes, not of shape {tuple(tensor.shape)}")
+        return tensor
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> Value:
+        """The tensor in host memory, after its checks."""
+        number, key = self._where[name]
+        with _named(self.files[number], name):
+            if key != name:
+                return ZipTensor.from_blob(tensor, verify="full" if self.verify else "structure")
             expected = self._checksums.get(key)
             if self.verify and expected is None and number in self._sealed:
                 raise Error("damaged: the file has no checksum for it")
@@ -254,17 +338,20 @@ class TensorFile:
                 found = f"{data_checksum(tensor_bytes(tensor)):08x}"
                 if found != expected:
                     raise Error(f"damaged: checksum {found}, the file says {expected}")
-        return tensor.to(self.device)
-
-    def load(self) -> dict[str, Value]:
-        """All tensors; names that are tied share one."""
-        loaded = {name: self.get(name) for name in self._where}
-        loaded.update({alias: loaded[name] for alias, name in self._tied.items()})
-        return loaded
+        return tensor
 
     def close(self) -> None:
         """Close the files; tensors that were read stay valid."""
         self._handles = []
+        if self._loader is not None:
+            self._loader.close()
+        self._loader = None
+        self._close_raw()
+
+    def _close_raw(self) -> None:
+        for raw in self._raw:
+            raw.close()
+        self._raw = []
 
     def _find(self, name: str) -> tuple[int, str]:
         if not self._handles and self.files:
@@ -313,13 +400,9 @@ class _named:
             raise Error(f"{self._place}: {error}") from error
 
 
-def _open(file: Path) -> Any:
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist or is not a file")
-    try:
-        return safe_open(str(file), framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise Error(f"{file}: not a valid safetensors file: {error}") from error
+def _is_staged(device: torch.device) -> bool:
+    """Whether tensors go to the device through a ring of pinned buffers."""
+    return device.type == "cuda"
 
 
 def _resolve(path: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from . import _zipserv
+from .container import HEADER_KEY, header_digest
 from .format import SUFFIX
 from .tensor import ZipTensor, check_blob
 
@@ -23,6 +24,8 @@ VERSION_KEY = "zipserv"
 CHECKSUMS_KEY = "zipserv.checksums"
 TIED_KEY = "zipserv.tied"
 VERSION = "1"
+#: Metadata that belong to one file and its bytes; they are never handed on.
+OWN_KEYS = (CHECKSUMS_KEY, TIED_KEY, HEADER_KEY)
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float64: "F64",
@@ -147,6 +150,7 @@ class FileWriter:
             metadata[CHECKSUMS_KEY] = json.dumps(self._checksums, separators=(",", ":"))
         if self._tied:
             metadata[TIED_KEY] = json.dumps(self._tied, separators=(",", ":"))
+        metadata[HEADER_KEY] = header_digest({"__metadata__": metadata, **self._entries})
         header = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(f"the header has {len(header)} bytes, {self._room} were reserved: give a larger header_room")
@@ -250,7 +254,7 @@ def _checked_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
     for key, value in checked.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise TypeError(f"metadata are strings by strings, not {key!r}: {value!r}")
-    return {key: value for key, value in checked.items() if key not in (VERSION_KEY, CHECKSUMS_KEY, TIED_KEY)}
+    return {key: value for key, value in checked.items() if key not in (VERSION_KEY, *OWN_KEYS)}
 
 
 def require_writable(path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 import zipserv
 from helpers import weights
 from zipserv.checkpoint import SUFFIX
+from zipserv.container import HEADER_KEY, header_digest
 
 
 @pytest.fixture
@@ -35,6 +36,10 @@ def split(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def join(path: Path, header: dict[str, Any], payload: bytes) -> None:
+    """A file of these; a header that says it is sealed is sealed anew, so that what else is wrong with it comes up."""
+    metadata = header.get("__metadata__", {})
+    if HEADER_KEY in metadata:
+        header = {**header, "__metadata__": {**metadata, HEADER_KEY: header_digest(header)}}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
@@ -50,6 +55,73 @@ def test_a_plain_tensor_without_its_checksum_is_noticed(path: Path) -> None:
         with pytest.raises(zipserv.Error, match="no checksum"):
             zipserv.load_file(path)
         assert len(zipserv.load_file(path, verify=False)) == 2
+
+
+def parsed(data: bytes) -> Any:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length])
+
+
+def test_every_flipped_byte_of_the_header_is_noticed(tmp_path: Path) -> None:
+    """Names, shapes, dtypes, offsets, metadata, their spelling, the length and the padding behind it all, one bit at a time."""
+    path = tmp_path / "model.safetensors"
+    w = zipserv.compress(weights(3, 64))
+    zipserv.save_file({"w": w, "b\u00fc": torch.randn(2, 3), "tied": w}, path, {"author": "me"})
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    same = parsed(data)
+    loaded = 0
+    for place in range(8 + length):
+        for bit in {5, place % 8}:  # the case of a letter, and another
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            try:
+                zipserv.load_file(path)
+            except zipserv.Error as error:
+                assert "model.safetensors" in str(error)
+            else:
+                loaded += 1
+                assert parsed(damaged) == same  # \u00fc and \u00FC are one letter
+    assert loaded <= 4
+
+
+@pytest.mark.parametrize("what", ["name of a blob", "name", "shape", "dtype", "offsets", "metadata", "tied", "key"])
+def test_a_header_that_was_changed(path: Path, what: str) -> None:
+    w = zipserv.compress(weights(64, 64))
+    zipserv.save_file({"w": w, "a": torch.zeros(2, 3), "b": torch.zeros(6), "tied": w}, path, {"author": "me"})
+    header, payload = split(path)
+    metadata = header["__metadata__"]
+    if what == "name of a blob":
+        header["v" + SUFFIX] = header.pop("w" + SUFFIX)
+    elif what == "name":
+        metadata["zipserv.checksums"] = metadata["zipserv.checksums"].replace('"a"', '"c"')
+        header["c"] = header.pop("a")
+    elif what == "shape":
+        header["a"]["shape"] = [3, 2]
+    elif what == "dtype":
+        header["a"]["dtype"] = "I32"
+    elif what == "offsets":
+        header["a"]["data_offsets"], header["b"]["data_offsets"] = header["b"]["data_offsets"], header["a"]["data_offsets"]
+    elif what == "metadata":
+        metadata["author"] = "you"
+    elif what == "tied":
+        metadata["zipserv.tied"] = metadata["zipserv.tied"].replace("tied", "died")
+    else:
+        metadata["zipserv.hooder"] = metadata.pop(HEADER_KEY)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + payload)
+    with pytest.raises(zipserv.Error, match=r"the header .* is damaged"):
+        zipserv.open_file(path)
+    assert "a" in zipserv.load_file(path, verify=False) or what == "name"
+
+
+def test_a_header_with_a_name_twice(path: Path) -> None:
+    text, payload = json.dumps(split(path)[0]), split(path)[1]
+    text = text[:-1] + ', "bias": ' + json.dumps(split(path)[0]["bias"]) + "}"
+    path.write_bytes(struct.pack("<Q", len(text)) + text.encode() + payload)
+    with pytest.raises(zipserv.Error, match="not a valid safetensors file"):
+        zipserv.load_file(path, verify=False)
 
 
 def test_every_flipped_byte_of_the_data_is_noticed(path: Path) -> None:
