@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from .errors import Error
+from .pinned import pinned_empty
+from .streams import copy_stream, forget
 
 __all__ = ["Offload", "apply"]
 
@@ -102,7 +104,7 @@ class Offload:
         pinned = self.device.type == "cuda"
         streamed: dict[int, torch.Tensor] = {}
         for block in self._blocks:
-            block.data = torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=pinned)
+            block.data = pinned_empty(block.nbytes, self.device) if pinned else torch.empty(block.nbytes, dtype=torch.uint8)
             for weight in block.weights:
                 host = weight.view(block.data)
                 host.copy_(weight.host.detach())
@@ -122,8 +124,9 @@ class Offload:
         self._handles.append(model.register_forward_pre_hook(_to_with_kwargs(self.device), with_kwargs=True))
 
     def _hook(self, module: nn.Module, before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+        # torch.compile runs the hooks as they are, between its graphs: they queue copies and put weights in place.
+        self._handles.append(module.register_forward_pre_hook(_eager(before)))
+        self._handles.append(module.register_forward_hook(_eager(after), always_call=True))
 
     def __repr__(self) -> str:
         return (
@@ -189,8 +192,10 @@ class _Pool:
             self.fetch(index, self._free_slot(None))
         slot = self.holds.index(index)
         self.await_copy(slot)
-        for weight in self.blocks[index].weights:
-            weight.put(weight.view(self.slots[slot]))
+        views = [weight.view(self.slots[slot]) for weight in self.blocks[index].weights]
+        forget(views)  # products fetch the first weights of a blob they know before the work ahead of them has ended: this one is new
+        for weight, view in zip(self.blocks[index].weights, views, strict=True):
+            weight.put(view)
         following = (index + 1) % len(self.blocks)
         if following not in self.holds:
             self.fetch(following, self._free_slot(slot))
@@ -225,15 +230,20 @@ class _Pool:
 
 
 class _CudaPool(_Pool):
-    """The same with a stream for the copies. Nothing waits on the host."""
+    """The same with a stream of the engine's for the copies. Nothing waits on the host."""
 
     def __init__(self, blocks: list[_Block], device: torch.device, capacity: int) -> None:
         super().__init__(blocks, device, capacity)
         with torch.cuda.device(device):
-            self.stream = _CUDA.Stream(device)
+            self.stream = copy_stream(device)
             self.copied = [_CUDA.Event() for _ in range(SLOTS)]
             self.used = [_CUDA.Event() for _ in range(SLOTS)]
             self.stream.wait_stream(torch.cuda.current_stream(device))
+
+    def enter(self, index: int) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            raise Error("a model whose weights stream from host memory can't be captured in a CUDA graph: its weights change place; run it eagerly")
+        super().enter(index)
 
     def copy(self, index: int, slot: int) -> None:
         self.stream.wait_event(self.used[slot])  # returns at once for an event that was never recorded
@@ -249,6 +259,12 @@ class _CudaPool(_Pool):
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.slots[0].device)
+
+
+def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:
+    disable: Any = torch.compiler.disable
+    wrapped: Callable[..., Any] = disable(hook)
+    return wrapped
 
 
 def _find_blocks(model: nn.Module) -> list[_Block]:
