@@ -24,9 +24,9 @@ def zipserv(capsys: pytest.CaptureFixture[str]) -> Zipserv:
 def test_help_names_every_command_and_exit_code(zipserv: Zipserv) -> None:
     result = zipserv("--help")
     assert result.code == 0
-    for word in ("compress", "decompress", "verify", "inspect", "doctor", "bench", "Exit codes", "130"):
+    for word in ("compress", "decompress", "verify", "inspect", "doctor", "plan", "bench", "Exit codes", "130"):
         assert word in result.out
-    for command in ("compress", "decompress", "verify", "inspect", "doctor", "bench"):
+    for command in ("compress", "decompress", "verify", "inspect", "doctor", "plan", "bench"):
         help_text = zipserv(command, "--help")
         assert help_text.code == 0 and "--json" in help_text.out
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "verify": ("verify", "verify", "Check weights against the original or by their checksums."),
     "inspect": ("inspecting", "inspect", "Show how small weights are, or would be; draw a picture."),
     "doctor": ("health", "doctor", "Tell what was found on this machine, and what to do."),
+    "plan": ("planning", "plan", "Plan serving: what fits on a GPU before and after, what speed to expect."),
     "bench": ("benchmark", "bench", "Measure this machine: compressed against plain weights."),
 }
 
