@@ -8,6 +8,7 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/jit"
 	"github.com/zipserv/zipserv/core/cuda/nvrtc"
+	"github.com/zipserv/zipserv/core/cuda/tuned"
 )
 
 // Description is what a user wants to know when something does not work: `zipserv doctor` shows it.
@@ -34,6 +35,15 @@ type DeviceDescription struct {
 	SMs        int    `json:"sms"`
 	Target     string `json:"target,omitempty"` // what kernels are compiled for
 	Error      string `json:"error,omitempty"`  // why it cannot be used
+
+	Tuned *TunedDescription `json:"tuned,omitempty"` // where there is a file of tuned choices
+}
+
+// TunedDescription says what `zipserv tune` left for a GPU.
+type TunedDescription struct {
+	Choices int    `json:"choices"`
+	Off     bool   `json:"off,omitempty"`   // ZIPSERV_TUNED keeps them out
+	Error   string `json:"error,omitempty"` // why the file is not used
 }
 
 // CompilerDescription says which NVRTC is used, or why none.
@@ -79,6 +89,9 @@ func (e *Engine) Describe() Description {
 	for i := range e.driver.DeviceCount() {
 		p, err := e.driver.Device(i)
 		out.Devices = append(out.Devices, describeDevice(i, p, err, lib))
+		if err == nil && lib != nil {
+			out.Devices[i].Tuned = e.describeTuned(p, lib)
+		}
 	}
 	return out
 }
@@ -96,6 +109,18 @@ func describeDevice(i int, p driver.Device, err error, lib *nvrtc.Library) Devic
 		d.Error = err.Error()
 	}
 	d.Target = target.Name
+	return d
+}
+
+func (e *Engine) describeTuned(props driver.Device, lib *nvrtc.Library) *TunedDescription {
+	table, err := tuned.Read(e.compiler.Cache().Dir(), keyOf(e, props, lib))
+	if err == nil && len(table.Entries) == 0 {
+		return nil
+	}
+	d := &TunedDescription{Choices: len(table.Entries), Off: !tunedOn()}
+	if err != nil {
+		d.Error = err.Error()
+	}
 	return d
 }
 

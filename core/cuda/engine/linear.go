@@ -75,18 +75,29 @@ func (d *Device) linear(m, k, n uint64) (*linearPlan, error) {
 	if l, known := d.linears.Load(key); known {
 		return l.(*linearPlan), nil
 	}
-	p, err := plan.ForLinear(d.planDevice, plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, WGMMA: wgmma})
+	p := plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, WGMMA: wgmma}
+	l, err := d.chosen(p)
+	if l == nil && err == nil {
+		var usual plan.Linear
+		if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
+			l, err = d.prepareLinear(usual)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
-	l := &linearPlan{plan: p}
-	if !p.Expand {
-		if l.kernel, err = d.prepare(p.Kernel); err != nil {
-			return nil, err
-		}
-	}
 	d.linears.Store(key, l)
 	return l, nil
+}
+
+func (d *Device) prepareLinear(p plan.Linear) (*linearPlan, error) {
+	l := &linearPlan{plan: p}
+	if p.Expand {
+		return l, nil
+	}
+	var err error
+	l.kernel, err = d.prepare(p.Kernel)
+	return l, err
 }
 
 // Warm compiles and loads what products with an M x K weight of up to the given number of tokens need, so that no later call does.

@@ -7,6 +7,7 @@ package jit
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"io/fs"
 	"path"
@@ -93,6 +94,9 @@ func NewCompiler(sources fs.FS, cache *Cache, find func() (*nvrtc.Library, error
 	hash.Sum(c.digest[:0])
 	return c, nil
 }
+
+// Digest names the content of all sources.
+func (c *Compiler) Digest() string { return hex.EncodeToString(c.digest[:12]) }
 
 // Cache is the disk cache.
 func (c *Compiler) Cache() *Cache { return c.cache }

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+import (
+	"fmt"
+	"math/bits"
+	"slices"
+)
+
+// Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
+const Version = 1
+
+// Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
+const Expanded = "decompress"
+
+// Choice is a way to solve a product that was not picked by ForLinear but by a measurement or a user.
+type Choice struct {
+	Kernel string `json:"kernel"` // mma, wgmma or decompress; what follows is of the first two
+	MW     int    `json:"mw,omitempty"`
+	KW     int    `json:"kw,omitempty"`
+	Blocks uint32 `json:"blocks,omitempty"`
+}
+
+func (c Choice) String() string {
+	if c.Kernel == Expanded {
+		return c.Kernel
+	}
+	return fmt.Sprintf("%s %dx%d, %d blocks", c.Kernel, c.MW, c.KW, c.Blocks)
+}
+
+// families by the names of choices.
+var families = map[string]family{"mma": mma, "wgmma": wgmma}
+
+// Bucket rounds N up so that numbers of tokens with one bucket are measured together; a choice is made for a bucket. Few tokens are one,
+// so that a token's result stays the same for 1 to 16 of them.
+func Bucket(n uint64) uint64 {
+	const most = 8192
+	switch {
+	case n <= wideTokens:
+		return wideTokens
+	case n >= most:
+		return most
+	}
+	return 1 << bits.Len64(n-1)
+}
+
+// variants are the layouts of a family that a problem may be solved with, without spilling registers.
+func variants(d Device, p Problem, kernel string) []variant {
+	var list []variant
+	tokens := launchTokens(p, kernel)
+	switch {
+	case kernel == "mma" && p.Invariant:
+		list = layouts(d, mmaTokens)
+	case kernel == "mma":
+		list = layouts(d, tokens)
+	case kernel == "wgmma" && p.WGMMA && !p.Invariant && d.Capability == 90 && Class(p.N) == mmaTokens:
+		list = []variant{{2, 2}}
+	case kernel == "wgmma" && p.WGMMA && !p.Invariant && d.Capability == 90 && Class(p.N) == wgmmaTokens:
+		list = []variant{{2, 1}, {3, 1}}
+	}
+	most := tokens
+	if p.Invariant {
+		most = mmaTokens // the layout serves every N
+	}
+	var out []variant
+	for _, v := range list {
+		if families[kernel].fits(d, v, most) {
+			out = append(out, v)
+		}
+	}
+	return out
+}
+
+// launchTokens is how many tokens a launch takes.
+func launchTokens(p Problem, kernel string) uint64 {
+	if kernel == "wgmma" {
+		return min(Class(p.N), wgmmaTokens)
+	}
+	return min(Class(p.N), mmaTokens)
+}
+
+// resident is the most blocks of a layout that are of use and all on the device at once, which the kernels need.
+func (v variant) resident(d Device, p Problem) uint32 {
+	return uint32(min(uint64(d.SMs*blocksPerSM), v.units(p.M, p.K)))
+}
+
+// Chosen plans a product as a choice says, after checking that it can be solved so.
+func Chosen(d Device, p Problem, c Choice) (Linear, error) {
+	if _, err := ForLinear(d, p); err != nil {
+		return Linear{}, err
+	}
+	if c.Kernel == Expanded {
+		if p.Invariant {
+			return Linear{}, fmt.Errorf("the batch-invariant mode cannot decompress: cuBLAS makes a token's result depend on the others")
+		}
+		return Linear{Expand: true}, nil
+	}
+	v := variant{c.MW, c.KW}
+	if !slices.Contains(variants(d, p, c.Kernel), v) {
+		return Linear{}, fmt.Errorf("%s is no layout for %d tokens on compute capability %d.%d", c, p.N, d.Capability/10, d.Capability%10)
+	}
+	if most := v.resident(d, p); c.Blocks < 1 || c.Blocks > most {
+		return Linear{}, fmt.Errorf("%s: a %d x %d weight can be shared by 1 to %d blocks", c, p.M, p.K, most)
+	}
+	l := families[c.Kernel].launch(d, v, p.M, p.K, launchTokens(p, c.Kernel))
+	l.Workspace = l.Workspace / uint64(l.Kernel.Grid) * uint64(c.Blocks)
+	l.Kernel.Grid = c.Blocks
+	return l, nil
+}
+
+// DefaultChoice is what ForLinear picks.
+func DefaultChoice(d Device, p Problem) (Choice, error) {
+	l, err := ForLinear(d, p)
+	if err != nil {
+		return Choice{}, err
+	}
+	return ChoiceOf(l)
+}
+
+// ChoiceOf is the choice that leads to a plan.
+func ChoiceOf(l Linear) (Choice, error) {
+	if l.Expand {
+		return Choice{Kernel: Expanded}, nil
+	}
+	for name, f := range families {
+		if f.source != l.Kernel.Source {
+			continue
+		}
+		c := Choice{Kernel: name, Blocks: l.Kernel.Grid}
+		for _, define := range l.Kernel.Defines {
+			_, _ = fmt.Sscanf(define, "ZS_MW=%d", &c.MW)
+			_, _ = fmt.Sscanf(define, "ZS_KW=%d", &c.KW)
+		}
+		return c, nil
+	}
+	return Choice{}, fmt.Errorf("%s is the source of no known kernel", l.Kernel.Source)
+}
+
+// leastShare of the device that a grid without shared strips has to use to be worth trying.
+const leastShare = 0.8
+
+// Candidates lists the ways to solve a product that are worth measuring, that of ForLinear first.
+func Candidates(d Device, p Problem) ([]Choice, error) {
+	first, err := DefaultChoice(d, p)
+	if err != nil {
+		return nil, err
+	}
+	out := []Choice{first}
+	add := func(c Choice) {
+		if !slices.Contains(out, c) {
+			out = append(out, c)
+		}
+	}
+	for _, kernel := range []string{"mma", "wgmma"} {
+		for _, v := range variants(d, p, kernel) {
+			most := v.resident(d, p)
+			add(Choice{kernel, v.mw, v.kw, most})
+			// Runs that end with strips need fewer partial sums and less waiting.
+			if even := v.even(d, p); float64(even) >= leastShare*float64(most) {
+				add(Choice{kernel, v.mw, v.kw, even})
+			}
+		}
+	}
+	if !p.Invariant && Class(p.N) >= mmaTokens {
+		add(Choice{Kernel: Expanded})
+	}
+	return out, nil
+}
+
+// even is the largest grid whose blocks all have whole strip groups, or equal shares of one.
+func (v variant) even(d Device, p Problem) uint32 {
+	groups, most := v.groups(p), uint64(v.resident(d, p))
+	if groups <= most {
+		return uint32(groups * (most / groups))
+	}
+	return uint32(largestDivisor(groups, most))
+}
+
+func (v variant) groups(p Problem) uint64 { return ceilDiv(ceilDiv(p.M, tileSide), uint64(v.mw)) }
+
+func largestDivisor(n, most uint64) uint64 {
+	for most > 1 && n%most != 0 {
+		most--
+	}
+	return most
+}
+
+// Split is the best layout in which every strip of 64 rows is summed up by that many blocks, each with an equal share of K. ForLinear
+// does not choose such a number: it deals all tiles to all blocks in equal runs.
+func Split(d Device, p Problem, shares uint64) (Choice, error) {
+	if _, err := ForLinear(d, p); err != nil {
+		return Choice{}, err
+	}
+	if shares < 1 {
+		return Choice{}, fmt.Errorf("a product is split into at least 1 share")
+	}
+	var chosen Choice
+	least, most := uint64(0), uint64(0)
+	for _, v := range variants(d, p, "mma") {
+		groups, steps := v.groups(p), v.units(p.M, p.K)/v.groups(p)
+		possible := max(1, min(uint64(d.SMs*blocksPerSM)/groups, steps))
+		most = max(most, possible)
+		if shares > possible {
+			continue
+		}
+		grid := groups * shares
+		if grid > uint64(d.SMs*blocksPerSM) { // one share, and more groups than blocks
+			grid = largestDivisor(groups, uint64(d.SMs*blocksPerSM))
+		}
+		score := ceilDiv(v.units(p.M, p.K), grid) * uint64(v.mw*v.kw+6)
+		if chosen.Kernel == "" || score < least {
+			chosen, least = Choice{"mma", v.mw, v.kw, uint32(grid)}, score
+		}
+	}
+	if chosen.Kernel == "" {
+		return chosen, fmt.Errorf("K of a %d x %d weight cannot be split into %d shares: all blocks of a product are on the GPU at once, and its %d "+
+			"multiprocessors have room for at most %d of each strip of rows", p.M, p.K, shares, d.SMs, most)
+	}
+	return chosen, nil
+}

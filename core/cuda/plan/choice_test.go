@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan_test
+
+import (
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/cuda/plan"
+)
+
+func TestEveryCandidateCanBeChosen(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range matrices {
+			for _, n := range []uint64{1, 16, 17, 64, 65, 128, 129, 4096} {
+				for _, p := range []plan.Problem{{}, {Invariant: true}, {WGMMA: true}} {
+					p.M, p.K, p.N = mk[0], mk[1], n
+					list, err := plan.Candidates(d, p)
+					require.NoError(t, err)
+					usual, err := plan.ForLinear(d, p)
+					require.NoError(t, err)
+					for i, c := range list {
+						l, err := plan.Chosen(d, p, c)
+						require.NoError(t, err, "%s %+v %s", name, p, c)
+						if i == 0 {
+							assert.Equal(t, usual, l, "the first is what is done without a choice")
+						}
+						assert.NotContains(t, list[:i], c, "each once")
+						if l.Expand {
+							assert.False(t, p.Invariant)
+							continue
+						}
+						checkKernel(t, d, l.Kernel)
+						assert.LessOrEqual(t, int(l.Kernel.Grid), d.SMs, "all blocks at once")
+						assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_MW"))*64*l.Tokens*4, l.Workspace)
+					}
+				}
+			}
+		}
+	}
+}
+
+func TestAChoiceThatCannotBeIsRefused(t *testing.T) {
+	d := devices["H200"]
+	few := plan.Problem{M: 4096, K: 4096, N: 1}
+	for _, c := range []plan.Choice{
+		{}, {Kernel: "nothing"}, {Kernel: "mma"}, {Kernel: "mma", MW: 2, KW: 4}, {Kernel: "mma", MW: 2, KW: 4, Blocks: 133},
+		{Kernel: "mma", MW: 16, KW: 16, Blocks: 1}, {Kernel: "wgmma", MW: 2, KW: 2, Blocks: 8}, {Kernel: "mma", MW: -2, KW: -4, Blocks: 1},
+	} {
+		_, err := plan.Chosen(d, few, c)
+		assert.Error(t, err, "%+v", c)
+	}
+	many := few
+	many.N = 64
+	_, err := plan.Chosen(d, many, plan.Choice{Kernel: "mma", MW: 2, KW: 6, Blocks: 100})
+	assert.ErrorContains(t, err, "no layout for 64 tokens", "twelve warps have no room for these")
+	few.Invariant = true
+	_, err = plan.Chosen(d, few, plan.Choice{Kernel: "mma", MW: 2, KW: 6, Blocks: 100})
+	assert.Error(t, err, "a layout for every N has to serve 64")
+	_, err = plan.Chosen(d, few, plan.Choice{Kernel: plan.Expanded})
+	assert.ErrorContains(t, err, "batch-invariant")
+	_, err = plan.Chosen(d, plan.Problem{}, plan.Choice{Kernel: plan.Expanded})
+	assert.Error(t, err)
+	_, err = plan.Candidates(d, plan.Problem{})
+	assert.Error(t, err)
+}
+
+// In the batch-invariant mode a choice gives every number of tokens the same layout and grid.
+func TestAnInvariantChoiceDoesNotDependOnTheTokens(t *testing.T) {
+	for _, d := range devices {
+		for _, mk := range matrices {
+			list, err := plan.Candidates(d, plan.Problem{M: mk[0], K: mk[1], N: 1, Invariant: true})
+			require.NoError(t, err)
+			for _, n := range []uint64{2, 8, 9, 31, 64, 65, 1000, 8192} {
+				same, err := plan.Candidates(d, plan.Problem{M: mk[0], K: mk[1], N: n, Invariant: true})
+				require.NoError(t, err)
+				require.Equal(t, list, same)
+				for _, c := range list {
+					one, err := plan.Chosen(d, plan.Problem{M: mk[0], K: mk[1], N: 1, Invariant: true}, c)
+					require.NoError(t, err)
+					all, err := plan.Chosen(d, plan.Problem{M: mk[0], K: mk[1], N: n, Invariant: true}, c)
+					require.NoError(t, err)
+					for _, name := range []string{"ZS_MW", "ZS_KW"} {
+						assert.Equal(t, define(t, one.Kernel, name), define(t, all.Kernel, name))
+					}
+					assert.Equal(t, one.Kernel.Grid, all.Kernel.Grid)
+				}
+			}
+		}
+	}
+}
+
+func TestBuckets(t *testing.T) {
+	for n, want := range map[uint64]uint64{1: 16, 8: 16, 16: 16, 17: 32, 33: 64, 64: 64, 65: 128, 129: 256, 4097: 8192, 8192: 8192, 1 << 40: 8192} {
+		assert.Equal(t, want, plan.Bucket(n), n)
+	}
+	last := uint64(0)
+	for n := uint64(1); n < 10000; n++ {
+		b := plan.Bucket(n)
+		assert.GreaterOrEqual(t, b, last)
+		assert.Equal(t, b, plan.Bucket(min(plan.Class(n), 8192)), "tokens of one class share a plan, so they have one bucket")
+		last = b
+	}
+}
+
+// runs are the units of each block as gemm.cuh deals them.
+func runs(units, grid uint64) (starts []uint64) {
+	for b := range grid + 1 {
+		starts = append(starts, units*b/grid)
+	}
+	return starts
+}
+
+func TestSplitGivesEveryStripThatManyBlocks(t *testing.T) {
+	d := devices["H200"]
+	for _, mk := range matrices {
+		p := plan.Problem{M: mk[0], K: mk[1], N: 8}
+		for shares := uint64(1); shares < 200; shares++ {
+			c, err := plan.Split(d, p, shares)
+			if err != nil {
+				assert.Greater(t, shares, uint64(1), "one share is always possible")
+				assert.ErrorContains(t, err, "at most")
+				break
+			}
+			l, err := plan.Chosen(d, p, c)
+			require.NoError(t, err)
+			strips, tiles := (p.M+63)/64, (p.K+63)/64
+			groups := (strips + uint64(c.MW) - 1) / uint64(c.MW)
+			steps := (tiles + uint64(c.KW) - 1) / uint64(c.KW)
+			starts := runs(groups*steps, uint64(l.Kernel.Grid))
+			for g := range groups {
+				blocks := uint64(0)
+				for b := range len(starts) - 1 {
+					if starts[b] < (g+1)*steps && starts[b+1] > g*steps {
+						blocks++
+					}
+				}
+				require.Equal(t, shares, blocks, "%d x %d in %d shares, group %d", p.M, p.K, shares, g)
+			}
+		}
+	}
+	_, err := plan.Split(d, plan.Problem{M: 4096, K: 4096, N: 1}, 0)
+	assert.Error(t, err)
+	c, err := plan.Split(d, plan.Problem{M: 4096, K: 4096, N: 1}, 8)
+	require.NoError(t, err)
+	assert.Equal(t, uint32(128), c.Blocks, "sixteen groups of four strips")
+}
