@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"path/filepath"
-	"unsafe"
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/engine"
@@ -49,11 +48,7 @@ func zsgo_cuda_describe(text *C.char, capacity C.uint64_t, length *C.uint64_t) C
 		if err != nil {
 			return err
 		}
-		*length = C.uint64_t(len(out) + 1)
-		if capacity > 0 {
-			dst := unsafe.Slice((*byte)(unsafe.Pointer(text)), uint64(capacity))
-			dst[copy(dst[:len(dst)-1], out)] = 0
-		}
+		copyText(text, capacity, length, out)
 		return nil
 	})
 }

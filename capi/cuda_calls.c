@@ -28,6 +28,14 @@ int32_t zs_cuda_describe(char *text, uint64_t capacity, uint64_t *length) {
     return zsgo_cuda_describe(text, capacity, length);
 }
 
+int32_t zs_cuda_control(int32_t device, const char *request, char *text, uint64_t capacity, uint64_t *length) {
+    REFUSE_IN_CHILD();
+    REQUIRE(request);
+    REQUIRE(length);
+    if (capacity > 0) REQUIRE(text);
+    return zsgo_cuda_control(device, (char *)request, text, capacity, length);
+}
+
 int32_t zs_cuda_clear_cache(void) {
     REFUSE_IN_CHILD();
     return zsgo_cuda_clear_cache();

@@ -33,14 +33,17 @@ static PyObject *py_set_dirs(PyObject *self, PyObject *const *args, Py_ssize_t n
     Py_RETURN_NONE;
 }
 
-static PyObject *py_describe(PyObject *self, PyObject *none) {
-    (void)self, (void)none;
+// The reply to a request, or without one the description of everything.
+static PyObject *text_of(int32_t device, const char *request) {
     uint64_t capacity = 16384, length = 0;
     for (;;) {
         char *text = malloc(capacity);
         if (text == NULL) return PyErr_NoMemory();
         int32_t code;
-        WITHOUT_GIL(code = zs_cuda_describe(text, capacity, &length));
+        if (request)
+            WITHOUT_GIL(code = zs_cuda_control(device, request, text, capacity, &length));
+        else
+            WITHOUT_GIL(code = zs_cuda_describe(text, capacity, &length));
         PyObject *out = NULL;
         if (code != ZS_OK) {
             out = zs_py_fail(code);
@@ -51,6 +54,21 @@ static PyObject *py_describe(PyObject *self, PyObject *none) {
         if (code != ZS_OK || length <= capacity) return out;
         capacity = length + 1024;
     }
+}
+
+static PyObject *py_describe(PyObject *self, PyObject *none) {
+    (void)self, (void)none;
+    return text_of(0, NULL);
+}
+
+static PyObject *py_control(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_control", 2);
+    ARG(0, device);
+    Py_ssize_t length;
+    const char *request = PyUnicode_AsUTF8AndSize(args[1], &length);
+    if (request == NULL) return NULL;
+    return text_of(device_number(device), request);
 }
 
 static PyObject *py_clear_cache(PyObject *self, PyObject *none) {
@@ -220,6 +238,7 @@ static PyObject *py_follow(PyObject *self, PyObject *const *args, Py_ssize_t nar
 PyMethodDef zs_cuda_methods[] = {
     FUNCTION(set_dirs, "cuda_set_dirs(dirs) -> None: directories, separated by ':', in which NVRTC may lie"),
     {"cuda_describe", py_describe, METH_NOARGS, "cuda_describe() -> str: JSON about driver, devices, compiler, cache"},
+    FUNCTION(control, "cuda_control(device, request) -> str: a request about plans and tuning and its reply, both JSON"),
     {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
     FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),

@@ -22,6 +22,10 @@ ZS_API int32_t zs_cuda_set_dirs(const char *dirs);
  * takes. Never fails for a missing driver or compiler: the text then says what is missing. */
 ZS_API int32_t zs_cuda_describe(char *text, uint64_t capacity, uint64_t *length);
 
+/* How products are solved, for tuning (docs/gpu.md): takes a request and writes its reply, both JSON. At most capacity bytes of the reply with the
+ * ending zero are written; *length is what it takes. Asking again with more room does no harm. */
+ZS_API int32_t zs_cuda_control(int32_t device, const char *request, char *text, uint64_t capacity, uint64_t *length);
+
 /* Removes the compiled kernels on disk. */
 ZS_API int32_t zs_cuda_clear_cache(void);
 
