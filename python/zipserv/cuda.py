@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE
 
-__all__ = ["changed", "clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
+__all__ = ["batch_invariant", "changed", "clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
 
 _BF16 = 1
 _RAW = 0
 _bf16 = torch.bfloat16
 _linear = _zipserv.cuda_linear
+_invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
 _grad_enabled = torch.is_grad_enabled
 _mode_count = torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -74,6 +75,7 @@ def linear(
     if address % 16:
         blob = blob.clone()  # the kernels copy 16 bytes at a time, and a slice of a larger tensor may start anywhere
         address = blob.data_ptr()
+        _zipserv.cuda_changed(index, address)
     if x.is_contiguous():
         rows, ldx = x, k
     else:
@@ -215,7 +217,14 @@ def set_batch_invariant(on: bool) -> None:
     cuBLAS. The environment variable ``VLLM_BATCH_INVARIANT=1`` switches it on at start. CUDA graphs that were captured before keep
     what they have.
     """
+    global _invariant
     _zipserv.cuda_set_batch_invariant(on)
+    _invariant = bool(on)
+
+
+def batch_invariant() -> bool:
+    """What :func:`set_batch_invariant` or the environment has set."""
+    return _invariant
 
 
 def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .format import DTYPE_CODES, SUFFIX, Header
 from .lazy import LazyWeight
 from .tensor import ZipTensor, check_blob, compress, linear_blob
 
-__all__ = ["BlobModule", "ZipLinear"]
+__all__ = ["BlobModule", "ZipLinear", "take_over"]
 
 
 class _Successors:
@@ -86,8 +86,12 @@ class BlobModule(nn.Module):
             raise Error(f"{type(self).__name__} holds no {name} yet: load a state dict, or make it from a loaded layer")
         return ZipTensor.from_blob(blob, verify="none")
 
+    def _blobs(self) -> Iterator[torch.Tensor]:
+        """The buffers that hold compressed bytes."""
+        return (self.get_buffer(name + SUFFIX) for name in self._blob_specs)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        blobs = {id(self._buffers[name + SUFFIX]) for name in self._blob_specs}
+        blobs = {id(blob) for blob in self._blobs()}
         return super()._apply(lambda t: _apply_to_blob(fn, t) if id(t) in blobs else fn(t), recurse)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(
@@ -122,8 +126,14 @@ class BlobModule(nn.Module):
         finally:
             self._non_persistent_buffers_set -= hidden
 
-    def _load_blob(self, name: str, value: object, *, is_plain: bool, assign: bool) -> None:
+    def _check_header(self, name: str, header: Header) -> None:
         shape, dtype = self._blob_specs[name]
+        if header.shape != shape:
+            raise ValueError(f"the compressed weight has the shape {header.shape}, the module needs {shape}")
+        if header.dtype != dtype:
+            raise TypeError(f"the compressed weight is {header.dtype}, the module was made for {dtype}: give dtype={header.dtype}")
+
+    def _load_blob(self, name: str, value: object, *, is_plain: bool, assign: bool) -> None:
         if isinstance(value, torch.Tensor) and value.is_meta:
             if assign:
                 self._buffers[name + SUFFIX] = value
@@ -138,10 +148,7 @@ class BlobModule(nn.Module):
             blob, header, owned = compressed.blob, compressed.header, True
         else:
             blob, header = value, check_blob(value)
-        if header.shape != shape:
-            raise ValueError(f"the compressed weight has the shape {header.shape}, the module needs {shape}")
-        if header.dtype != dtype:
-            raise TypeError(f"the compressed weight is {header.dtype}, the module was made for {dtype}: give dtype={header.dtype}")
+        self._check_header(name, header)
         self._buffers[name + SUFFIX] = _replace_blob(self.get_buffer(name + SUFFIX), blob, header, owned, assign)
 
 
@@ -312,3 +319,24 @@ class ZipLinear(BlobModule, nn.Linear):
         if blob.numel():
             size = f"{8 * blob.numel() / (self.in_features * self.out_features):.2f} bits/weight"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, dtype={self.weight_dtype}, {size}"
+
+
+# Hooks of nn.Module live in these dicts.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def take_over(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Give a module that takes another's place its mode and the hooks that its user had put there."""
+    new.train(old.training)
+    for name in _HOOKS:
+        if getattr(old, name, None):
+            getattr(new, name).update(getattr(old, name))
+    return new

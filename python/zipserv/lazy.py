@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from .errors import Error
 from .format import DTYPE_CODES
+from .rows import linear_rows
 from .tensor import linear_blob
 
 _READ_ONLY = "a compressed weight can't be changed in place: decompress it, and compress the result"
@@ -31,24 +32,31 @@ class LazyWeight(torch.Tensor):
         shape: shape of the weight.
         matrix: ``(m, k)``, the matrix as which it is stored.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
+        row0: of a weight that is a run of the matrix's rows (two dimensions), the first of them, a multiple of 64.
     """
 
     _blob: torch.Tensor
     _matrix: tuple[int, int]
+    _row0: int | None
 
     @staticmethod
     def __new__(
-        cls, blob: torch.Tensor, shape: tuple[int, ...], matrix: tuple[int, int], dtype: torch.dtype
+        cls, blob: torch.Tensor, shape: tuple[int, ...], matrix: tuple[int, int], dtype: torch.dtype, row0: int | None = None
     ) -> LazyWeight:
         self: LazyWeight = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=blob.device, requires_grad=False
         )
-        self._blob, self._matrix = blob, matrix
+        self._blob, self._matrix, self._row0 = blob, matrix, row0
         return self
 
     def decompress(self) -> torch.Tensor:
         """The weight itself, a tensor of its own."""
         m, k = self._matrix
+        if self._row0 is not None:
+            rows: torch.Tensor = torch.ops.zipserv.decompress_rows(
+                self._blob, m, k, DTYPE_CODES[self.dtype], self._row0, self._row0 + self.shape[0]
+            )
+            return rows
         flat: torch.Tensor = torch.ops.zipserv.decompress(self._blob, m, k, DTYPE_CODES[self.dtype])
         return flat.view(self.shape)
 
@@ -61,6 +69,9 @@ class LazyWeight(torch.Tensor):
             x, weight, bias = _linear_arguments(*args, **kwargs)
             if isinstance(weight, cls) and not isinstance(x, cls) and weight.dim() == 2 and x.dtype == weight.dtype:
                 m, k = weight._matrix
+                if weight._row0 is not None:
+                    row0 = weight._row0
+                    return linear_rows(x, weight._blob, m, k, weight.dtype, row0, row0 + weight.shape[0], bias)
                 return linear_blob(x, weight._blob, m, k, weight.dtype, bias)
         if func in _WRITES and isinstance(args[0], cls):
             raise Error(_READ_ONLY)  # it would write into a view of a copy

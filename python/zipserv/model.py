@@ -20,7 +20,8 @@ from .conv import ZipConv, is_matmul
 from .embedding import ZipEmbedding
 from .errors import Error
 from .format import DTYPE_CODES
-from .layers import BlobModule, ZipLinear
+from .layers import BlobModule, ZipLinear, take_over
+from .merged import merge_layers
 from .report import CompressionReport, LayerReport
 from .tensor import compress, require_compressible
 
@@ -97,6 +98,7 @@ def compress_model(
     *,
     progress: bool | None = None,
     offload: str | None = None,
+    merge: bool = True,
 ) -> CompressionReport:
     """Compress the weights of a model's layers, in place and one at a time.
 
@@ -111,13 +113,16 @@ def compress_model(
         exclude: layers to leave alone, in the same form.
         progress: show a progress bar; by default where stderr is a terminal.
         offload: ``"cpu"`` keeps the compressed weights in host memory and streams them to the GPU.
+        merge: store layers that read the same input (query, key, value; gate, up) in one blob, so that a GPU computes
+            them in one product (:func:`zipserv.merged.merge_layers`). Names and state dicts stay as they are.
 
     Returns:
         A report with one entry for each layer looked at.
 
     Raises:
         TypeError: not a module, or patterns of another type.
-        ValueError: the model is a single layer; all its layers have a dtype that can't be compressed.
+        ValueError: the model is a single layer; all its layers have a dtype that can't be compressed; no layer matches
+            the globs of ``include``, or ``exclude`` leaves none of those.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
@@ -127,6 +132,8 @@ def compress_model(
     chosen = [(name, module, converter) for name, module, converter in _candidates(model) if wanted(name, module)]
     if any(not name for name, _, _ in chosen):
         raise ValueError("the model is a single layer and can't be replaced in place: use ZipLinear.from_linear(layer)")
+    if not chosen and include is not None and not callable(include):
+        _refuse_nothing(model, include, exclude)
     run = _Run(model, chosen)
     report = CompressionReport()
     with _progress(len(chosen), progress) as step:
@@ -141,6 +148,8 @@ def compress_model(
             f"no layer can be compressed, all weights are {', '.join(sorted(dtypes))}: model.to(torch.bfloat16) first "
             "(that step rounds; compression itself loses nothing)"
         )
+    if merge:
+        merge_layers(model)
     if offload is not None:
         importlib.import_module("zipserv.offload").apply(model)
     return report
@@ -162,7 +171,7 @@ def prepare_model(model: nn.Module, include: Patterns = None, exclude: Patterns 
             continue
         if not name:
             raise ValueError("the model is a single layer and can't be replaced in place: use zipserv.ZipLinear")
-        _replace(model, {module: _take_over(module, converter.empty(module))})
+        _replace(model, {module: take_over(module, converter.empty(module))})
         names.append(name)
     return names
 
@@ -174,6 +183,7 @@ def load_model(
     device: torch.device | str = "cpu",
     strict: bool = True,
     verify: bool = True,
+    merge: bool = True,
 ) -> Any:
     """Load a checkpoint into a plain model: the layers that it holds compressed become compressed layers.
 
@@ -185,6 +195,7 @@ def load_model(
         device: where the weights go.
         strict: as for ``load_state_dict``.
         verify: check the checksums of the original weights.
+        merge: as for :func:`compress_model`.
 
     Returns:
         What ``load_state_dict`` returns: missing and unexpected keys.
@@ -200,11 +211,15 @@ def load_model(
             shape = tuple(converter.view(getattr(module, weight)).shape)
             if held[key] != shape:
                 raise Error(f"{key!r} has the shape {held[key]} in the file, {shape} in the model")
-        _replace(model, {module: _take_over(module, converter.build(module, {w: state[key] for w, key in keys.items()}))})
+        _replace(model, {module: take_over(module, converter.build(module, {w: state[key] for w, key in keys.items()}))})
     odd = sorted(held.keys() - _blob_names(model))
     if odd:
         raise Error(f"{odd[0]!r} is compressed in the file, but the model has no layer there that can be compressed")
-    return model.load_state_dict(state, strict=strict, assign=True)
+    result = model.load_state_dict(state, strict=strict, assign=True)
+    del state
+    if merge:
+        merge_layers(model)
+    return result
 
 
 class _Run:
@@ -235,7 +250,7 @@ class _Run:
         if not note:
             entries, blobs = self._compress(parameters, labels, converter)
             if entries:
-                _replace(self.model, {module: _take_over(module, converter.build(module, blobs))})
+                _replace(self.model, {module: take_over(module, converter.build(module, blobs))})
                 return entries
             note = "would not shrink"
         return [LayerReport(labels[w], tuple(p.shape), p.dtype, _nbytes(p), _nbytes(p), "kept", note) for w, p in parameters.items()]
@@ -302,24 +317,16 @@ def _replace(model: nn.Module, new: dict[nn.Module, nn.Module]) -> None:
                 parent._modules[key] = new[child]
 
 
-# Hooks of nn.Module live in these dicts; a replaced layer keeps the ones its user had put there.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
-def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
-    new.train(old.training)
-    for name in _HOOKS:
-        if getattr(old, name, None):
-            getattr(new, name).update(getattr(old, name))
-    return new
+def _refuse_nothing(model: nn.Module, include: Patterns, exclude: Patterns) -> None:
+    """``include`` without a match is a slip of the pen, unless what it names is compressed already."""
+    wanted = _selector(include, exclude)
+    if any(isinstance(module, BlobModule) and wanted(name, module) for name, module in model.named_modules()):
+        return
+    there = [name for name, _, _ in _candidates(model)]
+    shown = ", ".join(there[:5]) + (f" and {len(there) - 5} more" if len(there) > 5 else "")
+    raise ValueError(
+        f"include and exclude leave no layer to compress; the model has {shown or 'none'} (a glob must match the whole name: '*.mlp.*')"
+    )
 
 
 def _selector(include: Patterns, exclude: Patterns) -> Callable[[str, nn.Module], bool]:

@@ -105,19 +105,23 @@ def _linear_rows_cpu(
     return y
 
 
-def _linear_grad_x_cpu(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
+def _linear_grad_x_cpu(
+    grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int = 0, row1: int | None = None
+) -> torch.Tensor:
     _require_blob(blob, m, k, dtype_code)
-    _require_input(grad, m, dtype_code)
-    g2 = grad.reshape(-1, m)
+    rows = (m if row1 is None else row1) - row0
+    _require_rows(m, row0, row0 + rows)
+    _require_input(grad, rows, dtype_code)
+    g2 = grad.reshape(-1, rows)
     # The sum runs over panels: partial sums in FP32, rounded once at the end.
     total = torch.zeros((g2.shape[0], k), dtype=torch.float32)
-    step = _panel_rows(m, k)
+    step = _panel_rows(rows, k)
     work = grad.new_empty((step, k))
-    for row0 in range(0, m, step) if g2.numel() else ():
-        row1 = min(m, row0 + step)
-        panel = work[: row1 - row0]
-        _decode(blob, row0, panel)
-        total.addmm_(g2[:, row0:row1].float(), panel.float())
+    for first in range(0, rows, step) if g2.numel() else ():
+        last = min(rows, first + step)
+        panel = work[: last - first]
+        _decode(blob, row0 + first, panel)
+        total.addmm_(g2[:, first:last].float(), panel.float())
     return total.to(grad.dtype).view(*grad.shape[:-1], k)
 
 
@@ -191,19 +195,23 @@ def _linear_cuda(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code
     return y
 
 
-def _linear_grad_x_cuda(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
+def _linear_grad_x_cuda(
+    grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int = 0, row1: int | None = None
+) -> torch.Tensor:
     # Panels bound the workspace as on the CPU; they are larger, for a GPU needs more work at a time.
-    g2 = grad.reshape(-1, m)
-    step = min(m, max(TILE, 32 * PANEL_BYTES // (2 * k) // TILE * TILE))
+    rows = (m if row1 is None else row1) - row0
+    _require_rows(m, row0, row0 + rows)
+    g2 = grad.reshape(-1, rows)
+    step = min(rows, max(TILE, 32 * PANEL_BYTES // (2 * k) // TILE * TILE))
     work = grad.new_empty((step, k))
-    if step == m:
-        cuda_module().decompress(blob, m, k, dtype_code, 0, work)
+    if step == rows:
+        cuda_module().decompress(blob, m, k, dtype_code, row0, work)
         return (g2 @ work).view(*grad.shape[:-1], k)
     total = torch.zeros((g2.shape[0], k), dtype=torch.float32, device=grad.device)
-    for row0 in range(0, m, step):
-        panel = work[: min(step, m - row0)]
-        cuda_module().decompress(blob, m, k, dtype_code, row0, panel)
-        total += g2[:, row0 : row0 + panel.shape[0]] @ panel
+    for first in range(0, rows, step):
+        panel = work[: min(step, rows - first)]
+        cuda_module().decompress(blob, m, k, dtype_code, row0 + first, panel)
+        total += g2[:, first : first + panel.shape[0]] @ panel
     return total.to(grad.dtype).view(*grad.shape[:-1], k)
 
 

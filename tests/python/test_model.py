@@ -101,7 +101,7 @@ def test_report() -> None:
         ("blocks.*", "*.down", ["blocks.0.up", "blocks.1.up"]),
         (lambda name, module: module.bias is not None if isinstance(module, nn.Linear) else False, None, ["blocks.0.up", "blocks.1.up"]),
         (None, lambda name, module: "blocks" in name, ["head"]),
-        ("nothing", None, []),
+        (lambda name, module: False, None, []),
     ],
 )
 def test_include_and_exclude(include: Any, exclude: Any, expected: list[str]) -> None:

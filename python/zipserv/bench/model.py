@@ -52,6 +52,7 @@ def run(
     graphs: bool = True,
     seed: int = 0,
     rounds: int = 5,
+    merge: bool = True,
 ) -> dict[str, Any]:
     """Measure tokens/s, time to the first token and memory, uncompressed and compressed.
 
@@ -66,9 +67,11 @@ def run(
         graphs: capture a decode step in a CUDA graph; on a GPU only.
         seed: of the weights and the prompts.
         rounds: how often each figure is taken; the median counts.
+        merge: compressed layers that read the same input are one product (:func:`zipserv.merged.merge_layers`).
 
     Returns:
         What can be written as JSON: ``model``, ``weights`` (bytes before and after), ``rows`` (one for each batch size).
+        Where a phase did not fit into the device's memory its figures are ``{"error": ...}``, and quotients are None.
 
     Raises:
         ValueError: unknown config or dtype, sizes below 1.
@@ -81,40 +84,46 @@ def run(
     if offload not in (None, "cpu"):
         raise ValueError(f"offload is 'cpu' or None, not {offload!r}")
     graphs = graphs and where.type == "cuda" and offload is None
-    model, name = _build(config, torch.device("cpu") if offload else where, getattr(torch, dtype), seed)
-    settings = {"batch": list(batch), "prompt": prompt, "new_tokens": new_tokens, "graphs": graphs, "rounds": rounds}
+    settings = {"batch": list(batch), "prompt": prompt, "new_tokens": new_tokens, "graphs": graphs, "rounds": rounds, "merge": merge}
+    model, name, fits = _build_on(config, where, getattr(torch, dtype), seed)
+    if offload:  # the device was only sooner at drawing the weights
+        model.to("cpu")
+        fits = True
 
     phases: dict[str, list[dict[str, Any]]] = {}
-    tokens: dict[str, list[torch.Tensor]] = {}
+    tokens: dict[str, list[torch.Tensor | None]] = {}
     weights: dict[str, int] = {}
-    report = None
     for phase in ("plain", "zipserv"):
         if phase == "zipserv":
-            report = compress_model(model)
+            compress_model(model, merge=merge)
+            if not fits:
+                model.to(where)
             gc.collect()
         weights[phase] = _weight_bytes(model)
+        if phase == "plain" and not fits:
+            error = {"error": f"out of memory: the weights alone are {weights[phase] / 1e9:.2f} GB"}
+            phases[phase], tokens[phase] = [error for _ in batch], [None for _ in batch]
+            continue
         handle = offload_model(model, where) if offload else None
-        if where.type == "cuda":
-            torch.cuda.empty_cache()
         phases[phase], tokens[phase] = [], []
         for size in batch:
-            row, ids = _measure(model, where, size, prompt, new_tokens, graphs, seed, rounds, handle)
+            row, ids = _measured(model, where, size, prompt, new_tokens, graphs, seed, rounds, handle)
             phases[phase].append(row)
             tokens[phase].append(ids)
         if handle is not None:
             handle.remove()
-            _to_cpu(model)
-    assert report is not None
+            model.to("cpu")
     rows = []
     for size, plain, zipped, a, b in zip(batch, phases["plain"], phases["zipserv"], tokens["plain"], tokens["zipserv"], strict=True):
+        both = a is not None and b is not None
         rows.append(
             {
                 "batch": size,
                 "plain": plain,
                 "zipserv": zipped,
-                "decode_speedup": zipped["decode_tokens_per_second"] / plain["decode_tokens_per_second"],
-                "prefill_speedup": plain["first_token_seconds"] / zipped["first_token_seconds"],
-                "same_tokens": float((a == b).float().mean()),
+                "decode_speedup": zipped["decode_tokens_per_second"] / plain["decode_tokens_per_second"] if both else None,
+                "prefill_speedup": plain["first_token_seconds"] / zipped["first_token_seconds"] if both else None,
+                "same_tokens": float((a == b).float().mean()) if a is not None and b is not None else None,
             }
         )
     return {
@@ -134,7 +143,8 @@ def format_rows(result: dict[str, Any]) -> str:
     weights = result["weights"]
     lines = [
         f"{result['model']} on {result['device']}, {result['dtype']}, prompt {result['prompt']}, {result['new_tokens']} new tokens"
-        f"{', CUDA graphs' if result['graphs'] else ''}{', weights streamed from host memory' if result['offload'] else ''}",
+        f"{', CUDA graphs' if result['graphs'] else ''}{', layers merged' if result['merge'] else ''}"
+        f"{', weights streamed from host memory' if result['offload'] else ''}",
         f"weights: {weights['plain'] / 1e9:.3f} GB -> {weights['zipserv'] / 1e9:.3f} GB ({weights['ratio']:.3f}x)",
         f"{'batch':>5} {'tokens/s':>20} {'speed-up':>8} {'first token, ms':>20} {'speed-up':>8} {'peak memory, GB':>16} {'same tokens':>11}",
     ]
@@ -142,15 +152,60 @@ def format_rows(result: dict[str, Any]) -> str:
         plain, zipped = row["plain"], row["zipserv"]
 
         def pair(key: str, scale: float, plain: dict[str, Any] = plain, zipped: dict[str, Any] = zipped) -> str:
-            if plain[key] is None:
+            values = [part.get(key) for part in (plain, zipped)]
+            if values == [None, None]:
                 return "-"
-            return f"{plain[key] * scale:.2f} -> {zipped[key] * scale:.2f}"
+            return " -> ".join("-" if value is None else f"{value * scale:.2f}" for value in values)
+
+        def quotient(key: str, form: str, row: dict[str, Any] = row) -> str:
+            return "-" if row[key] is None else format(row[key], form)
 
         lines.append(
-            f"{row['batch']:>5} {pair('decode_tokens_per_second', 1):>20} {row['decode_speedup']:>7.2f}x {pair('first_token_seconds', 1e3):>20} "
-            f"{row['prefill_speedup']:>7.2f}x {pair('peak_bytes', 1e-9):>16} {row['same_tokens']:>11.0%}"
+            f"{row['batch']:>5} {pair('decode_tokens_per_second', 1):>20} {quotient('decode_speedup', '.2f'):>7}x "
+            f"{pair('first_token_seconds', 1e3):>20} "
+            f"{quotient('prefill_speedup', '.2f'):>7}x {pair('peak_bytes', 1e-9):>16} {quotient('same_tokens', '.0%'):>11}"
         )
+        lines += [f"      {phase}: {part['error']}" for phase, part in (("plain", plain), ("zipserv", zipped)) if "error" in part]
+        if plain.get("bus_bytes_per_second") and zipped.get("bus_bytes_per_second"):
+            lines.append(_stream_line(row))
     return "\n".join(lines)
+
+
+def _stream_line(row: dict[str, Any]) -> str:
+    """How much of the bus the streaming takes, and what it needs on the GPU."""
+    told = []
+    for phase in ("plain", "zipserv"):
+        part = row[phase]
+        rate = part["streamed_bytes"] * part["decode_tokens_per_second"] / row["batch"]
+        told.append(
+            f"{part['streamed_bytes'] / 1e9:.2f} GB a step at {rate / 1e9:.1f} GB/s ({rate / part['bus_bytes_per_second']:.0%} of the bus), "
+            f"two blocks of {part['buffer_bytes'] / 2e9:.2f} GB"
+        )
+    return f"      streamed: {' -> '.join(told)}"
+
+
+def _build_on(config: str | Path, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, str, bool]:
+    """The model on the device, or on the CPU where it does not fit there; whether it fits."""
+    try:
+        return *_build(config, device, dtype, seed), True
+    except torch.OutOfMemoryError:
+        _release(device)
+    return *_build(config, torch.device("cpu"), dtype, seed), False
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _measured(model: Any, device: torch.device, *arguments: Any) -> tuple[dict[str, Any], torch.Tensor | None]:
+    """:func:`_measure`, or what was missing."""
+    _release(device)
+    try:
+        return _measure(model, device, *arguments)
+    except torch.OutOfMemoryError as error:
+        return {"error": f"out of memory: {str(error).split('. ')[0]}"}, None
 
 
 def _build(config: str | Path, device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Any, str]:
@@ -179,10 +234,6 @@ def _weight_bytes(model: Any) -> int:
     return sum(tensors.values())
 
 
-def _to_cpu(model: Any) -> None:
-    model.to("cpu")
-
-
 @torch.inference_mode()
 def _measure(
     model: Any,
@@ -198,7 +249,10 @@ def _measure(
     from transformers import StaticCache
 
     gpu = device.type == "cuda"
+    copy_seconds = _copy_seconds(device)
+    bus = _bus_rate(device) if gpu and handle is not None else None
     if gpu:
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(seed + batch)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
@@ -219,7 +273,6 @@ def _measure(
         logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
-    copy_seconds = _copy_seconds(device)
     prefill()
     first = [_seconds(prefill, device) for _ in range(rounds)]
     replay: Callable[[], object] = step
@@ -249,6 +302,8 @@ def _measure(
         "peak_bytes": torch.cuda.max_memory_allocated(device) if gpu else None,
         "copy_seconds": copy_seconds,
         "streamed_bytes": handle.host_bytes if handle is not None else None,
+        "buffer_bytes": handle.device_bytes if handle is not None else None,
+        "bus_bytes_per_second": bus,
     }
     return row, torch.cat(produced, 1).cpu()
 
@@ -275,6 +330,13 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def _bus_rate(device: torch.device) -> float:
+    """Bytes a second from pinned host memory to the GPU: 256 MiB, the best of five."""
+    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty_like(source, device=device)
+    return source.numel() / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
 
 
 def _copy_seconds(device: torch.device) -> float:
