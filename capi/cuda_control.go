@@ -12,6 +12,8 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/engine"
 )
 
+func init() { engine.SetVersion(C.GoString(C.zs_version())) }
+
 //export zsgo_cuda_control
 func zsgo_cuda_control(device C.int32_t, request *C.char, text *C.char, capacity C.uint64_t, length *C.uint64_t) C.int32_t {
 	return guard(C.ZS_ERR_CUDA, func() error {

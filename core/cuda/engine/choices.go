@@ -80,7 +80,7 @@ func (d *Device) problem(t tuned.Problem) (plan.Problem, error) {
 	if n-1 >= maxSide {
 		return plan.Problem{}, badArgument("the number of tokens must be 1 to 2^31-1, got %d", n)
 	}
-	return plan.Problem{M: t.M, K: t.K, N: n, Invariant: t.Invariant, WGMMA: wgmma}, nil
+	return plan.Problem{M: t.M, K: t.K, N: n, Invariant: t.Invariant}, nil
 }
 
 // Candidates lists the ways to solve a product that are worth measuring; the first is what is done without a choice.
@@ -231,6 +231,7 @@ func (e *Engine) tunedKey(props driver.Device) (tuned.Key, error) {
 func keyOf(e *Engine, props driver.Device, lib *nvrtc.Library) tuned.Key {
 	return tuned.Key{
 		GPU: props.Name, SMs: props.SMs, Driver: e.driver.VersionString(), NVRTC: lib.VersionString(), Kernels: e.compiler.Digest(), Plan: plan.Version,
+		ZipServ: packageVersion,
 	}
 }
 

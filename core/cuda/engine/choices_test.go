@@ -164,6 +164,18 @@ func TestChoicesOfOtherKernelsAreNotUsed(t *testing.T) {
 	assert.Nil(t, e.Describe().Devices[0].Tuned)
 }
 
+// What one version of the package measured is not used by another.
+func TestChoicesOfAnotherVersionAreNotUsed(t *testing.T) {
+	open(t)
+	t.Setenv(jit.EnvCacheDir, t.TempDir())
+	_, e := again(t)
+	save(t, device(t, e, 0))
+	engine.SetVersion("9.9.9")
+	defer engine.SetVersion("")
+	_, e = again(t)
+	assert.Nil(t, e.Describe().Devices[0].Tuned)
+}
+
 // A choice from the file whose kernel cannot be had is passed over.
 func TestATunedChoiceThatDoesNotWorkOutIsPassedOver(t *testing.T) {
 	open(t)

@@ -18,10 +18,11 @@ var (
 // EnvInvariant names the variable that switches batch invariance on at start; it is vLLM's.
 const EnvInvariant = "VLLM_BATCH_INVARIANT"
 
-// EnvWGMMA names the variable that lets plans choose the wgmma kernel for 33 to 128 tokens on compute capability 9.0. It is an experiment.
-const EnvWGMMA = "ZIPSERV_WGMMA"
+// packageVersion is part of what tuned choices hold for.
+var packageVersion string
 
-var wgmma = os.Getenv(EnvWGMMA) == "1"
+// SetVersion tells the engine which version of the package it is in. It is called before anything else.
+func SetVersion(v string) { packageVersion = v }
 
 func init() { invariant.Store(os.Getenv(EnvInvariant) == "1") }
 

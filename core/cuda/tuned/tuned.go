@@ -35,6 +35,7 @@ type Key struct {
 	NVRTC   string `json:"nvrtc"`
 	Kernels string `json:"kernels"` // digest of the sources
 	Plan    int    `json:"plan"`    // plan.Version
+	ZipServ string `json:"zipserv"` // the package's version
 }
 
 func (k Key) name() string {
