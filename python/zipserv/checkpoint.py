@@ -292,9 +292,10 @@ class TensorFile:
         """Tensors on the device, read through pinned buffers; what is checked is the file's pages, which the read has just brought in."""
         if self._loader is None:
             self._loader = Loader(self.device)
+        device = self._loader.device
         order = sorted(names, key=self._place)
         mapped = {name: self._mapped(name) for name in order}
-        targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device) for name, tensor in mapped.items()}
+        targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in mapped.items()}
         parts = []
         for name in order:
             number, offset = self._place(name)

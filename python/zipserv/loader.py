@@ -56,6 +56,8 @@ class Loader:
     """
 
     def __init__(self, device: torch.device, threads: int | None = None) -> None:
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         self.device = device
         self.threads = threads or min(MOST_THREADS, _processors())
         self._lanes: list[_Lane] = []

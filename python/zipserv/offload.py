@@ -148,13 +148,15 @@ def apply(model: nn.Module, device: torch.device | str | int | None = None, *, s
         device: where to compute: by default the current CUDA device where there is one, else the CPU.
         stage: whether to stream through buffers: by default on a GPU only. True on the CPU is for tests.
 
+    A CUDA graph of such a model is refused (:class:`zipserv.Error`), for its weights change place.
+
     Returns:
         A handle that tells sizes and can undo it. The model keeps all it needs without it.
 
     Raises:
         TypeError: not a module.
         ValueError: weights are on the meta device or not on the CPU, or are sharded.
-        Error: the model is under the hooks of accelerate, which moves weights too.
+        Error: the model is under the hooks of accelerate, which moves weights too; host memory can't be pinned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
@@ -181,6 +183,7 @@ class _Pool:
         self.blocks = blocks
         self.slots = [torch.empty(capacity, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
         self.holds: list[int | None] = [None] * SLOTS
+        self.inside: set[int] = set()  # blocks that compute now
         self.fetches = 0
 
     def hooks(self, index: int) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -196,12 +199,16 @@ class _Pool:
         forget(views)  # products fetch the first weights of a blob they know before the work ahead of them has ended: this one is new
         for weight, view in zip(self.blocks[index].weights, views, strict=True):
             weight.put(view)
+        self.inside.add(index)
         following = (index + 1) % len(self.blocks)
         if following not in self.holds:
             self.fetch(following, self._free_slot(slot))
 
     def leave(self, index: int) -> None:
         """After block ``index`` was computed (on a GPU: queued): its buffer may be filled again."""
+        if index not in self.inside:  # it was refused: torch calls this all the same
+            return
+        self.inside.remove(index)
         self.mark_done(self.holds.index(index))
         for weight in self.blocks[index].weights:
             weight.put(weight.host)
@@ -241,7 +248,7 @@ class _CudaPool(_Pool):
             self.stream.wait_stream(torch.cuda.current_stream(device))
 
     def enter(self, index: int) -> None:
-        if torch.cuda.is_current_stream_capturing():
+        if _is_capturing(self.slots[0].device):
             raise Error("a model whose weights stream from host memory can't be captured in a CUDA graph: its weights change place; run it eagerly")
         super().enter(index)
 
@@ -259,6 +266,11 @@ class _CudaPool(_Pool):
 
     def finish(self) -> None:
         torch.cuda.synchronize(self.slots[0].device)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _eager(hook: Callable[..., Any]) -> Callable[..., Any]:

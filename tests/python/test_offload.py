@@ -160,18 +160,102 @@ def test_refusals() -> None:
         offload.apply(hooked, "cpu")
 
 
+@torch.no_grad()
+def test_a_block_that_is_refused_has_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a capture: the hook before a block raises, and torch calls the one after it nevertheless."""
+    made = compressed()
+    pool = offload.apply(made, "cpu", stage=True)._pool
+    assert pool is not None
+    expected, done = made(IDS), []
+    held = list(pool.holds)
+    monkeypatch.setattr(pool, "enter", lambda index: 1 / 0)
+    monkeypatch.setattr(pool, "mark_done", done.append)
+    with pytest.raises(ZeroDivisionError):
+        made(IDS)
+    assert done == [] and pool.holds == held
+    monkeypatch.undo()
+    assert torch.equal(made(IDS), expected)
+
+
+@torch.no_grad()
+def test_torch_compile_leaves_the_streaming_to_the_hooks() -> None:
+    made = compressed()
+    expected = made(IDS)
+    handle = offload.apply(made, "cpu", stage=True)
+    run = torch.compile(made, backend="eager")
+    for step in range(3):
+        assert torch.equal(run(IDS), expected)
+        assert handle._pool is not None and handle._pool.fetches == 5 * (step + 1) + 1
+
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+TWO = pytest.param("cuda:1", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"))
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@GPU
+@pytest.mark.parametrize("device", ["cuda:0", TWO])
 @pytest.mark.parametrize("make", [model, compressed], ids=["plain", "compressed"])
 @torch.no_grad()
-def test_streams_to_a_gpu(make: Any) -> None:
+def test_streams_to_a_gpu(make: Any, device: str) -> None:
     made, plain = make(blocks=8, size=1024), make(blocks=8, size=1024)
-    expected = plain.cuda()(IDS.cuda())
+    expected = plain.to(device)(IDS.to(device))
     del plain
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    base = torch.cuda.memory_allocated()
-    handle = offload.apply(made)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    base = torch.cuda.memory_allocated(device)
+    handle = offload.apply(made, device)
+    assert all(block.data is not None and block.data.is_pinned() for block in handle._blocks)
     for _ in range(5):
-        torch.testing.assert_close(made(IDS), expected, rtol=2e-2, atol=2e-2)
-    assert torch.cuda.max_memory_allocated() - base < handle.device_bytes + (64 << 20)
+        found = made(IDS)
+        assert found.device == torch.device(device)
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    assert torch.cuda.max_memory_allocated(device) - base < handle.device_bytes + (64 << 20)
+    handle.remove()
+    assert all(parameter.device.type == "cpu" for parameter in made.layers[0].up.parameters() if parameter.numel() > 2048)
+
+
+class Products(nn.Module):
+    """Blocks that begin with a product, and little to compute: the weights are read as soon as their copy is there, if not sooner."""
+
+    def __init__(self, blocks: int, size: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False)) for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor, order: list[int] | None = None) -> torch.Tensor:
+        for index in order or range(len(self.layers)):
+            x = self.layers[index](x)
+        return x
+
+
+@pytest.mark.gpu
+@GPU
+@torch.no_grad()
+def test_no_product_reads_what_was_in_its_buffer_before() -> None:
+    torch.manual_seed(0)
+    made = Products(6, 2048).bfloat16()
+    zipserv.compress_model(made)
+    made.cuda()
+    x = torch.randn(4, 2048, device="cuda").bfloat16()
+    orders = [list(range(6)), [5, 0, 0, 3], [2, 1, 0], [4, 4, 4]]
+    expected = [made(x, order) for order in orders]
+    made.cpu()
+    offload.apply(made)
+    found = [made(x, order) for _ in range(30) for order in orders]
+    for index, one in enumerate(found):
+        assert torch.equal(one, expected[index % len(orders)])
+
+
+@pytest.mark.gpu
+@GPU
+@torch.no_grad()
+def test_a_capture_is_refused() -> None:
+    made = compressed()
+    offload.apply(made)
+    expected = made(IDS)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(zipserv.Error, match="CUDA graph"), torch.cuda.graph(graph):
+        made.layers[0](torch.zeros(2, 128, device="cuda", dtype=torch.bfloat16))
+    assert torch.equal(made(IDS), expected)
