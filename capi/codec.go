@@ -218,6 +218,50 @@ func zsgo_decode_rows(blob unsafe.Pointer, n, row0, row1 C.uint64_t, dst unsafe.
 	})
 }
 
+// linearPoll is how many bytes of products take about as long as decoding pollFrom bytes.
+const linearPoll = 16
+
+//export zsgo_linear
+func zsgo_linear(blob unsafe.Pointer, n, m, k C.uint64_t, x unsafe.Pointer, xStride, rows C.uint64_t, bias, y unsafe.Pointer, yStride C.uint64_t, threads C.int32_t) C.int32_t {
+	return guardLong(C.ZS_ERR_FORMAT, uint64(n)*(uint64(rows)/4+1)/linearPoll, func(ctx context.Context) error {
+		v, err := view(blob, n)
+		if err != nil {
+			return err
+		}
+		if v.Header.M != uint64(m) || v.Header.K != uint64(k) {
+			return badArgument("the blob holds %d x %d weights, not %d x %d", v.Header.M, v.Header.K, uint64(m), uint64(k))
+		}
+		if rows == 0 {
+			return nil
+		}
+		if rows > 1 && (xStride < k || yStride < m) {
+			return badArgument("strides of %d and %d elements are not possible for rows of %d and %d", uint64(xStride), uint64(yStride), uint64(k), uint64(m))
+		}
+		p := codec.Product{Tokens: uint64(rows), XStride: uint64(xStride), YStride: uint64(yStride), Threads: int(threads)}
+		for _, side := range []struct {
+			name    string
+			p       unsafe.Pointer
+			stride  C.uint64_t
+			columns C.uint64_t
+			to      *[]byte
+		}{{"x", x, xStride, k, &p.X}, {"y", y, yStride, m, &p.Y}} {
+			gaps, fits := bounded(uint64(side.stride), uint64(rows-1))
+			if !fits {
+				return badArgument("%s: %d rows with a stride of %d elements are more than can be addressed", side.name, uint64(rows), uint64(side.stride))
+			}
+			if *side.to, err = memory(side.name, side.p, C.uint64_t(2*(gaps+uint64(side.columns)))); err != nil {
+				return err
+			}
+		}
+		if bias != nil {
+			if p.Bias, err = memory("bias", bias, 2*m); err != nil {
+				return err
+			}
+		}
+		return v.Linear(ctx, p)
+	})
+}
+
 // bounded multiplies; fits says that twice the product and more is still far from overflow.
 func bounded(a, b uint64) (product uint64, fits bool) {
 	return a * b, b == 0 || a <= (1<<61)/b

@@ -152,6 +152,17 @@ int32_t zs_decode_rows(const void *blob, uint64_t len, uint64_t row0, uint64_t r
     return zsgo_decode_rows((void *)blob, len, row0, row1, dst, dst_len, stride);
 }
 
+int32_t zs_linear(const void *blob, uint64_t len, uint64_t m, uint64_t k, const void *x, uint64_t x_stride, uint64_t rows, const void *bias, void *y,
+                  uint64_t y_stride, int32_t threads) {
+    REFUSE_IN_CHILD();
+    REQUIRE(blob);
+    if (rows > 0) {
+        REQUIRE(x);
+        REQUIRE(y);
+    }
+    return zsgo_linear((void *)blob, len, m, k, (void *)x, x_stride, rows, (void *)bias, y, y_stride, threads);
+}
+
 int32_t zs_histogram(const void *src, uint64_t n, int32_t dtype, uint64_t counts[256]) {
     REFUSE_IN_CHILD();
     if (n > 0) REQUIRE(src);

@@ -55,6 +55,8 @@ type kernelWork struct {
 	hist   [256]uint32
 	planes [3 * 16]uint64 // code bits of the 16 rows of a warp tile
 	counts [8]uint32
+
+	symbols [16]uint8 // exponents of a tile's symbols
 }
 
 var portable = kernels{"portable", scanPortable, nil, nil, encodePortable, decodePortable, nil, nil}

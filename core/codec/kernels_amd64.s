@@ -5485,3 +5485,4716 @@ DATA columnsHigh<>+61(SB)/1, $0x37
 DATA columnsHigh<>+62(SB)/1, $0x3f
 DATA columnsHigh<>+63(SB)/1, $0x3f
 GLOBL columnsHigh<>(SB), RODATA|NOPTR, $64
+
+// func dotAVX2(acc *float32, tile *byte, x *byte)
+// Requires: AVX, AVX2, FMA3
+TEXT ·dotAVX2(SB), NOSPLIT, $0-24
+	MOVQ     acc+0(FP), AX
+	MOVQ     tile+8(FP), CX
+	MOVQ     x+16(FP), DX
+	VPCMPEQD Y0, Y0, Y0
+	VPSLLD   $0x10, Y0, Y0
+	VMOVDQU  (DX), Y2
+	VPSLLD   $0x10, Y2, Y1
+	VPAND    Y0, Y2, Y2
+	VMOVDQU  32(DX), Y4
+	VPSLLD   $0x10, Y4, Y3
+	VPAND    Y0, Y4, Y4
+	VMOVDQU  64(DX), Y6
+	VPSLLD   $0x10, Y6, Y5
+	VPAND    Y0, Y6, Y6
+	VMOVDQU  96(DX), Y8
+	VPSLLD   $0x10, Y8, Y7
+	VPAND    Y0, Y8, Y8
+	MOVQ     $0x00000040, DX
+
+row:
+	VMOVUPS     (AX), Y9
+	VMOVDQU     (CX), Y10
+	VPSLLD      $0x10, Y10, Y11
+	VPAND       Y0, Y10, Y10
+	VFMADD231PS Y11, Y1, Y9
+	VFMADD231PS Y10, Y2, Y9
+	VMOVDQU     32(CX), Y10
+	VPSLLD      $0x10, Y10, Y11
+	VPAND       Y0, Y10, Y10
+	VFMADD231PS Y11, Y3, Y9
+	VFMADD231PS Y10, Y4, Y9
+	VMOVDQU     64(CX), Y10
+	VPSLLD      $0x10, Y10, Y11
+	VPAND       Y0, Y10, Y10
+	VFMADD231PS Y11, Y5, Y9
+	VFMADD231PS Y10, Y6, Y9
+	VMOVDQU     96(CX), Y10
+	VPSLLD      $0x10, Y10, Y11
+	VPAND       Y0, Y10, Y10
+	VFMADD231PS Y11, Y7, Y9
+	VFMADD231PS Y10, Y8, Y9
+	VMOVUPS     Y9, (AX)
+	ADDQ        $0x00000080, CX
+	ADDQ        $0x20, AX
+	DECQ        DX
+	JNZ         row
+	VZEROUPPER
+	RET
+
+// func expsAVX512(exps *byte, fixed *byte, base uint32, planes *uint64)
+// Requires: AVX, AVX512BW, AVX512VBMI, AVX512VBMI2, MMX+
+TEXT ·expsAVX512(SB), NOSPLIT, $0-32
+	MOVQ         exps+0(FP), AX
+	MOVQ         fixed+8(FP), CX
+	MOVL         base+16(FP), DX
+	MOVQ         planes+24(FP), BX
+	LEAQ         4096(CX), SI
+	MOVQ         $0x00000004, DI
+	VMOVDQU8     onesF<>+0(SB), Z0
+	VMOVDQU8     twosF<>+0(SB), Z1
+	VMOVDQU8     foursF<>+0(SB), Z2
+	VPBROADCASTB DX, Z3
+	VPADDB       Z0, Z3, Z0
+	VMOVDQU8     blockMasks<>+0(SB), Z20
+
+warp:
+	VMOVDQU8   (SI), Z21
+	PREFETCHT1 22528(SI)
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, (BX)
+	VMOVDQU8   64(SI), Z21
+	PREFETCHT1 22592(SI)
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, 64(BX)
+	VMOVDQU8   128(SI), Z21
+	PREFETCHT1 22656(SI)
+	VPSHRDW    $0x01, Z21, Z21, Z21
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, 128(BX)
+	VMOVDQU8   192(SI), Z21
+	PREFETCHT1 22720(SI)
+	VPSHRDW    $0x01, Z21, Z21, Z21
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, 192(BX)
+	VMOVDQU8   256(SI), Z21
+	PREFETCHT1 22784(SI)
+	VPSHRDW    $0x02, Z21, Z21, Z21
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, 256(BX)
+	VMOVDQU8   320(SI), Z21
+	PREFETCHT1 22848(SI)
+	VPSHRDW    $0x02, Z21, Z21, Z21
+	VPERMB     Z21, Z20, Z21
+	VMOVDQU8   Z21, 320(BX)
+	KMOVQ      (BX), K1
+	KMOVQ      128(BX), K2
+	KMOVQ      256(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z4
+	VPADDB     Z1, Z4, K2, Z4
+	VPADDB     Z2, Z4, K3, Z4
+	VMOVDQU8   Z4, (AX)
+	PREFETCHT1 22528(CX)
+	KMOVQ      8(BX), K1
+	KMOVQ      136(BX), K2
+	KMOVQ      264(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z5
+	VPADDB     Z1, Z5, K2, Z5
+	VPADDB     Z2, Z5, K3, Z5
+	VMOVDQU8   Z5, 512(AX)
+	PREFETCHT1 22592(CX)
+	KMOVQ      16(BX), K1
+	KMOVQ      144(BX), K2
+	KMOVQ      272(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z6
+	VPADDB     Z1, Z6, K2, Z6
+	VPADDB     Z2, Z6, K3, Z6
+	VMOVDQU8   Z6, 256(AX)
+	PREFETCHT1 22656(CX)
+	KMOVQ      24(BX), K1
+	KMOVQ      152(BX), K2
+	KMOVQ      280(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z7
+	VPADDB     Z1, Z7, K2, Z7
+	VPADDB     Z2, Z7, K3, Z7
+	VMOVDQU8   Z7, 768(AX)
+	PREFETCHT1 22720(CX)
+	KMOVQ      32(BX), K1
+	KMOVQ      160(BX), K2
+	KMOVQ      288(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z8
+	VPADDB     Z1, Z8, K2, Z8
+	VPADDB     Z2, Z8, K3, Z8
+	VMOVDQU8   Z8, 64(AX)
+	PREFETCHT1 22784(CX)
+	KMOVQ      40(BX), K1
+	KMOVQ      168(BX), K2
+	KMOVQ      296(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z9
+	VPADDB     Z1, Z9, K2, Z9
+	VPADDB     Z2, Z9, K3, Z9
+	VMOVDQU8   Z9, 576(AX)
+	PREFETCHT1 22848(CX)
+	KMOVQ      48(BX), K1
+	KMOVQ      176(BX), K2
+	KMOVQ      304(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z10
+	VPADDB     Z1, Z10, K2, Z10
+	VPADDB     Z2, Z10, K3, Z10
+	VMOVDQU8   Z10, 320(AX)
+	PREFETCHT1 22912(CX)
+	KMOVQ      56(BX), K1
+	KMOVQ      184(BX), K2
+	KMOVQ      312(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z11
+	VPADDB     Z1, Z11, K2, Z11
+	VPADDB     Z2, Z11, K3, Z11
+	VMOVDQU8   Z11, 832(AX)
+	PREFETCHT1 22976(CX)
+	KMOVQ      64(BX), K1
+	KMOVQ      192(BX), K2
+	KMOVQ      320(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z12
+	VPADDB     Z1, Z12, K2, Z12
+	VPADDB     Z2, Z12, K3, Z12
+	VMOVDQU8   Z12, 128(AX)
+	PREFETCHT1 23040(CX)
+	KMOVQ      72(BX), K1
+	KMOVQ      200(BX), K2
+	KMOVQ      328(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z13
+	VPADDB     Z1, Z13, K2, Z13
+	VPADDB     Z2, Z13, K3, Z13
+	VMOVDQU8   Z13, 640(AX)
+	PREFETCHT1 23104(CX)
+	KMOVQ      80(BX), K1
+	KMOVQ      208(BX), K2
+	KMOVQ      336(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z14
+	VPADDB     Z1, Z14, K2, Z14
+	VPADDB     Z2, Z14, K3, Z14
+	VMOVDQU8   Z14, 384(AX)
+	PREFETCHT1 23168(CX)
+	KMOVQ      88(BX), K1
+	KMOVQ      216(BX), K2
+	KMOVQ      344(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z15
+	VPADDB     Z1, Z15, K2, Z15
+	VPADDB     Z2, Z15, K3, Z15
+	VMOVDQU8   Z15, 896(AX)
+	PREFETCHT1 23232(CX)
+	KMOVQ      96(BX), K1
+	KMOVQ      224(BX), K2
+	KMOVQ      352(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z16
+	VPADDB     Z1, Z16, K2, Z16
+	VPADDB     Z2, Z16, K3, Z16
+	VMOVDQU8   Z16, 192(AX)
+	PREFETCHT1 23296(CX)
+	KMOVQ      104(BX), K1
+	KMOVQ      232(BX), K2
+	KMOVQ      360(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z17
+	VPADDB     Z1, Z17, K2, Z17
+	VPADDB     Z2, Z17, K3, Z17
+	VMOVDQU8   Z17, 704(AX)
+	PREFETCHT1 23360(CX)
+	KMOVQ      112(BX), K1
+	KMOVQ      240(BX), K2
+	KMOVQ      368(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z18
+	VPADDB     Z1, Z18, K2, Z18
+	VPADDB     Z2, Z18, K3, Z18
+	VMOVDQU8   Z18, 448(AX)
+	PREFETCHT1 23424(CX)
+	KMOVQ      120(BX), K1
+	KMOVQ      248(BX), K2
+	KMOVQ      376(BX), K3
+	VPBLENDMB  Z0, Z3, K1, Z19
+	VPADDB     Z1, Z19, K2, Z19
+	VPADDB     Z2, Z19, K3, Z19
+	VMOVDQU8   Z19, 960(AX)
+	PREFETCHT1 23488(CX)
+	ADDQ       $0x00000400, CX
+	ADDQ       $0x00000180, SI
+	ADDQ       $0x00000400, AX
+	DECQ       DI
+	JNZ        warp
+	VZEROUPPER
+	RET
+
+DATA onesF<>+0(SB)/1, $0x01
+DATA onesF<>+1(SB)/1, $0x01
+DATA onesF<>+2(SB)/1, $0x01
+DATA onesF<>+3(SB)/1, $0x01
+DATA onesF<>+4(SB)/1, $0x01
+DATA onesF<>+5(SB)/1, $0x01
+DATA onesF<>+6(SB)/1, $0x01
+DATA onesF<>+7(SB)/1, $0x01
+DATA onesF<>+8(SB)/1, $0x01
+DATA onesF<>+9(SB)/1, $0x01
+DATA onesF<>+10(SB)/1, $0x01
+DATA onesF<>+11(SB)/1, $0x01
+DATA onesF<>+12(SB)/1, $0x01
+DATA onesF<>+13(SB)/1, $0x01
+DATA onesF<>+14(SB)/1, $0x01
+DATA onesF<>+15(SB)/1, $0x01
+DATA onesF<>+16(SB)/1, $0x01
+DATA onesF<>+17(SB)/1, $0x01
+DATA onesF<>+18(SB)/1, $0x01
+DATA onesF<>+19(SB)/1, $0x01
+DATA onesF<>+20(SB)/1, $0x01
+DATA onesF<>+21(SB)/1, $0x01
+DATA onesF<>+22(SB)/1, $0x01
+DATA onesF<>+23(SB)/1, $0x01
+DATA onesF<>+24(SB)/1, $0x01
+DATA onesF<>+25(SB)/1, $0x01
+DATA onesF<>+26(SB)/1, $0x01
+DATA onesF<>+27(SB)/1, $0x01
+DATA onesF<>+28(SB)/1, $0x01
+DATA onesF<>+29(SB)/1, $0x01
+DATA onesF<>+30(SB)/1, $0x01
+DATA onesF<>+31(SB)/1, $0x01
+DATA onesF<>+32(SB)/1, $0x01
+DATA onesF<>+33(SB)/1, $0x01
+DATA onesF<>+34(SB)/1, $0x01
+DATA onesF<>+35(SB)/1, $0x01
+DATA onesF<>+36(SB)/1, $0x01
+DATA onesF<>+37(SB)/1, $0x01
+DATA onesF<>+38(SB)/1, $0x01
+DATA onesF<>+39(SB)/1, $0x01
+DATA onesF<>+40(SB)/1, $0x01
+DATA onesF<>+41(SB)/1, $0x01
+DATA onesF<>+42(SB)/1, $0x01
+DATA onesF<>+43(SB)/1, $0x01
+DATA onesF<>+44(SB)/1, $0x01
+DATA onesF<>+45(SB)/1, $0x01
+DATA onesF<>+46(SB)/1, $0x01
+DATA onesF<>+47(SB)/1, $0x01
+DATA onesF<>+48(SB)/1, $0x01
+DATA onesF<>+49(SB)/1, $0x01
+DATA onesF<>+50(SB)/1, $0x01
+DATA onesF<>+51(SB)/1, $0x01
+DATA onesF<>+52(SB)/1, $0x01
+DATA onesF<>+53(SB)/1, $0x01
+DATA onesF<>+54(SB)/1, $0x01
+DATA onesF<>+55(SB)/1, $0x01
+DATA onesF<>+56(SB)/1, $0x01
+DATA onesF<>+57(SB)/1, $0x01
+DATA onesF<>+58(SB)/1, $0x01
+DATA onesF<>+59(SB)/1, $0x01
+DATA onesF<>+60(SB)/1, $0x01
+DATA onesF<>+61(SB)/1, $0x01
+DATA onesF<>+62(SB)/1, $0x01
+DATA onesF<>+63(SB)/1, $0x01
+GLOBL onesF<>(SB), RODATA|NOPTR, $64
+
+DATA twosF<>+0(SB)/1, $0x02
+DATA twosF<>+1(SB)/1, $0x02
+DATA twosF<>+2(SB)/1, $0x02
+DATA twosF<>+3(SB)/1, $0x02
+DATA twosF<>+4(SB)/1, $0x02
+DATA twosF<>+5(SB)/1, $0x02
+DATA twosF<>+6(SB)/1, $0x02
+DATA twosF<>+7(SB)/1, $0x02
+DATA twosF<>+8(SB)/1, $0x02
+DATA twosF<>+9(SB)/1, $0x02
+DATA twosF<>+10(SB)/1, $0x02
+DATA twosF<>+11(SB)/1, $0x02
+DATA twosF<>+12(SB)/1, $0x02
+DATA twosF<>+13(SB)/1, $0x02
+DATA twosF<>+14(SB)/1, $0x02
+DATA twosF<>+15(SB)/1, $0x02
+DATA twosF<>+16(SB)/1, $0x02
+DATA twosF<>+17(SB)/1, $0x02
+DATA twosF<>+18(SB)/1, $0x02
+DATA twosF<>+19(SB)/1, $0x02
+DATA twosF<>+20(SB)/1, $0x02
+DATA twosF<>+21(SB)/1, $0x02
+DATA twosF<>+22(SB)/1, $0x02
+DATA twosF<>+23(SB)/1, $0x02
+DATA twosF<>+24(SB)/1, $0x02
+DATA twosF<>+25(SB)/1, $0x02
+DATA twosF<>+26(SB)/1, $0x02
+DATA twosF<>+27(SB)/1, $0x02
+DATA twosF<>+28(SB)/1, $0x02
+DATA twosF<>+29(SB)/1, $0x02
+DATA twosF<>+30(SB)/1, $0x02
+DATA twosF<>+31(SB)/1, $0x02
+DATA twosF<>+32(SB)/1, $0x02
+DATA twosF<>+33(SB)/1, $0x02
+DATA twosF<>+34(SB)/1, $0x02
+DATA twosF<>+35(SB)/1, $0x02
+DATA twosF<>+36(SB)/1, $0x02
+DATA twosF<>+37(SB)/1, $0x02
+DATA twosF<>+38(SB)/1, $0x02
+DATA twosF<>+39(SB)/1, $0x02
+DATA twosF<>+40(SB)/1, $0x02
+DATA twosF<>+41(SB)/1, $0x02
+DATA twosF<>+42(SB)/1, $0x02
+DATA twosF<>+43(SB)/1, $0x02
+DATA twosF<>+44(SB)/1, $0x02
+DATA twosF<>+45(SB)/1, $0x02
+DATA twosF<>+46(SB)/1, $0x02
+DATA twosF<>+47(SB)/1, $0x02
+DATA twosF<>+48(SB)/1, $0x02
+DATA twosF<>+49(SB)/1, $0x02
+DATA twosF<>+50(SB)/1, $0x02
+DATA twosF<>+51(SB)/1, $0x02
+DATA twosF<>+52(SB)/1, $0x02
+DATA twosF<>+53(SB)/1, $0x02
+DATA twosF<>+54(SB)/1, $0x02
+DATA twosF<>+55(SB)/1, $0x02
+DATA twosF<>+56(SB)/1, $0x02
+DATA twosF<>+57(SB)/1, $0x02
+DATA twosF<>+58(SB)/1, $0x02
+DATA twosF<>+59(SB)/1, $0x02
+DATA twosF<>+60(SB)/1, $0x02
+DATA twosF<>+61(SB)/1, $0x02
+DATA twosF<>+62(SB)/1, $0x02
+DATA twosF<>+63(SB)/1, $0x02
+GLOBL twosF<>(SB), RODATA|NOPTR, $64
+
+DATA foursF<>+0(SB)/1, $0x04
+DATA foursF<>+1(SB)/1, $0x04
+DATA foursF<>+2(SB)/1, $0x04
+DATA foursF<>+3(SB)/1, $0x04
+DATA foursF<>+4(SB)/1, $0x04
+DATA foursF<>+5(SB)/1, $0x04
+DATA foursF<>+6(SB)/1, $0x04
+DATA foursF<>+7(SB)/1, $0x04
+DATA foursF<>+8(SB)/1, $0x04
+DATA foursF<>+9(SB)/1, $0x04
+DATA foursF<>+10(SB)/1, $0x04
+DATA foursF<>+11(SB)/1, $0x04
+DATA foursF<>+12(SB)/1, $0x04
+DATA foursF<>+13(SB)/1, $0x04
+DATA foursF<>+14(SB)/1, $0x04
+DATA foursF<>+15(SB)/1, $0x04
+DATA foursF<>+16(SB)/1, $0x04
+DATA foursF<>+17(SB)/1, $0x04
+DATA foursF<>+18(SB)/1, $0x04
+DATA foursF<>+19(SB)/1, $0x04
+DATA foursF<>+20(SB)/1, $0x04
+DATA foursF<>+21(SB)/1, $0x04
+DATA foursF<>+22(SB)/1, $0x04
+DATA foursF<>+23(SB)/1, $0x04
+DATA foursF<>+24(SB)/1, $0x04
+DATA foursF<>+25(SB)/1, $0x04
+DATA foursF<>+26(SB)/1, $0x04
+DATA foursF<>+27(SB)/1, $0x04
+DATA foursF<>+28(SB)/1, $0x04
+DATA foursF<>+29(SB)/1, $0x04
+DATA foursF<>+30(SB)/1, $0x04
+DATA foursF<>+31(SB)/1, $0x04
+DATA foursF<>+32(SB)/1, $0x04
+DATA foursF<>+33(SB)/1, $0x04
+DATA foursF<>+34(SB)/1, $0x04
+DATA foursF<>+35(SB)/1, $0x04
+DATA foursF<>+36(SB)/1, $0x04
+DATA foursF<>+37(SB)/1, $0x04
+DATA foursF<>+38(SB)/1, $0x04
+DATA foursF<>+39(SB)/1, $0x04
+DATA foursF<>+40(SB)/1, $0x04
+DATA foursF<>+41(SB)/1, $0x04
+DATA foursF<>+42(SB)/1, $0x04
+DATA foursF<>+43(SB)/1, $0x04
+DATA foursF<>+44(SB)/1, $0x04
+DATA foursF<>+45(SB)/1, $0x04
+DATA foursF<>+46(SB)/1, $0x04
+DATA foursF<>+47(SB)/1, $0x04
+DATA foursF<>+48(SB)/1, $0x04
+DATA foursF<>+49(SB)/1, $0x04
+DATA foursF<>+50(SB)/1, $0x04
+DATA foursF<>+51(SB)/1, $0x04
+DATA foursF<>+52(SB)/1, $0x04
+DATA foursF<>+53(SB)/1, $0x04
+DATA foursF<>+54(SB)/1, $0x04
+DATA foursF<>+55(SB)/1, $0x04
+DATA foursF<>+56(SB)/1, $0x04
+DATA foursF<>+57(SB)/1, $0x04
+DATA foursF<>+58(SB)/1, $0x04
+DATA foursF<>+59(SB)/1, $0x04
+DATA foursF<>+60(SB)/1, $0x04
+DATA foursF<>+61(SB)/1, $0x04
+DATA foursF<>+62(SB)/1, $0x04
+DATA foursF<>+63(SB)/1, $0x04
+GLOBL foursF<>(SB), RODATA|NOPTR, $64
+
+DATA blockMasks<>+0(SB)/1, $0x00
+DATA blockMasks<>+1(SB)/1, $0x02
+DATA blockMasks<>+2(SB)/1, $0x04
+DATA blockMasks<>+3(SB)/1, $0x06
+DATA blockMasks<>+4(SB)/1, $0x08
+DATA blockMasks<>+5(SB)/1, $0x0a
+DATA blockMasks<>+6(SB)/1, $0x0c
+DATA blockMasks<>+7(SB)/1, $0x0e
+DATA blockMasks<>+8(SB)/1, $0x01
+DATA blockMasks<>+9(SB)/1, $0x03
+DATA blockMasks<>+10(SB)/1, $0x05
+DATA blockMasks<>+11(SB)/1, $0x07
+DATA blockMasks<>+12(SB)/1, $0x09
+DATA blockMasks<>+13(SB)/1, $0x0b
+DATA blockMasks<>+14(SB)/1, $0x0d
+DATA blockMasks<>+15(SB)/1, $0x0f
+DATA blockMasks<>+16(SB)/1, $0x10
+DATA blockMasks<>+17(SB)/1, $0x12
+DATA blockMasks<>+18(SB)/1, $0x14
+DATA blockMasks<>+19(SB)/1, $0x16
+DATA blockMasks<>+20(SB)/1, $0x18
+DATA blockMasks<>+21(SB)/1, $0x1a
+DATA blockMasks<>+22(SB)/1, $0x1c
+DATA blockMasks<>+23(SB)/1, $0x1e
+DATA blockMasks<>+24(SB)/1, $0x11
+DATA blockMasks<>+25(SB)/1, $0x13
+DATA blockMasks<>+26(SB)/1, $0x15
+DATA blockMasks<>+27(SB)/1, $0x17
+DATA blockMasks<>+28(SB)/1, $0x19
+DATA blockMasks<>+29(SB)/1, $0x1b
+DATA blockMasks<>+30(SB)/1, $0x1d
+DATA blockMasks<>+31(SB)/1, $0x1f
+DATA blockMasks<>+32(SB)/1, $0x20
+DATA blockMasks<>+33(SB)/1, $0x22
+DATA blockMasks<>+34(SB)/1, $0x24
+DATA blockMasks<>+35(SB)/1, $0x26
+DATA blockMasks<>+36(SB)/1, $0x28
+DATA blockMasks<>+37(SB)/1, $0x2a
+DATA blockMasks<>+38(SB)/1, $0x2c
+DATA blockMasks<>+39(SB)/1, $0x2e
+DATA blockMasks<>+40(SB)/1, $0x21
+DATA blockMasks<>+41(SB)/1, $0x23
+DATA blockMasks<>+42(SB)/1, $0x25
+DATA blockMasks<>+43(SB)/1, $0x27
+DATA blockMasks<>+44(SB)/1, $0x29
+DATA blockMasks<>+45(SB)/1, $0x2b
+DATA blockMasks<>+46(SB)/1, $0x2d
+DATA blockMasks<>+47(SB)/1, $0x2f
+DATA blockMasks<>+48(SB)/1, $0x30
+DATA blockMasks<>+49(SB)/1, $0x32
+DATA blockMasks<>+50(SB)/1, $0x34
+DATA blockMasks<>+51(SB)/1, $0x36
+DATA blockMasks<>+52(SB)/1, $0x38
+DATA blockMasks<>+53(SB)/1, $0x3a
+DATA blockMasks<>+54(SB)/1, $0x3c
+DATA blockMasks<>+55(SB)/1, $0x3e
+DATA blockMasks<>+56(SB)/1, $0x31
+DATA blockMasks<>+57(SB)/1, $0x33
+DATA blockMasks<>+58(SB)/1, $0x35
+DATA blockMasks<>+59(SB)/1, $0x37
+DATA blockMasks<>+60(SB)/1, $0x39
+DATA blockMasks<>+61(SB)/1, $0x3b
+DATA blockMasks<>+62(SB)/1, $0x3d
+DATA blockMasks<>+63(SB)/1, $0x3f
+GLOBL blockMasks<>(SB), RODATA|NOPTR, $64
+
+// func patchExps(exps *byte, entries *byte, n int, literals *byte, literal int, base uint32, symbols *byte)
+// Requires: AVX, SSE2
+TEXT ·patchExps(SB), NOSPLIT, $0-56
+	MOVQ    exps+0(FP), AX
+	MOVQ    entries+8(FP), CX
+	MOVQ    n+16(FP), DX
+	MOVQ    literals+24(FP), BX
+	MOVQ    literal+32(FP), SI
+	MOVL    base+40(FP), DI
+	MOVQ    symbols+48(FP), R8
+	LEAQ    expOrder<>+0(SB), R9
+	MOVD    DI, X0
+	VPXOR   X1, X1, X1
+	VPSHUFB X1, X0, X0
+	VPADDB  symbolExponents<>+0(SB), X0, X0
+	VMOVDQU X0, (R8)
+	SUBQ    SI, DX
+	TESTQ   SI, SI
+	JZ      symbols
+
+literal:
+	MOVWLZX (CX), DI
+	MOVBLZX (BX), R10
+	MOVBLZX DI, R11
+	MOVBLZX (R9)(R11*1), R11
+	ANDL    $0x00000f00, DI
+	ORL     DI, R11
+	MOVB    R10, (AX)(R11*1)
+	ADDQ    $0x02, CX
+	INCQ    BX
+	DECQ    SI
+	JNZ     literal
+
+symbols:
+	TESTQ DX, DX
+	JZ    done
+
+symbol:
+	MOVWLZX (CX), BX
+	MOVBLZX BL, SI
+	MOVBLZX (R9)(SI*1), SI
+	MOVL    BX, DI
+	ANDL    $0x00000f00, DI
+	ORL     DI, SI
+	SHRL    $0x0c, BX
+	MOVBLZX (R8)(BX*1), BX
+	MOVB    BL, (AX)(SI*1)
+	ADDQ    $0x02, CX
+	DECQ    DX
+	JNZ     symbol
+
+done:
+	RET
+
+DATA expOrder<>+0(SB)/1, $0x00
+DATA expOrder<>+1(SB)/1, $0x08
+DATA expOrder<>+2(SB)/1, $0x01
+DATA expOrder<>+3(SB)/1, $0x09
+DATA expOrder<>+4(SB)/1, $0x02
+DATA expOrder<>+5(SB)/1, $0x0a
+DATA expOrder<>+6(SB)/1, $0x03
+DATA expOrder<>+7(SB)/1, $0x0b
+DATA expOrder<>+8(SB)/1, $0x40
+DATA expOrder<>+9(SB)/1, $0x48
+DATA expOrder<>+10(SB)/1, $0x41
+DATA expOrder<>+11(SB)/1, $0x49
+DATA expOrder<>+12(SB)/1, $0x42
+DATA expOrder<>+13(SB)/1, $0x4a
+DATA expOrder<>+14(SB)/1, $0x43
+DATA expOrder<>+15(SB)/1, $0x4b
+DATA expOrder<>+16(SB)/1, $0x80
+DATA expOrder<>+17(SB)/1, $0x88
+DATA expOrder<>+18(SB)/1, $0x81
+DATA expOrder<>+19(SB)/1, $0x89
+DATA expOrder<>+20(SB)/1, $0x82
+DATA expOrder<>+21(SB)/1, $0x8a
+DATA expOrder<>+22(SB)/1, $0x83
+DATA expOrder<>+23(SB)/1, $0x8b
+DATA expOrder<>+24(SB)/1, $0xc0
+DATA expOrder<>+25(SB)/1, $0xc8
+DATA expOrder<>+26(SB)/1, $0xc1
+DATA expOrder<>+27(SB)/1, $0xc9
+DATA expOrder<>+28(SB)/1, $0xc2
+DATA expOrder<>+29(SB)/1, $0xca
+DATA expOrder<>+30(SB)/1, $0xc3
+DATA expOrder<>+31(SB)/1, $0xcb
+DATA expOrder<>+32(SB)/1, $0x04
+DATA expOrder<>+33(SB)/1, $0x0c
+DATA expOrder<>+34(SB)/1, $0x05
+DATA expOrder<>+35(SB)/1, $0x0d
+DATA expOrder<>+36(SB)/1, $0x06
+DATA expOrder<>+37(SB)/1, $0x0e
+DATA expOrder<>+38(SB)/1, $0x07
+DATA expOrder<>+39(SB)/1, $0x0f
+DATA expOrder<>+40(SB)/1, $0x44
+DATA expOrder<>+41(SB)/1, $0x4c
+DATA expOrder<>+42(SB)/1, $0x45
+DATA expOrder<>+43(SB)/1, $0x4d
+DATA expOrder<>+44(SB)/1, $0x46
+DATA expOrder<>+45(SB)/1, $0x4e
+DATA expOrder<>+46(SB)/1, $0x47
+DATA expOrder<>+47(SB)/1, $0x4f
+DATA expOrder<>+48(SB)/1, $0x84
+DATA expOrder<>+49(SB)/1, $0x8c
+DATA expOrder<>+50(SB)/1, $0x85
+DATA expOrder<>+51(SB)/1, $0x8d
+DATA expOrder<>+52(SB)/1, $0x86
+DATA expOrder<>+53(SB)/1, $0x8e
+DATA expOrder<>+54(SB)/1, $0x87
+DATA expOrder<>+55(SB)/1, $0x8f
+DATA expOrder<>+56(SB)/1, $0xc4
+DATA expOrder<>+57(SB)/1, $0xcc
+DATA expOrder<>+58(SB)/1, $0xc5
+DATA expOrder<>+59(SB)/1, $0xcd
+DATA expOrder<>+60(SB)/1, $0xc6
+DATA expOrder<>+61(SB)/1, $0xce
+DATA expOrder<>+62(SB)/1, $0xc7
+DATA expOrder<>+63(SB)/1, $0xcf
+DATA expOrder<>+64(SB)/1, $0x10
+DATA expOrder<>+65(SB)/1, $0x18
+DATA expOrder<>+66(SB)/1, $0x11
+DATA expOrder<>+67(SB)/1, $0x19
+DATA expOrder<>+68(SB)/1, $0x12
+DATA expOrder<>+69(SB)/1, $0x1a
+DATA expOrder<>+70(SB)/1, $0x13
+DATA expOrder<>+71(SB)/1, $0x1b
+DATA expOrder<>+72(SB)/1, $0x50
+DATA expOrder<>+73(SB)/1, $0x58
+DATA expOrder<>+74(SB)/1, $0x51
+DATA expOrder<>+75(SB)/1, $0x59
+DATA expOrder<>+76(SB)/1, $0x52
+DATA expOrder<>+77(SB)/1, $0x5a
+DATA expOrder<>+78(SB)/1, $0x53
+DATA expOrder<>+79(SB)/1, $0x5b
+DATA expOrder<>+80(SB)/1, $0x90
+DATA expOrder<>+81(SB)/1, $0x98
+DATA expOrder<>+82(SB)/1, $0x91
+DATA expOrder<>+83(SB)/1, $0x99
+DATA expOrder<>+84(SB)/1, $0x92
+DATA expOrder<>+85(SB)/1, $0x9a
+DATA expOrder<>+86(SB)/1, $0x93
+DATA expOrder<>+87(SB)/1, $0x9b
+DATA expOrder<>+88(SB)/1, $0xd0
+DATA expOrder<>+89(SB)/1, $0xd8
+DATA expOrder<>+90(SB)/1, $0xd1
+DATA expOrder<>+91(SB)/1, $0xd9
+DATA expOrder<>+92(SB)/1, $0xd2
+DATA expOrder<>+93(SB)/1, $0xda
+DATA expOrder<>+94(SB)/1, $0xd3
+DATA expOrder<>+95(SB)/1, $0xdb
+DATA expOrder<>+96(SB)/1, $0x14
+DATA expOrder<>+97(SB)/1, $0x1c
+DATA expOrder<>+98(SB)/1, $0x15
+DATA expOrder<>+99(SB)/1, $0x1d
+DATA expOrder<>+100(SB)/1, $0x16
+DATA expOrder<>+101(SB)/1, $0x1e
+DATA expOrder<>+102(SB)/1, $0x17
+DATA expOrder<>+103(SB)/1, $0x1f
+DATA expOrder<>+104(SB)/1, $0x54
+DATA expOrder<>+105(SB)/1, $0x5c
+DATA expOrder<>+106(SB)/1, $0x55
+DATA expOrder<>+107(SB)/1, $0x5d
+DATA expOrder<>+108(SB)/1, $0x56
+DATA expOrder<>+109(SB)/1, $0x5e
+DATA expOrder<>+110(SB)/1, $0x57
+DATA expOrder<>+111(SB)/1, $0x5f
+DATA expOrder<>+112(SB)/1, $0x94
+DATA expOrder<>+113(SB)/1, $0x9c
+DATA expOrder<>+114(SB)/1, $0x95
+DATA expOrder<>+115(SB)/1, $0x9d
+DATA expOrder<>+116(SB)/1, $0x96
+DATA expOrder<>+117(SB)/1, $0x9e
+DATA expOrder<>+118(SB)/1, $0x97
+DATA expOrder<>+119(SB)/1, $0x9f
+DATA expOrder<>+120(SB)/1, $0xd4
+DATA expOrder<>+121(SB)/1, $0xdc
+DATA expOrder<>+122(SB)/1, $0xd5
+DATA expOrder<>+123(SB)/1, $0xdd
+DATA expOrder<>+124(SB)/1, $0xd6
+DATA expOrder<>+125(SB)/1, $0xde
+DATA expOrder<>+126(SB)/1, $0xd7
+DATA expOrder<>+127(SB)/1, $0xdf
+DATA expOrder<>+128(SB)/1, $0x20
+DATA expOrder<>+129(SB)/1, $0x28
+DATA expOrder<>+130(SB)/1, $0x21
+DATA expOrder<>+131(SB)/1, $0x29
+DATA expOrder<>+132(SB)/1, $0x22
+DATA expOrder<>+133(SB)/1, $0x2a
+DATA expOrder<>+134(SB)/1, $0x23
+DATA expOrder<>+135(SB)/1, $0x2b
+DATA expOrder<>+136(SB)/1, $0x60
+DATA expOrder<>+137(SB)/1, $0x68
+DATA expOrder<>+138(SB)/1, $0x61
+DATA expOrder<>+139(SB)/1, $0x69
+DATA expOrder<>+140(SB)/1, $0x62
+DATA expOrder<>+141(SB)/1, $0x6a
+DATA expOrder<>+142(SB)/1, $0x63
+DATA expOrder<>+143(SB)/1, $0x6b
+DATA expOrder<>+144(SB)/1, $0xa0
+DATA expOrder<>+145(SB)/1, $0xa8
+DATA expOrder<>+146(SB)/1, $0xa1
+DATA expOrder<>+147(SB)/1, $0xa9
+DATA expOrder<>+148(SB)/1, $0xa2
+DATA expOrder<>+149(SB)/1, $0xaa
+DATA expOrder<>+150(SB)/1, $0xa3
+DATA expOrder<>+151(SB)/1, $0xab
+DATA expOrder<>+152(SB)/1, $0xe0
+DATA expOrder<>+153(SB)/1, $0xe8
+DATA expOrder<>+154(SB)/1, $0xe1
+DATA expOrder<>+155(SB)/1, $0xe9
+DATA expOrder<>+156(SB)/1, $0xe2
+DATA expOrder<>+157(SB)/1, $0xea
+DATA expOrder<>+158(SB)/1, $0xe3
+DATA expOrder<>+159(SB)/1, $0xeb
+DATA expOrder<>+160(SB)/1, $0x24
+DATA expOrder<>+161(SB)/1, $0x2c
+DATA expOrder<>+162(SB)/1, $0x25
+DATA expOrder<>+163(SB)/1, $0x2d
+DATA expOrder<>+164(SB)/1, $0x26
+DATA expOrder<>+165(SB)/1, $0x2e
+DATA expOrder<>+166(SB)/1, $0x27
+DATA expOrder<>+167(SB)/1, $0x2f
+DATA expOrder<>+168(SB)/1, $0x64
+DATA expOrder<>+169(SB)/1, $0x6c
+DATA expOrder<>+170(SB)/1, $0x65
+DATA expOrder<>+171(SB)/1, $0x6d
+DATA expOrder<>+172(SB)/1, $0x66
+DATA expOrder<>+173(SB)/1, $0x6e
+DATA expOrder<>+174(SB)/1, $0x67
+DATA expOrder<>+175(SB)/1, $0x6f
+DATA expOrder<>+176(SB)/1, $0xa4
+DATA expOrder<>+177(SB)/1, $0xac
+DATA expOrder<>+178(SB)/1, $0xa5
+DATA expOrder<>+179(SB)/1, $0xad
+DATA expOrder<>+180(SB)/1, $0xa6
+DATA expOrder<>+181(SB)/1, $0xae
+DATA expOrder<>+182(SB)/1, $0xa7
+DATA expOrder<>+183(SB)/1, $0xaf
+DATA expOrder<>+184(SB)/1, $0xe4
+DATA expOrder<>+185(SB)/1, $0xec
+DATA expOrder<>+186(SB)/1, $0xe5
+DATA expOrder<>+187(SB)/1, $0xed
+DATA expOrder<>+188(SB)/1, $0xe6
+DATA expOrder<>+189(SB)/1, $0xee
+DATA expOrder<>+190(SB)/1, $0xe7
+DATA expOrder<>+191(SB)/1, $0xef
+DATA expOrder<>+192(SB)/1, $0x30
+DATA expOrder<>+193(SB)/1, $0x38
+DATA expOrder<>+194(SB)/1, $0x31
+DATA expOrder<>+195(SB)/1, $0x39
+DATA expOrder<>+196(SB)/1, $0x32
+DATA expOrder<>+197(SB)/1, $0x3a
+DATA expOrder<>+198(SB)/1, $0x33
+DATA expOrder<>+199(SB)/1, $0x3b
+DATA expOrder<>+200(SB)/1, $0x70
+DATA expOrder<>+201(SB)/1, $0x78
+DATA expOrder<>+202(SB)/1, $0x71
+DATA expOrder<>+203(SB)/1, $0x79
+DATA expOrder<>+204(SB)/1, $0x72
+DATA expOrder<>+205(SB)/1, $0x7a
+DATA expOrder<>+206(SB)/1, $0x73
+DATA expOrder<>+207(SB)/1, $0x7b
+DATA expOrder<>+208(SB)/1, $0xb0
+DATA expOrder<>+209(SB)/1, $0xb8
+DATA expOrder<>+210(SB)/1, $0xb1
+DATA expOrder<>+211(SB)/1, $0xb9
+DATA expOrder<>+212(SB)/1, $0xb2
+DATA expOrder<>+213(SB)/1, $0xba
+DATA expOrder<>+214(SB)/1, $0xb3
+DATA expOrder<>+215(SB)/1, $0xbb
+DATA expOrder<>+216(SB)/1, $0xf0
+DATA expOrder<>+217(SB)/1, $0xf8
+DATA expOrder<>+218(SB)/1, $0xf1
+DATA expOrder<>+219(SB)/1, $0xf9
+DATA expOrder<>+220(SB)/1, $0xf2
+DATA expOrder<>+221(SB)/1, $0xfa
+DATA expOrder<>+222(SB)/1, $0xf3
+DATA expOrder<>+223(SB)/1, $0xfb
+DATA expOrder<>+224(SB)/1, $0x34
+DATA expOrder<>+225(SB)/1, $0x3c
+DATA expOrder<>+226(SB)/1, $0x35
+DATA expOrder<>+227(SB)/1, $0x3d
+DATA expOrder<>+228(SB)/1, $0x36
+DATA expOrder<>+229(SB)/1, $0x3e
+DATA expOrder<>+230(SB)/1, $0x37
+DATA expOrder<>+231(SB)/1, $0x3f
+DATA expOrder<>+232(SB)/1, $0x74
+DATA expOrder<>+233(SB)/1, $0x7c
+DATA expOrder<>+234(SB)/1, $0x75
+DATA expOrder<>+235(SB)/1, $0x7d
+DATA expOrder<>+236(SB)/1, $0x76
+DATA expOrder<>+237(SB)/1, $0x7e
+DATA expOrder<>+238(SB)/1, $0x77
+DATA expOrder<>+239(SB)/1, $0x7f
+DATA expOrder<>+240(SB)/1, $0xb4
+DATA expOrder<>+241(SB)/1, $0xbc
+DATA expOrder<>+242(SB)/1, $0xb5
+DATA expOrder<>+243(SB)/1, $0xbd
+DATA expOrder<>+244(SB)/1, $0xb6
+DATA expOrder<>+245(SB)/1, $0xbe
+DATA expOrder<>+246(SB)/1, $0xb7
+DATA expOrder<>+247(SB)/1, $0xbf
+DATA expOrder<>+248(SB)/1, $0xf4
+DATA expOrder<>+249(SB)/1, $0xfc
+DATA expOrder<>+250(SB)/1, $0xf5
+DATA expOrder<>+251(SB)/1, $0xfd
+DATA expOrder<>+252(SB)/1, $0xf6
+DATA expOrder<>+253(SB)/1, $0xfe
+DATA expOrder<>+254(SB)/1, $0xf7
+DATA expOrder<>+255(SB)/1, $0xff
+GLOBL expOrder<>(SB), RODATA|NOPTR, $256
+
+DATA symbolExponents<>+0(SB)/1, $0xff
+DATA symbolExponents<>+1(SB)/1, $0xfe
+DATA symbolExponents<>+2(SB)/1, $0xfd
+DATA symbolExponents<>+3(SB)/1, $0xfc
+DATA symbolExponents<>+4(SB)/1, $0xfb
+DATA symbolExponents<>+5(SB)/1, $0xfa
+DATA symbolExponents<>+6(SB)/1, $0xf9
+DATA symbolExponents<>+7(SB)/1, $0xf8
+DATA symbolExponents<>+8(SB)/1, $0xf7
+DATA symbolExponents<>+9(SB)/1, $0xf6
+DATA symbolExponents<>+10(SB)/1, $0xf5
+DATA symbolExponents<>+11(SB)/1, $0xf4
+DATA symbolExponents<>+12(SB)/1, $0x08
+DATA symbolExponents<>+13(SB)/1, $0x09
+DATA symbolExponents<>+14(SB)/1, $0x0a
+DATA symbolExponents<>+15(SB)/1, $0x0b
+GLOBL symbolExponents<>(SB), RODATA|NOPTR, $16
+
+// func multiplyBF16x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+// Requires: AVX, AVX512BW, AVX512F
+TEXT ·multiplyBF16x1(SB), NOSPLIT, $0-48
+	MOVQ      acc+0(FP), AX
+	MOVQ      accStride+8(FP), CX
+	MOVQ      signMantissa+16(FP), CX
+	MOVQ      exps+24(FP), DX
+	MOVQ      x+32(FP), BX
+	MOVQ      xStride+40(FP), SI
+	MOVQ      $0x00000004, SI
+	VMOVDQU16 signMantissamultiplyBF16x1<>+0(SB), Z0
+	VMOVDQU8  placeAmultiplyBF16x1<>+0(SB), Z1
+	VMOVDQU8  placeBmultiplyBF16x1<>+0(SB), Z2
+
+warp:
+	VMOVUPS         (AX), Z3
+	VMOVUPS         64(AX), Z4
+	VMOVUPS         128(AX), Z5
+	VMOVUPS         192(AX), Z6
+	VBROADCASTI32X4 (BX), Z7
+	VBROADCASTI32X4 64(BX), Z8
+	VMOVDQU8        (CX), Z9
+	VMOVDQU8        512(CX), Z10
+	VMOVDQU8        (DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VMOVDQU8        512(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VMOVDQU8        64(CX), Z9
+	VMOVDQU8        576(CX), Z10
+	VMOVDQU8        256(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VMOVDQU8        768(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VBROADCASTI32X4 16(BX), Z7
+	VBROADCASTI32X4 80(BX), Z8
+	VMOVDQU8        128(CX), Z9
+	VMOVDQU8        640(CX), Z10
+	VMOVDQU8        64(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VMOVDQU8        576(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VMOVDQU8        192(CX), Z9
+	VMOVDQU8        704(CX), Z10
+	VMOVDQU8        320(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VMOVDQU8        832(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VBROADCASTI32X4 32(BX), Z7
+	VBROADCASTI32X4 96(BX), Z8
+	VMOVDQU8        256(CX), Z9
+	VMOVDQU8        768(CX), Z10
+	VMOVDQU8        128(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VMOVDQU8        640(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VMOVDQU8        320(CX), Z9
+	VMOVDQU8        832(CX), Z10
+	VMOVDQU8        384(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VMOVDQU8        896(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VBROADCASTI32X4 48(BX), Z7
+	VBROADCASTI32X4 112(BX), Z8
+	VMOVDQU8        384(CX), Z9
+	VMOVDQU8        896(CX), Z10
+	VMOVDQU8        192(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xdc
+	VMOVDQU8        704(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xec
+	VMOVDQU8        448(CX), Z9
+	VMOVDQU8        960(CX), Z10
+	VMOVDQU8        448(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe4
+	VMOVDQU8        960(DX), Z11
+	VPSHUFB         Z1, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z9, Z9
+	VPTERNLOGQ      $0xd8, Z0, Z9, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x46
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VPSHUFB         Z2, Z11, Z12
+	VPSRLW          $0x01, Z12, Z12
+	VPSHUFB         swapmultiplyBF16x1<>+0(SB), Z10, Z10
+	VPTERNLOGQ      $0xd8, Z0, Z10, Z12
+	BYTE            $0x62
+	BYTE            $0xd2
+	BYTE            $0x3e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf4
+	VMOVUPS         Z3, (AX)
+	VMOVUPS         Z4, 64(AX)
+	VMOVUPS         Z5, 128(AX)
+	VMOVUPS         Z6, 192(AX)
+	ADDQ            $0x00000100, AX
+	ADDQ            $0x00000400, CX
+	ADDQ            $0x00000400, DX
+	DECQ            SI
+	JNZ             warp
+	VZEROUPPER
+	RET
+
+DATA signMantissamultiplyBF16x1<>+0(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+2(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+4(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+6(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+8(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+10(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+12(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+14(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+16(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+18(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+20(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+22(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+24(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+26(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+28(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+30(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+32(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+34(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+36(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+38(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+40(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+42(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+44(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+46(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+48(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+50(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+52(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+54(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+56(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+58(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+60(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x1<>+62(SB)/2, $0x807f
+GLOBL signMantissamultiplyBF16x1<>(SB), RODATA|NOPTR, $64
+
+DATA placeAmultiplyBF16x1<>+0(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+1(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+2(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+3(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+4(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+5(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+6(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+7(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+8(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+9(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+10(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+11(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+12(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+13(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+14(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+15(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+16(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+17(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+18(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+19(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+20(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+21(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+22(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+23(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+24(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+25(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+26(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+27(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+28(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+29(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+30(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+31(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+32(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+33(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+34(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+35(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+36(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+37(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+38(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+39(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+40(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+41(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+42(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+43(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+44(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+45(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+46(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+47(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+48(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+49(SB)/1, $0x00
+DATA placeAmultiplyBF16x1<>+50(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+51(SB)/1, $0x08
+DATA placeAmultiplyBF16x1<>+52(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+53(SB)/1, $0x01
+DATA placeAmultiplyBF16x1<>+54(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+55(SB)/1, $0x09
+DATA placeAmultiplyBF16x1<>+56(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+57(SB)/1, $0x02
+DATA placeAmultiplyBF16x1<>+58(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+59(SB)/1, $0x0a
+DATA placeAmultiplyBF16x1<>+60(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+61(SB)/1, $0x03
+DATA placeAmultiplyBF16x1<>+62(SB)/1, $0x0b
+DATA placeAmultiplyBF16x1<>+63(SB)/1, $0x0b
+GLOBL placeAmultiplyBF16x1<>(SB), RODATA|NOPTR, $64
+
+DATA placeBmultiplyBF16x1<>+0(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+1(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+2(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+3(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+4(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+5(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+6(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+7(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+8(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+9(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+10(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+11(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+12(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+13(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+14(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+15(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+16(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+17(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+18(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+19(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+20(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+21(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+22(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+23(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+24(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+25(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+26(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+27(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+28(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+29(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+30(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+31(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+32(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+33(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+34(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+35(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+36(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+37(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+38(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+39(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+40(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+41(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+42(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+43(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+44(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+45(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+46(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+47(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+48(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+49(SB)/1, $0x04
+DATA placeBmultiplyBF16x1<>+50(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+51(SB)/1, $0x0c
+DATA placeBmultiplyBF16x1<>+52(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+53(SB)/1, $0x05
+DATA placeBmultiplyBF16x1<>+54(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+55(SB)/1, $0x0d
+DATA placeBmultiplyBF16x1<>+56(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+57(SB)/1, $0x06
+DATA placeBmultiplyBF16x1<>+58(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+59(SB)/1, $0x0e
+DATA placeBmultiplyBF16x1<>+60(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+61(SB)/1, $0x07
+DATA placeBmultiplyBF16x1<>+62(SB)/1, $0x0f
+DATA placeBmultiplyBF16x1<>+63(SB)/1, $0x0f
+GLOBL placeBmultiplyBF16x1<>(SB), RODATA|NOPTR, $64
+
+DATA swapmultiplyBF16x1<>+0(SB)/1, $0x01
+DATA swapmultiplyBF16x1<>+1(SB)/1, $0x00
+DATA swapmultiplyBF16x1<>+2(SB)/1, $0x03
+DATA swapmultiplyBF16x1<>+3(SB)/1, $0x02
+DATA swapmultiplyBF16x1<>+4(SB)/1, $0x05
+DATA swapmultiplyBF16x1<>+5(SB)/1, $0x04
+DATA swapmultiplyBF16x1<>+6(SB)/1, $0x07
+DATA swapmultiplyBF16x1<>+7(SB)/1, $0x06
+DATA swapmultiplyBF16x1<>+8(SB)/1, $0x09
+DATA swapmultiplyBF16x1<>+9(SB)/1, $0x08
+DATA swapmultiplyBF16x1<>+10(SB)/1, $0x0b
+DATA swapmultiplyBF16x1<>+11(SB)/1, $0x0a
+DATA swapmultiplyBF16x1<>+12(SB)/1, $0x0d
+DATA swapmultiplyBF16x1<>+13(SB)/1, $0x0c
+DATA swapmultiplyBF16x1<>+14(SB)/1, $0x0f
+DATA swapmultiplyBF16x1<>+15(SB)/1, $0x0e
+DATA swapmultiplyBF16x1<>+16(SB)/1, $0x01
+DATA swapmultiplyBF16x1<>+17(SB)/1, $0x00
+DATA swapmultiplyBF16x1<>+18(SB)/1, $0x03
+DATA swapmultiplyBF16x1<>+19(SB)/1, $0x02
+DATA swapmultiplyBF16x1<>+20(SB)/1, $0x05
+DATA swapmultiplyBF16x1<>+21(SB)/1, $0x04
+DATA swapmultiplyBF16x1<>+22(SB)/1, $0x07
+DATA swapmultiplyBF16x1<>+23(SB)/1, $0x06
+DATA swapmultiplyBF16x1<>+24(SB)/1, $0x09
+DATA swapmultiplyBF16x1<>+25(SB)/1, $0x08
+DATA swapmultiplyBF16x1<>+26(SB)/1, $0x0b
+DATA swapmultiplyBF16x1<>+27(SB)/1, $0x0a
+DATA swapmultiplyBF16x1<>+28(SB)/1, $0x0d
+DATA swapmultiplyBF16x1<>+29(SB)/1, $0x0c
+DATA swapmultiplyBF16x1<>+30(SB)/1, $0x0f
+DATA swapmultiplyBF16x1<>+31(SB)/1, $0x0e
+DATA swapmultiplyBF16x1<>+32(SB)/1, $0x01
+DATA swapmultiplyBF16x1<>+33(SB)/1, $0x00
+DATA swapmultiplyBF16x1<>+34(SB)/1, $0x03
+DATA swapmultiplyBF16x1<>+35(SB)/1, $0x02
+DATA swapmultiplyBF16x1<>+36(SB)/1, $0x05
+DATA swapmultiplyBF16x1<>+37(SB)/1, $0x04
+DATA swapmultiplyBF16x1<>+38(SB)/1, $0x07
+DATA swapmultiplyBF16x1<>+39(SB)/1, $0x06
+DATA swapmultiplyBF16x1<>+40(SB)/1, $0x09
+DATA swapmultiplyBF16x1<>+41(SB)/1, $0x08
+DATA swapmultiplyBF16x1<>+42(SB)/1, $0x0b
+DATA swapmultiplyBF16x1<>+43(SB)/1, $0x0a
+DATA swapmultiplyBF16x1<>+44(SB)/1, $0x0d
+DATA swapmultiplyBF16x1<>+45(SB)/1, $0x0c
+DATA swapmultiplyBF16x1<>+46(SB)/1, $0x0f
+DATA swapmultiplyBF16x1<>+47(SB)/1, $0x0e
+DATA swapmultiplyBF16x1<>+48(SB)/1, $0x01
+DATA swapmultiplyBF16x1<>+49(SB)/1, $0x00
+DATA swapmultiplyBF16x1<>+50(SB)/1, $0x03
+DATA swapmultiplyBF16x1<>+51(SB)/1, $0x02
+DATA swapmultiplyBF16x1<>+52(SB)/1, $0x05
+DATA swapmultiplyBF16x1<>+53(SB)/1, $0x04
+DATA swapmultiplyBF16x1<>+54(SB)/1, $0x07
+DATA swapmultiplyBF16x1<>+55(SB)/1, $0x06
+DATA swapmultiplyBF16x1<>+56(SB)/1, $0x09
+DATA swapmultiplyBF16x1<>+57(SB)/1, $0x08
+DATA swapmultiplyBF16x1<>+58(SB)/1, $0x0b
+DATA swapmultiplyBF16x1<>+59(SB)/1, $0x0a
+DATA swapmultiplyBF16x1<>+60(SB)/1, $0x0d
+DATA swapmultiplyBF16x1<>+61(SB)/1, $0x0c
+DATA swapmultiplyBF16x1<>+62(SB)/1, $0x0f
+DATA swapmultiplyBF16x1<>+63(SB)/1, $0x0e
+GLOBL swapmultiplyBF16x1<>(SB), RODATA|NOPTR, $64
+
+// func multiplyBF16x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+// Requires: AVX, AVX512BW, AVX512F
+TEXT ·multiplyBF16x2(SB), NOSPLIT, $0-48
+	MOVQ      acc+0(FP), AX
+	MOVQ      accStride+8(FP), CX
+	MOVQ      signMantissa+16(FP), DX
+	MOVQ      exps+24(FP), BX
+	MOVQ      x+32(FP), SI
+	MOVQ      xStride+40(FP), DI
+	LEAQ      (AX)(CX*1), CX
+	LEAQ      (SI)(DI*1), DI
+	MOVQ      $0x00000004, R8
+	VMOVDQU16 signMantissamultiplyBF16x2<>+0(SB), Z0
+	VMOVDQU8  placeAmultiplyBF16x2<>+0(SB), Z1
+	VMOVDQU8  placeBmultiplyBF16x2<>+0(SB), Z2
+
+warp:
+	VMOVUPS         (AX), Z3
+	VMOVUPS         (CX), Z4
+	VMOVUPS         64(AX), Z5
+	VMOVUPS         64(CX), Z6
+	VMOVUPS         128(AX), Z7
+	VMOVUPS         128(CX), Z8
+	VMOVUPS         192(AX), Z9
+	VMOVUPS         192(CX), Z10
+	VBROADCASTI32X4 (SI), Z11
+	VBROADCASTI32X4 (DI), Z12
+	VBROADCASTI32X4 64(SI), Z13
+	VBROADCASTI32X4 64(DI), Z14
+	VMOVDQU8        (DX), Z15
+	VMOVDQU8        512(DX), Z16
+	VMOVDQU8        (BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VMOVDQU8        512(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VMOVDQU8        64(DX), Z15
+	VMOVDQU8        576(DX), Z16
+	VMOVDQU8        256(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VMOVDQU8        768(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VBROADCASTI32X4 16(SI), Z11
+	VBROADCASTI32X4 16(DI), Z12
+	VBROADCASTI32X4 80(SI), Z13
+	VBROADCASTI32X4 80(DI), Z14
+	VMOVDQU8        128(DX), Z15
+	VMOVDQU8        640(DX), Z16
+	VMOVDQU8        64(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VMOVDQU8        576(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VMOVDQU8        192(DX), Z15
+	VMOVDQU8        704(DX), Z16
+	VMOVDQU8        320(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VMOVDQU8        832(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VBROADCASTI32X4 32(SI), Z11
+	VBROADCASTI32X4 32(DI), Z12
+	VBROADCASTI32X4 96(SI), Z13
+	VBROADCASTI32X4 96(DI), Z14
+	VMOVDQU8        256(DX), Z15
+	VMOVDQU8        768(DX), Z16
+	VMOVDQU8        128(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VMOVDQU8        640(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VMOVDQU8        320(DX), Z15
+	VMOVDQU8        832(DX), Z16
+	VMOVDQU8        384(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VMOVDQU8        896(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VBROADCASTI32X4 48(SI), Z11
+	VBROADCASTI32X4 48(DI), Z12
+	VBROADCASTI32X4 112(SI), Z13
+	VBROADCASTI32X4 112(DI), Z14
+	VMOVDQU8        384(DX), Z15
+	VMOVDQU8        896(DX), Z16
+	VMOVDQU8        192(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xda
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xe2
+	VMOVDQU8        704(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xfa
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xc2
+	VMOVDQU8        448(DX), Z15
+	VMOVDQU8        960(DX), Z16
+	VMOVDQU8        448(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xea
+	BYTE            $0x62
+	BYTE            $0xb2
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xf2
+	VMOVDQU8        960(BX), Z17
+	VPSHUFB         Z1, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z15, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x26
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x1e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VPSHUFB         Z2, Z17, Z18
+	VPSRLW          $0x01, Z18, Z18
+	VPSHUFB         swapmultiplyBF16x2<>+0(SB), Z16, Z16
+	VPTERNLOGQ      $0xd8, Z0, Z16, Z18
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x16
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xca
+	BYTE            $0x62
+	BYTE            $0x32
+	BYTE            $0x0e
+	BYTE            $0x48
+	BYTE            $0x52
+	BYTE            $0xd2
+	VMOVUPS         Z3, (AX)
+	VMOVUPS         Z4, (CX)
+	VMOVUPS         Z5, 64(AX)
+	VMOVUPS         Z6, 64(CX)
+	VMOVUPS         Z7, 128(AX)
+	VMOVUPS         Z8, 128(CX)
+	VMOVUPS         Z9, 192(AX)
+	VMOVUPS         Z10, 192(CX)
+	ADDQ            $0x00000100, AX
+	ADDQ            $0x00000100, CX
+	ADDQ            $0x00000400, DX
+	ADDQ            $0x00000400, BX
+	DECQ            R8
+	JNZ             warp
+	VZEROUPPER
+	RET
+
+DATA signMantissamultiplyBF16x2<>+0(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+2(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+4(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+6(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+8(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+10(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+12(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+14(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+16(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+18(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+20(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+22(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+24(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+26(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+28(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+30(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+32(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+34(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+36(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+38(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+40(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+42(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+44(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+46(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+48(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+50(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+52(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+54(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+56(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+58(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+60(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x2<>+62(SB)/2, $0x807f
+GLOBL signMantissamultiplyBF16x2<>(SB), RODATA|NOPTR, $64
+
+DATA placeAmultiplyBF16x2<>+0(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+1(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+2(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+3(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+4(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+5(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+6(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+7(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+8(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+9(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+10(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+11(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+12(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+13(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+14(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+15(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+16(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+17(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+18(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+19(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+20(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+21(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+22(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+23(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+24(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+25(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+26(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+27(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+28(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+29(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+30(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+31(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+32(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+33(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+34(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+35(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+36(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+37(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+38(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+39(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+40(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+41(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+42(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+43(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+44(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+45(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+46(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+47(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+48(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+49(SB)/1, $0x00
+DATA placeAmultiplyBF16x2<>+50(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+51(SB)/1, $0x08
+DATA placeAmultiplyBF16x2<>+52(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+53(SB)/1, $0x01
+DATA placeAmultiplyBF16x2<>+54(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+55(SB)/1, $0x09
+DATA placeAmultiplyBF16x2<>+56(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+57(SB)/1, $0x02
+DATA placeAmultiplyBF16x2<>+58(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+59(SB)/1, $0x0a
+DATA placeAmultiplyBF16x2<>+60(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+61(SB)/1, $0x03
+DATA placeAmultiplyBF16x2<>+62(SB)/1, $0x0b
+DATA placeAmultiplyBF16x2<>+63(SB)/1, $0x0b
+GLOBL placeAmultiplyBF16x2<>(SB), RODATA|NOPTR, $64
+
+DATA placeBmultiplyBF16x2<>+0(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+1(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+2(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+3(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+4(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+5(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+6(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+7(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+8(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+9(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+10(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+11(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+12(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+13(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+14(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+15(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+16(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+17(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+18(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+19(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+20(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+21(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+22(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+23(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+24(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+25(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+26(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+27(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+28(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+29(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+30(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+31(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+32(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+33(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+34(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+35(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+36(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+37(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+38(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+39(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+40(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+41(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+42(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+43(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+44(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+45(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+46(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+47(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+48(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+49(SB)/1, $0x04
+DATA placeBmultiplyBF16x2<>+50(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+51(SB)/1, $0x0c
+DATA placeBmultiplyBF16x2<>+52(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+53(SB)/1, $0x05
+DATA placeBmultiplyBF16x2<>+54(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+55(SB)/1, $0x0d
+DATA placeBmultiplyBF16x2<>+56(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+57(SB)/1, $0x06
+DATA placeBmultiplyBF16x2<>+58(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+59(SB)/1, $0x0e
+DATA placeBmultiplyBF16x2<>+60(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+61(SB)/1, $0x07
+DATA placeBmultiplyBF16x2<>+62(SB)/1, $0x0f
+DATA placeBmultiplyBF16x2<>+63(SB)/1, $0x0f
+GLOBL placeBmultiplyBF16x2<>(SB), RODATA|NOPTR, $64
+
+DATA swapmultiplyBF16x2<>+0(SB)/1, $0x01
+DATA swapmultiplyBF16x2<>+1(SB)/1, $0x00
+DATA swapmultiplyBF16x2<>+2(SB)/1, $0x03
+DATA swapmultiplyBF16x2<>+3(SB)/1, $0x02
+DATA swapmultiplyBF16x2<>+4(SB)/1, $0x05
+DATA swapmultiplyBF16x2<>+5(SB)/1, $0x04
+DATA swapmultiplyBF16x2<>+6(SB)/1, $0x07
+DATA swapmultiplyBF16x2<>+7(SB)/1, $0x06
+DATA swapmultiplyBF16x2<>+8(SB)/1, $0x09
+DATA swapmultiplyBF16x2<>+9(SB)/1, $0x08
+DATA swapmultiplyBF16x2<>+10(SB)/1, $0x0b
+DATA swapmultiplyBF16x2<>+11(SB)/1, $0x0a
+DATA swapmultiplyBF16x2<>+12(SB)/1, $0x0d
+DATA swapmultiplyBF16x2<>+13(SB)/1, $0x0c
+DATA swapmultiplyBF16x2<>+14(SB)/1, $0x0f
+DATA swapmultiplyBF16x2<>+15(SB)/1, $0x0e
+DATA swapmultiplyBF16x2<>+16(SB)/1, $0x01
+DATA swapmultiplyBF16x2<>+17(SB)/1, $0x00
+DATA swapmultiplyBF16x2<>+18(SB)/1, $0x03
+DATA swapmultiplyBF16x2<>+19(SB)/1, $0x02
+DATA swapmultiplyBF16x2<>+20(SB)/1, $0x05
+DATA swapmultiplyBF16x2<>+21(SB)/1, $0x04
+DATA swapmultiplyBF16x2<>+22(SB)/1, $0x07
+DATA swapmultiplyBF16x2<>+23(SB)/1, $0x06
+DATA swapmultiplyBF16x2<>+24(SB)/1, $0x09
+DATA swapmultiplyBF16x2<>+25(SB)/1, $0x08
+DATA swapmultiplyBF16x2<>+26(SB)/1, $0x0b
+DATA swapmultiplyBF16x2<>+27(SB)/1, $0x0a
+DATA swapmultiplyBF16x2<>+28(SB)/1, $0x0d
+DATA swapmultiplyBF16x2<>+29(SB)/1, $0x0c
+DATA swapmultiplyBF16x2<>+30(SB)/1, $0x0f
+DATA swapmultiplyBF16x2<>+31(SB)/1, $0x0e
+DATA swapmultiplyBF16x2<>+32(SB)/1, $0x01
+DATA swapmultiplyBF16x2<>+33(SB)/1, $0x00
+DATA swapmultiplyBF16x2<>+34(SB)/1, $0x03
+DATA swapmultiplyBF16x2<>+35(SB)/1, $0x02
+DATA swapmultiplyBF16x2<>+36(SB)/1, $0x05
+DATA swapmultiplyBF16x2<>+37(SB)/1, $0x04
+DATA swapmultiplyBF16x2<>+38(SB)/1, $0x07
+DATA swapmultiplyBF16x2<>+39(SB)/1, $0x06
+DATA swapmultiplyBF16x2<>+40(SB)/1, $0x09
+DATA swapmultiplyBF16x2<>+41(SB)/1, $0x08
+DATA swapmultiplyBF16x2<>+42(SB)/1, $0x0b
+DATA swapmultiplyBF16x2<>+43(SB)/1, $0x0a
+DATA swapmultiplyBF16x2<>+44(SB)/1, $0x0d
+DATA swapmultiplyBF16x2<>+45(SB)/1, $0x0c
+DATA swapmultiplyBF16x2<>+46(SB)/1, $0x0f
+DATA swapmultiplyBF16x2<>+47(SB)/1, $0x0e
+DATA swapmultiplyBF16x2<>+48(SB)/1, $0x01
+DATA swapmultiplyBF16x2<>+49(SB)/1, $0x00
+DATA swapmultiplyBF16x2<>+50(SB)/1, $0x03
+DATA swapmultiplyBF16x2<>+51(SB)/1, $0x02
+DATA swapmultiplyBF16x2<>+52(SB)/1, $0x05
+DATA swapmultiplyBF16x2<>+53(SB)/1, $0x04
+DATA swapmultiplyBF16x2<>+54(SB)/1, $0x07
+DATA swapmultiplyBF16x2<>+55(SB)/1, $0x06
+DATA swapmultiplyBF16x2<>+56(SB)/1, $0x09
+DATA swapmultiplyBF16x2<>+57(SB)/1, $0x08
+DATA swapmultiplyBF16x2<>+58(SB)/1, $0x0b
+DATA swapmultiplyBF16x2<>+59(SB)/1, $0x0a
+DATA swapmultiplyBF16x2<>+60(SB)/1, $0x0d
+DATA swapmultiplyBF16x2<>+61(SB)/1, $0x0c
+DATA swapmultiplyBF16x2<>+62(SB)/1, $0x0f
+DATA swapmultiplyBF16x2<>+63(SB)/1, $0x0e
+GLOBL swapmultiplyBF16x2<>(SB), RODATA|NOPTR, $64
+
+// func multiplyBF16x4(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+// Requires: AVX, AVX512BW, AVX512F
+TEXT ·multiplyBF16x4(SB), NOSPLIT, $0-48
+	MOVQ      acc+0(FP), AX
+	MOVQ      accStride+8(FP), CX
+	MOVQ      signMantissa+16(FP), DX
+	MOVQ      exps+24(FP), BX
+	MOVQ      x+32(FP), SI
+	MOVQ      xStride+40(FP), DI
+	LEAQ      (AX)(CX*1), R8
+	LEAQ      (SI)(DI*1), R9
+	LEAQ      (R8)(CX*1), R10
+	LEAQ      (R9)(DI*1), R11
+	LEAQ      (R10)(CX*1), CX
+	LEAQ      (R11)(DI*1), DI
+	MOVQ      $0x00000004, R12
+	VMOVDQU16 signMantissamultiplyBF16x4<>+0(SB), Z0
+	VMOVDQU8  placeAmultiplyBF16x4<>+0(SB), Z1
+	VMOVDQU8  placeBmultiplyBF16x4<>+0(SB), Z2
+
+warp:
+	VMOVUPS         (AX), Z3
+	VMOVUPS         (R8), Z4
+	VMOVUPS         (R10), Z5
+	VMOVUPS         (CX), Z6
+	VMOVUPS         64(AX), Z7
+	VMOVUPS         64(R8), Z8
+	VMOVUPS         64(R10), Z9
+	VMOVUPS         64(CX), Z10
+	VMOVUPS         128(AX), Z11
+	VMOVUPS         128(R8), Z12
+	VMOVUPS         128(R10), Z13
+	VMOVUPS         128(CX), Z14
+	VMOVUPS         192(AX), Z15
+	VMOVUPS         192(R8), Z16
+	VMOVUPS         192(R10), Z17
+	VMOVUPS         192(CX), Z18
+	VBROADCASTI32X4 (SI), Z19
+	VBROADCASTI32X4 (R9), Z20
+	VBROADCASTI32X4 (R11), Z21
+	VBROADCASTI32X4 (DI), Z22
+	VBROADCASTI32X4 64(SI), Z23
+	VBROADCASTI32X4 64(R9), Z24
+	VBROADCASTI32X4 64(R11), Z25
+	VBROADCASTI32X4 64(DI), Z26
+	VMOVDQU8        (DX), Z27
+	VMOVDQU8        512(DX), Z28
+	VMOVDQU8        (BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        512(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        64(DX), Z27
+	VMOVDQU8        576(DX), Z28
+	VMOVDQU8        256(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VMOVDQU8        768(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VBROADCASTI32X4 16(SI), Z19
+	VBROADCASTI32X4 16(R9), Z20
+	VBROADCASTI32X4 16(R11), Z21
+	VBROADCASTI32X4 16(DI), Z22
+	VBROADCASTI32X4 80(SI), Z23
+	VBROADCASTI32X4 80(R9), Z24
+	VBROADCASTI32X4 80(R11), Z25
+	VBROADCASTI32X4 80(DI), Z26
+	VMOVDQU8        128(DX), Z27
+	VMOVDQU8        640(DX), Z28
+	VMOVDQU8        64(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        576(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        192(DX), Z27
+	VMOVDQU8        704(DX), Z28
+	VMOVDQU8        320(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VMOVDQU8        832(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VBROADCASTI32X4 32(SI), Z19
+	VBROADCASTI32X4 32(R9), Z20
+	VBROADCASTI32X4 32(R11), Z21
+	VBROADCASTI32X4 32(DI), Z22
+	VBROADCASTI32X4 96(SI), Z23
+	VBROADCASTI32X4 96(R9), Z24
+	VBROADCASTI32X4 96(R11), Z25
+	VBROADCASTI32X4 96(DI), Z26
+	VMOVDQU8        256(DX), Z27
+	VMOVDQU8        768(DX), Z28
+	VMOVDQU8        128(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        640(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        320(DX), Z27
+	VMOVDQU8        832(DX), Z28
+	VMOVDQU8        384(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VMOVDQU8        896(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VBROADCASTI32X4 48(SI), Z19
+	VBROADCASTI32X4 48(R9), Z20
+	VBROADCASTI32X4 48(R11), Z21
+	VBROADCASTI32X4 48(DI), Z22
+	VBROADCASTI32X4 112(SI), Z23
+	VBROADCASTI32X4 112(R9), Z24
+	VBROADCASTI32X4 112(R11), Z25
+	VBROADCASTI32X4 112(DI), Z26
+	VMOVDQU8        384(DX), Z27
+	VMOVDQU8        896(DX), Z28
+	VMOVDQU8        192(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        704(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xde
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xe6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xee
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xf6
+	VMOVDQU8        448(DX), Z27
+	VMOVDQU8        960(DX), Z28
+	VMOVDQU8        448(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x92
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VMOVDQU8        960(BX), Z29
+	VPSHUFB         Z1, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z27, Z27
+	VPTERNLOGQ      $0xd8, Z0, Z27, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x66
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x5e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x56
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x4e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VPSHUFB         Z2, Z29, Z30
+	VPSRLW          $0x01, Z30, Z30
+	VPSHUFB         swapmultiplyBF16x4<>+0(SB), Z28, Z28
+	VPTERNLOGQ      $0xd8, Z0, Z28, Z30
+	BYTE            $0x62
+	BYTE            $0x12
+	BYTE            $0x46
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xfe
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x3e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xc6
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x36
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xce
+	BYTE            $0x62
+	BYTE            $0x82
+	BYTE            $0x2e
+	BYTE            $0x40
+	BYTE            $0x52
+	BYTE            $0xd6
+	VMOVUPS         Z3, (AX)
+	VMOVUPS         Z4, (R8)
+	VMOVUPS         Z5, (R10)
+	VMOVUPS         Z6, (CX)
+	VMOVUPS         Z7, 64(AX)
+	VMOVUPS         Z8, 64(R8)
+	VMOVUPS         Z9, 64(R10)
+	VMOVUPS         Z10, 64(CX)
+	VMOVUPS         Z11, 128(AX)
+	VMOVUPS         Z12, 128(R8)
+	VMOVUPS         Z13, 128(R10)
+	VMOVUPS         Z14, 128(CX)
+	VMOVUPS         Z15, 192(AX)
+	VMOVUPS         Z16, 192(R8)
+	VMOVUPS         Z17, 192(R10)
+	VMOVUPS         Z18, 192(CX)
+	ADDQ            $0x00000100, AX
+	ADDQ            $0x00000100, R8
+	ADDQ            $0x00000100, R10
+	ADDQ            $0x00000100, CX
+	ADDQ            $0x00000400, DX
+	ADDQ            $0x00000400, BX
+	DECQ            R12
+	JNZ             warp
+	VZEROUPPER
+	RET
+
+DATA signMantissamultiplyBF16x4<>+0(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+2(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+4(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+6(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+8(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+10(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+12(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+14(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+16(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+18(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+20(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+22(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+24(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+26(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+28(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+30(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+32(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+34(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+36(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+38(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+40(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+42(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+44(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+46(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+48(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+50(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+52(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+54(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+56(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+58(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+60(SB)/2, $0x807f
+DATA signMantissamultiplyBF16x4<>+62(SB)/2, $0x807f
+GLOBL signMantissamultiplyBF16x4<>(SB), RODATA|NOPTR, $64
+
+DATA placeAmultiplyBF16x4<>+0(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+1(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+2(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+3(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+4(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+5(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+6(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+7(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+8(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+9(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+10(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+11(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+12(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+13(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+14(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+15(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+16(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+17(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+18(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+19(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+20(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+21(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+22(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+23(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+24(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+25(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+26(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+27(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+28(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+29(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+30(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+31(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+32(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+33(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+34(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+35(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+36(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+37(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+38(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+39(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+40(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+41(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+42(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+43(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+44(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+45(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+46(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+47(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+48(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+49(SB)/1, $0x00
+DATA placeAmultiplyBF16x4<>+50(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+51(SB)/1, $0x08
+DATA placeAmultiplyBF16x4<>+52(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+53(SB)/1, $0x01
+DATA placeAmultiplyBF16x4<>+54(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+55(SB)/1, $0x09
+DATA placeAmultiplyBF16x4<>+56(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+57(SB)/1, $0x02
+DATA placeAmultiplyBF16x4<>+58(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+59(SB)/1, $0x0a
+DATA placeAmultiplyBF16x4<>+60(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+61(SB)/1, $0x03
+DATA placeAmultiplyBF16x4<>+62(SB)/1, $0x0b
+DATA placeAmultiplyBF16x4<>+63(SB)/1, $0x0b
+GLOBL placeAmultiplyBF16x4<>(SB), RODATA|NOPTR, $64
+
+DATA placeBmultiplyBF16x4<>+0(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+1(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+2(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+3(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+4(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+5(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+6(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+7(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+8(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+9(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+10(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+11(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+12(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+13(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+14(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+15(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+16(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+17(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+18(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+19(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+20(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+21(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+22(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+23(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+24(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+25(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+26(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+27(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+28(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+29(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+30(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+31(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+32(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+33(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+34(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+35(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+36(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+37(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+38(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+39(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+40(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+41(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+42(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+43(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+44(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+45(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+46(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+47(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+48(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+49(SB)/1, $0x04
+DATA placeBmultiplyBF16x4<>+50(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+51(SB)/1, $0x0c
+DATA placeBmultiplyBF16x4<>+52(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+53(SB)/1, $0x05
+DATA placeBmultiplyBF16x4<>+54(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+55(SB)/1, $0x0d
+DATA placeBmultiplyBF16x4<>+56(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+57(SB)/1, $0x06
+DATA placeBmultiplyBF16x4<>+58(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+59(SB)/1, $0x0e
+DATA placeBmultiplyBF16x4<>+60(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+61(SB)/1, $0x07
+DATA placeBmultiplyBF16x4<>+62(SB)/1, $0x0f
+DATA placeBmultiplyBF16x4<>+63(SB)/1, $0x0f
+GLOBL placeBmultiplyBF16x4<>(SB), RODATA|NOPTR, $64
+
+DATA swapmultiplyBF16x4<>+0(SB)/1, $0x01
+DATA swapmultiplyBF16x4<>+1(SB)/1, $0x00
+DATA swapmultiplyBF16x4<>+2(SB)/1, $0x03
+DATA swapmultiplyBF16x4<>+3(SB)/1, $0x02
+DATA swapmultiplyBF16x4<>+4(SB)/1, $0x05
+DATA swapmultiplyBF16x4<>+5(SB)/1, $0x04
+DATA swapmultiplyBF16x4<>+6(SB)/1, $0x07
+DATA swapmultiplyBF16x4<>+7(SB)/1, $0x06
+DATA swapmultiplyBF16x4<>+8(SB)/1, $0x09
+DATA swapmultiplyBF16x4<>+9(SB)/1, $0x08
+DATA swapmultiplyBF16x4<>+10(SB)/1, $0x0b
+DATA swapmultiplyBF16x4<>+11(SB)/1, $0x0a
+DATA swapmultiplyBF16x4<>+12(SB)/1, $0x0d
+DATA swapmultiplyBF16x4<>+13(SB)/1, $0x0c
+DATA swapmultiplyBF16x4<>+14(SB)/1, $0x0f
+DATA swapmultiplyBF16x4<>+15(SB)/1, $0x0e
+DATA swapmultiplyBF16x4<>+16(SB)/1, $0x01
+DATA swapmultiplyBF16x4<>+17(SB)/1, $0x00
+DATA swapmultiplyBF16x4<>+18(SB)/1, $0x03
+DATA swapmultiplyBF16x4<>+19(SB)/1, $0x02
+DATA swapmultiplyBF16x4<>+20(SB)/1, $0x05
+DATA swapmultiplyBF16x4<>+21(SB)/1, $0x04
+DATA swapmultiplyBF16x4<>+22(SB)/1, $0x07
+DATA swapmultiplyBF16x4<>+23(SB)/1, $0x06
+DATA swapmultiplyBF16x4<>+24(SB)/1, $0x09
+DATA swapmultiplyBF16x4<>+25(SB)/1, $0x08
+DATA swapmultiplyBF16x4<>+26(SB)/1, $0x0b
+DATA swapmultiplyBF16x4<>+27(SB)/1, $0x0a
+DATA swapmultiplyBF16x4<>+28(SB)/1, $0x0d
+DATA swapmultiplyBF16x4<>+29(SB)/1, $0x0c
+DATA swapmultiplyBF16x4<>+30(SB)/1, $0x0f
+DATA swapmultiplyBF16x4<>+31(SB)/1, $0x0e
+DATA swapmultiplyBF16x4<>+32(SB)/1, $0x01
+DATA swapmultiplyBF16x4<>+33(SB)/1, $0x00
+DATA swapmultiplyBF16x4<>+34(SB)/1, $0x03
+DATA swapmultiplyBF16x4<>+35(SB)/1, $0x02
+DATA swapmultiplyBF16x4<>+36(SB)/1, $0x05
+DATA swapmultiplyBF16x4<>+37(SB)/1, $0x04
+DATA swapmultiplyBF16x4<>+38(SB)/1, $0x07
+DATA swapmultiplyBF16x4<>+39(SB)/1, $0x06
+DATA swapmultiplyBF16x4<>+40(SB)/1, $0x09
+DATA swapmultiplyBF16x4<>+41(SB)/1, $0x08
+DATA swapmultiplyBF16x4<>+42(SB)/1, $0x0b
+DATA swapmultiplyBF16x4<>+43(SB)/1, $0x0a
+DATA swapmultiplyBF16x4<>+44(SB)/1, $0x0d
+DATA swapmultiplyBF16x4<>+45(SB)/1, $0x0c
+DATA swapmultiplyBF16x4<>+46(SB)/1, $0x0f
+DATA swapmultiplyBF16x4<>+47(SB)/1, $0x0e
+DATA swapmultiplyBF16x4<>+48(SB)/1, $0x01
+DATA swapmultiplyBF16x4<>+49(SB)/1, $0x00
+DATA swapmultiplyBF16x4<>+50(SB)/1, $0x03
+DATA swapmultiplyBF16x4<>+51(SB)/1, $0x02
+DATA swapmultiplyBF16x4<>+52(SB)/1, $0x05
+DATA swapmultiplyBF16x4<>+53(SB)/1, $0x04
+DATA swapmultiplyBF16x4<>+54(SB)/1, $0x07
+DATA swapmultiplyBF16x4<>+55(SB)/1, $0x06
+DATA swapmultiplyBF16x4<>+56(SB)/1, $0x09
+DATA swapmultiplyBF16x4<>+57(SB)/1, $0x08
+DATA swapmultiplyBF16x4<>+58(SB)/1, $0x0b
+DATA swapmultiplyBF16x4<>+59(SB)/1, $0x0a
+DATA swapmultiplyBF16x4<>+60(SB)/1, $0x0d
+DATA swapmultiplyBF16x4<>+61(SB)/1, $0x0c
+DATA swapmultiplyBF16x4<>+62(SB)/1, $0x0f
+DATA swapmultiplyBF16x4<>+63(SB)/1, $0x0e
+GLOBL swapmultiplyBF16x4<>(SB), RODATA|NOPTR, $64
+
+// func multiplyFP32x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+// Requires: AVX, AVX512BW, AVX512F
+TEXT ·multiplyFP32x1(SB), NOSPLIT, $0-48
+	MOVQ       acc+0(FP), AX
+	MOVQ       accStride+8(FP), CX
+	MOVQ       signMantissa+16(FP), CX
+	MOVQ       exps+24(FP), DX
+	MOVQ       x+32(FP), BX
+	MOVQ       xStride+40(FP), SI
+	MOVQ       $0x00000004, SI
+	VMOVDQU16  signMantissamultiplyFP32x1<>+0(SB), Z0
+	VMOVDQU8   placeAmultiplyFP32x1<>+0(SB), Z1
+	VMOVDQU8   placeBmultiplyFP32x1<>+0(SB), Z2
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	VPSLLD     $0x10, Z3, Z3
+
+warp:
+	VMOVUPS         (AX), Z4
+	VMOVUPS         64(AX), Z5
+	VMOVUPS         128(AX), Z6
+	VMOVUPS         192(AX), Z7
+	VBROADCASTI32X4 (BX), Z8
+	VPANDD          Z3, Z8, Z9
+	VPSLLD          $0x10, Z8, Z8
+	VBROADCASTI32X4 64(BX), Z10
+	VPANDD          Z3, Z10, Z11
+	VPSLLD          $0x10, Z10, Z10
+	VMOVDQU8        (CX), Z12
+	VMOVDQU8        512(CX), Z13
+	VMOVDQU8        (DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z4
+	VFMADD231PS     Z16, Z9, Z4
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z4
+	VFMADD231PS     Z16, Z11, Z4
+	VMOVDQU8        512(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z6
+	VFMADD231PS     Z16, Z9, Z6
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z6
+	VFMADD231PS     Z16, Z11, Z6
+	VMOVDQU8        64(CX), Z12
+	VMOVDQU8        576(CX), Z13
+	VMOVDQU8        256(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z5
+	VFMADD231PS     Z16, Z9, Z5
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z5
+	VFMADD231PS     Z16, Z11, Z5
+	VMOVDQU8        768(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z7
+	VFMADD231PS     Z16, Z9, Z7
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z7
+	VFMADD231PS     Z16, Z11, Z7
+	VBROADCASTI32X4 16(BX), Z8
+	VPANDD          Z3, Z8, Z9
+	VPSLLD          $0x10, Z8, Z8
+	VBROADCASTI32X4 80(BX), Z10
+	VPANDD          Z3, Z10, Z11
+	VPSLLD          $0x10, Z10, Z10
+	VMOVDQU8        128(CX), Z12
+	VMOVDQU8        640(CX), Z13
+	VMOVDQU8        64(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z4
+	VFMADD231PS     Z16, Z9, Z4
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z4
+	VFMADD231PS     Z16, Z11, Z4
+	VMOVDQU8        576(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z6
+	VFMADD231PS     Z16, Z9, Z6
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z6
+	VFMADD231PS     Z16, Z11, Z6
+	VMOVDQU8        192(CX), Z12
+	VMOVDQU8        704(CX), Z13
+	VMOVDQU8        320(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z5
+	VFMADD231PS     Z16, Z9, Z5
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z5
+	VFMADD231PS     Z16, Z11, Z5
+	VMOVDQU8        832(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z7
+	VFMADD231PS     Z16, Z9, Z7
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z7
+	VFMADD231PS     Z16, Z11, Z7
+	VBROADCASTI32X4 32(BX), Z8
+	VPANDD          Z3, Z8, Z9
+	VPSLLD          $0x10, Z8, Z8
+	VBROADCASTI32X4 96(BX), Z10
+	VPANDD          Z3, Z10, Z11
+	VPSLLD          $0x10, Z10, Z10
+	VMOVDQU8        256(CX), Z12
+	VMOVDQU8        768(CX), Z13
+	VMOVDQU8        128(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z4
+	VFMADD231PS     Z16, Z9, Z4
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z4
+	VFMADD231PS     Z16, Z11, Z4
+	VMOVDQU8        640(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z6
+	VFMADD231PS     Z16, Z9, Z6
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z6
+	VFMADD231PS     Z16, Z11, Z6
+	VMOVDQU8        320(CX), Z12
+	VMOVDQU8        832(CX), Z13
+	VMOVDQU8        384(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z5
+	VFMADD231PS     Z16, Z9, Z5
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z5
+	VFMADD231PS     Z16, Z11, Z5
+	VMOVDQU8        896(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z7
+	VFMADD231PS     Z16, Z9, Z7
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z7
+	VFMADD231PS     Z16, Z11, Z7
+	VBROADCASTI32X4 48(BX), Z8
+	VPANDD          Z3, Z8, Z9
+	VPSLLD          $0x10, Z8, Z8
+	VBROADCASTI32X4 112(BX), Z10
+	VPANDD          Z3, Z10, Z11
+	VPSLLD          $0x10, Z10, Z10
+	VMOVDQU8        384(CX), Z12
+	VMOVDQU8        896(CX), Z13
+	VMOVDQU8        192(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z4
+	VFMADD231PS     Z16, Z9, Z4
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z4
+	VFMADD231PS     Z16, Z11, Z4
+	VMOVDQU8        704(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z6
+	VFMADD231PS     Z16, Z9, Z6
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z6
+	VFMADD231PS     Z16, Z11, Z6
+	VMOVDQU8        448(CX), Z12
+	VMOVDQU8        960(CX), Z13
+	VMOVDQU8        448(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z5
+	VFMADD231PS     Z16, Z9, Z5
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z5
+	VFMADD231PS     Z16, Z11, Z5
+	VMOVDQU8        960(DX), Z14
+	VPSHUFB         Z1, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z12, Z12
+	VPTERNLOGQ      $0xd8, Z0, Z12, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z8, Z7
+	VFMADD231PS     Z16, Z9, Z7
+	VPSHUFB         Z2, Z14, Z15
+	VPSRLW          $0x01, Z15, Z15
+	VPSHUFB         swapmultiplyFP32x1<>+0(SB), Z13, Z13
+	VPTERNLOGQ      $0xd8, Z0, Z13, Z15
+	VPANDD          Z3, Z15, Z16
+	VPSLLD          $0x10, Z15, Z15
+	VFMADD231PS     Z15, Z10, Z7
+	VFMADD231PS     Z16, Z11, Z7
+	VMOVUPS         Z4, (AX)
+	VMOVUPS         Z5, 64(AX)
+	VMOVUPS         Z6, 128(AX)
+	VMOVUPS         Z7, 192(AX)
+	ADDQ            $0x00000100, AX
+	ADDQ            $0x00000400, CX
+	ADDQ            $0x00000400, DX
+	DECQ            SI
+	JNZ             warp
+	VZEROUPPER
+	RET
+
+DATA signMantissamultiplyFP32x1<>+0(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+2(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+4(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+6(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+8(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+10(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+12(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+14(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+16(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+18(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+20(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+22(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+24(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+26(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+28(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+30(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+32(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+34(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+36(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+38(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+40(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+42(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+44(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+46(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+48(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+50(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+52(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+54(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+56(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+58(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+60(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x1<>+62(SB)/2, $0x807f
+GLOBL signMantissamultiplyFP32x1<>(SB), RODATA|NOPTR, $64
+
+DATA placeAmultiplyFP32x1<>+0(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+1(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+2(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+3(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+4(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+5(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+6(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+7(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+8(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+9(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+10(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+11(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+12(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+13(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+14(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+15(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+16(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+17(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+18(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+19(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+20(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+21(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+22(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+23(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+24(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+25(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+26(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+27(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+28(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+29(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+30(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+31(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+32(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+33(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+34(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+35(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+36(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+37(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+38(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+39(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+40(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+41(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+42(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+43(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+44(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+45(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+46(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+47(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+48(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+49(SB)/1, $0x00
+DATA placeAmultiplyFP32x1<>+50(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+51(SB)/1, $0x08
+DATA placeAmultiplyFP32x1<>+52(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+53(SB)/1, $0x01
+DATA placeAmultiplyFP32x1<>+54(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+55(SB)/1, $0x09
+DATA placeAmultiplyFP32x1<>+56(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+57(SB)/1, $0x02
+DATA placeAmultiplyFP32x1<>+58(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+59(SB)/1, $0x0a
+DATA placeAmultiplyFP32x1<>+60(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+61(SB)/1, $0x03
+DATA placeAmultiplyFP32x1<>+62(SB)/1, $0x0b
+DATA placeAmultiplyFP32x1<>+63(SB)/1, $0x0b
+GLOBL placeAmultiplyFP32x1<>(SB), RODATA|NOPTR, $64
+
+DATA placeBmultiplyFP32x1<>+0(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+1(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+2(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+3(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+4(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+5(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+6(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+7(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+8(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+9(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+10(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+11(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+12(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+13(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+14(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+15(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+16(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+17(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+18(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+19(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+20(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+21(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+22(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+23(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+24(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+25(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+26(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+27(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+28(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+29(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+30(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+31(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+32(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+33(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+34(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+35(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+36(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+37(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+38(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+39(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+40(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+41(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+42(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+43(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+44(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+45(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+46(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+47(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+48(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+49(SB)/1, $0x04
+DATA placeBmultiplyFP32x1<>+50(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+51(SB)/1, $0x0c
+DATA placeBmultiplyFP32x1<>+52(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+53(SB)/1, $0x05
+DATA placeBmultiplyFP32x1<>+54(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+55(SB)/1, $0x0d
+DATA placeBmultiplyFP32x1<>+56(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+57(SB)/1, $0x06
+DATA placeBmultiplyFP32x1<>+58(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+59(SB)/1, $0x0e
+DATA placeBmultiplyFP32x1<>+60(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+61(SB)/1, $0x07
+DATA placeBmultiplyFP32x1<>+62(SB)/1, $0x0f
+DATA placeBmultiplyFP32x1<>+63(SB)/1, $0x0f
+GLOBL placeBmultiplyFP32x1<>(SB), RODATA|NOPTR, $64
+
+DATA swapmultiplyFP32x1<>+0(SB)/1, $0x01
+DATA swapmultiplyFP32x1<>+1(SB)/1, $0x00
+DATA swapmultiplyFP32x1<>+2(SB)/1, $0x03
+DATA swapmultiplyFP32x1<>+3(SB)/1, $0x02
+DATA swapmultiplyFP32x1<>+4(SB)/1, $0x05
+DATA swapmultiplyFP32x1<>+5(SB)/1, $0x04
+DATA swapmultiplyFP32x1<>+6(SB)/1, $0x07
+DATA swapmultiplyFP32x1<>+7(SB)/1, $0x06
+DATA swapmultiplyFP32x1<>+8(SB)/1, $0x09
+DATA swapmultiplyFP32x1<>+9(SB)/1, $0x08
+DATA swapmultiplyFP32x1<>+10(SB)/1, $0x0b
+DATA swapmultiplyFP32x1<>+11(SB)/1, $0x0a
+DATA swapmultiplyFP32x1<>+12(SB)/1, $0x0d
+DATA swapmultiplyFP32x1<>+13(SB)/1, $0x0c
+DATA swapmultiplyFP32x1<>+14(SB)/1, $0x0f
+DATA swapmultiplyFP32x1<>+15(SB)/1, $0x0e
+DATA swapmultiplyFP32x1<>+16(SB)/1, $0x01
+DATA swapmultiplyFP32x1<>+17(SB)/1, $0x00
+DATA swapmultiplyFP32x1<>+18(SB)/1, $0x03
+DATA swapmultiplyFP32x1<>+19(SB)/1, $0x02
+DATA swapmultiplyFP32x1<>+20(SB)/1, $0x05
+DATA swapmultiplyFP32x1<>+21(SB)/1, $0x04
+DATA swapmultiplyFP32x1<>+22(SB)/1, $0x07
+DATA swapmultiplyFP32x1<>+23(SB)/1, $0x06
+DATA swapmultiplyFP32x1<>+24(SB)/1, $0x09
+DATA swapmultiplyFP32x1<>+25(SB)/1, $0x08
+DATA swapmultiplyFP32x1<>+26(SB)/1, $0x0b
+DATA swapmultiplyFP32x1<>+27(SB)/1, $0x0a
+DATA swapmultiplyFP32x1<>+28(SB)/1, $0x0d
+DATA swapmultiplyFP32x1<>+29(SB)/1, $0x0c
+DATA swapmultiplyFP32x1<>+30(SB)/1, $0x0f
+DATA swapmultiplyFP32x1<>+31(SB)/1, $0x0e
+DATA swapmultiplyFP32x1<>+32(SB)/1, $0x01
+DATA swapmultiplyFP32x1<>+33(SB)/1, $0x00
+DATA swapmultiplyFP32x1<>+34(SB)/1, $0x03
+DATA swapmultiplyFP32x1<>+35(SB)/1, $0x02
+DATA swapmultiplyFP32x1<>+36(SB)/1, $0x05
+DATA swapmultiplyFP32x1<>+37(SB)/1, $0x04
+DATA swapmultiplyFP32x1<>+38(SB)/1, $0x07
+DATA swapmultiplyFP32x1<>+39(SB)/1, $0x06
+DATA swapmultiplyFP32x1<>+40(SB)/1, $0x09
+DATA swapmultiplyFP32x1<>+41(SB)/1, $0x08
+DATA swapmultiplyFP32x1<>+42(SB)/1, $0x0b
+DATA swapmultiplyFP32x1<>+43(SB)/1, $0x0a
+DATA swapmultiplyFP32x1<>+44(SB)/1, $0x0d
+DATA swapmultiplyFP32x1<>+45(SB)/1, $0x0c
+DATA swapmultiplyFP32x1<>+46(SB)/1, $0x0f
+DATA swapmultiplyFP32x1<>+47(SB)/1, $0x0e
+DATA swapmultiplyFP32x1<>+48(SB)/1, $0x01
+DATA swapmultiplyFP32x1<>+49(SB)/1, $0x00
+DATA swapmultiplyFP32x1<>+50(SB)/1, $0x03
+DATA swapmultiplyFP32x1<>+51(SB)/1, $0x02
+DATA swapmultiplyFP32x1<>+52(SB)/1, $0x05
+DATA swapmultiplyFP32x1<>+53(SB)/1, $0x04
+DATA swapmultiplyFP32x1<>+54(SB)/1, $0x07
+DATA swapmultiplyFP32x1<>+55(SB)/1, $0x06
+DATA swapmultiplyFP32x1<>+56(SB)/1, $0x09
+DATA swapmultiplyFP32x1<>+57(SB)/1, $0x08
+DATA swapmultiplyFP32x1<>+58(SB)/1, $0x0b
+DATA swapmultiplyFP32x1<>+59(SB)/1, $0x0a
+DATA swapmultiplyFP32x1<>+60(SB)/1, $0x0d
+DATA swapmultiplyFP32x1<>+61(SB)/1, $0x0c
+DATA swapmultiplyFP32x1<>+62(SB)/1, $0x0f
+DATA swapmultiplyFP32x1<>+63(SB)/1, $0x0e
+GLOBL swapmultiplyFP32x1<>(SB), RODATA|NOPTR, $64
+
+// func multiplyFP32x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+// Requires: AVX, AVX512BW, AVX512F
+TEXT ·multiplyFP32x2(SB), NOSPLIT, $0-48
+	MOVQ       acc+0(FP), AX
+	MOVQ       accStride+8(FP), CX
+	MOVQ       signMantissa+16(FP), DX
+	MOVQ       exps+24(FP), BX
+	MOVQ       x+32(FP), SI
+	MOVQ       xStride+40(FP), DI
+	LEAQ       (AX)(CX*1), CX
+	LEAQ       (SI)(DI*1), DI
+	MOVQ       $0x00000004, R8
+	VMOVDQU16  signMantissamultiplyFP32x2<>+0(SB), Z0
+	VMOVDQU8   placeAmultiplyFP32x2<>+0(SB), Z1
+	VMOVDQU8   placeBmultiplyFP32x2<>+0(SB), Z2
+	VPTERNLOGD $0xff, Z3, Z3, Z3
+	VPSLLD     $0x10, Z3, Z3
+
+warp:
+	VMOVUPS         (AX), Z4
+	VMOVUPS         (CX), Z5
+	VMOVUPS         64(AX), Z6
+	VMOVUPS         64(CX), Z7
+	VMOVUPS         128(AX), Z8
+	VMOVUPS         128(CX), Z9
+	VMOVUPS         192(AX), Z10
+	VMOVUPS         192(CX), Z11
+	VBROADCASTI32X4 (SI), Z12
+	VPANDD          Z3, Z12, Z13
+	VPSLLD          $0x10, Z12, Z12
+	VBROADCASTI32X4 (DI), Z14
+	VPANDD          Z3, Z14, Z15
+	VPSLLD          $0x10, Z14, Z14
+	VBROADCASTI32X4 64(SI), Z16
+	VPANDD          Z3, Z16, Z17
+	VPSLLD          $0x10, Z16, Z16
+	VBROADCASTI32X4 64(DI), Z18
+	VPANDD          Z3, Z18, Z19
+	VPSLLD          $0x10, Z18, Z18
+	VMOVDQU8        (DX), Z20
+	VMOVDQU8        512(DX), Z21
+	VMOVDQU8        (BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z4
+	VFMADD231PS     Z23, Z14, Z5
+	VFMADD231PS     Z24, Z13, Z4
+	VFMADD231PS     Z24, Z15, Z5
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z4
+	VFMADD231PS     Z23, Z18, Z5
+	VFMADD231PS     Z24, Z17, Z4
+	VFMADD231PS     Z24, Z19, Z5
+	VMOVDQU8        512(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z8
+	VFMADD231PS     Z23, Z14, Z9
+	VFMADD231PS     Z24, Z13, Z8
+	VFMADD231PS     Z24, Z15, Z9
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z8
+	VFMADD231PS     Z23, Z18, Z9
+	VFMADD231PS     Z24, Z17, Z8
+	VFMADD231PS     Z24, Z19, Z9
+	VMOVDQU8        64(DX), Z20
+	VMOVDQU8        576(DX), Z21
+	VMOVDQU8        256(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z6
+	VFMADD231PS     Z23, Z14, Z7
+	VFMADD231PS     Z24, Z13, Z6
+	VFMADD231PS     Z24, Z15, Z7
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z6
+	VFMADD231PS     Z23, Z18, Z7
+	VFMADD231PS     Z24, Z17, Z6
+	VFMADD231PS     Z24, Z19, Z7
+	VMOVDQU8        768(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z10
+	VFMADD231PS     Z23, Z14, Z11
+	VFMADD231PS     Z24, Z13, Z10
+	VFMADD231PS     Z24, Z15, Z11
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z10
+	VFMADD231PS     Z23, Z18, Z11
+	VFMADD231PS     Z24, Z17, Z10
+	VFMADD231PS     Z24, Z19, Z11
+	VBROADCASTI32X4 16(SI), Z12
+	VPANDD          Z3, Z12, Z13
+	VPSLLD          $0x10, Z12, Z12
+	VBROADCASTI32X4 16(DI), Z14
+	VPANDD          Z3, Z14, Z15
+	VPSLLD          $0x10, Z14, Z14
+	VBROADCASTI32X4 80(SI), Z16
+	VPANDD          Z3, Z16, Z17
+	VPSLLD          $0x10, Z16, Z16
+	VBROADCASTI32X4 80(DI), Z18
+	VPANDD          Z3, Z18, Z19
+	VPSLLD          $0x10, Z18, Z18
+	VMOVDQU8        128(DX), Z20
+	VMOVDQU8        640(DX), Z21
+	VMOVDQU8        64(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z4
+	VFMADD231PS     Z23, Z14, Z5
+	VFMADD231PS     Z24, Z13, Z4
+	VFMADD231PS     Z24, Z15, Z5
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z4
+	VFMADD231PS     Z23, Z18, Z5
+	VFMADD231PS     Z24, Z17, Z4
+	VFMADD231PS     Z24, Z19, Z5
+	VMOVDQU8        576(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z8
+	VFMADD231PS     Z23, Z14, Z9
+	VFMADD231PS     Z24, Z13, Z8
+	VFMADD231PS     Z24, Z15, Z9
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z8
+	VFMADD231PS     Z23, Z18, Z9
+	VFMADD231PS     Z24, Z17, Z8
+	VFMADD231PS     Z24, Z19, Z9
+	VMOVDQU8        192(DX), Z20
+	VMOVDQU8        704(DX), Z21
+	VMOVDQU8        320(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z6
+	VFMADD231PS     Z23, Z14, Z7
+	VFMADD231PS     Z24, Z13, Z6
+	VFMADD231PS     Z24, Z15, Z7
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z6
+	VFMADD231PS     Z23, Z18, Z7
+	VFMADD231PS     Z24, Z17, Z6
+	VFMADD231PS     Z24, Z19, Z7
+	VMOVDQU8        832(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z10
+	VFMADD231PS     Z23, Z14, Z11
+	VFMADD231PS     Z24, Z13, Z10
+	VFMADD231PS     Z24, Z15, Z11
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z10
+	VFMADD231PS     Z23, Z18, Z11
+	VFMADD231PS     Z24, Z17, Z10
+	VFMADD231PS     Z24, Z19, Z11
+	VBROADCASTI32X4 32(SI), Z12
+	VPANDD          Z3, Z12, Z13
+	VPSLLD          $0x10, Z12, Z12
+	VBROADCASTI32X4 32(DI), Z14
+	VPANDD          Z3, Z14, Z15
+	VPSLLD          $0x10, Z14, Z14
+	VBROADCASTI32X4 96(SI), Z16
+	VPANDD          Z3, Z16, Z17
+	VPSLLD          $0x10, Z16, Z16
+	VBROADCASTI32X4 96(DI), Z18
+	VPANDD          Z3, Z18, Z19
+	VPSLLD          $0x10, Z18, Z18
+	VMOVDQU8        256(DX), Z20
+	VMOVDQU8        768(DX), Z21
+	VMOVDQU8        128(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z4
+	VFMADD231PS     Z23, Z14, Z5
+	VFMADD231PS     Z24, Z13, Z4
+	VFMADD231PS     Z24, Z15, Z5
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z4
+	VFMADD231PS     Z23, Z18, Z5
+	VFMADD231PS     Z24, Z17, Z4
+	VFMADD231PS     Z24, Z19, Z5
+	VMOVDQU8        640(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z8
+	VFMADD231PS     Z23, Z14, Z9
+	VFMADD231PS     Z24, Z13, Z8
+	VFMADD231PS     Z24, Z15, Z9
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z8
+	VFMADD231PS     Z23, Z18, Z9
+	VFMADD231PS     Z24, Z17, Z8
+	VFMADD231PS     Z24, Z19, Z9
+	VMOVDQU8        320(DX), Z20
+	VMOVDQU8        832(DX), Z21
+	VMOVDQU8        384(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z6
+	VFMADD231PS     Z23, Z14, Z7
+	VFMADD231PS     Z24, Z13, Z6
+	VFMADD231PS     Z24, Z15, Z7
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z6
+	VFMADD231PS     Z23, Z18, Z7
+	VFMADD231PS     Z24, Z17, Z6
+	VFMADD231PS     Z24, Z19, Z7
+	VMOVDQU8        896(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z10
+	VFMADD231PS     Z23, Z14, Z11
+	VFMADD231PS     Z24, Z13, Z10
+	VFMADD231PS     Z24, Z15, Z11
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z10
+	VFMADD231PS     Z23, Z18, Z11
+	VFMADD231PS     Z24, Z17, Z10
+	VFMADD231PS     Z24, Z19, Z11
+	VBROADCASTI32X4 48(SI), Z12
+	VPANDD          Z3, Z12, Z13
+	VPSLLD          $0x10, Z12, Z12
+	VBROADCASTI32X4 48(DI), Z14
+	VPANDD          Z3, Z14, Z15
+	VPSLLD          $0x10, Z14, Z14
+	VBROADCASTI32X4 112(SI), Z16
+	VPANDD          Z3, Z16, Z17
+	VPSLLD          $0x10, Z16, Z16
+	VBROADCASTI32X4 112(DI), Z18
+	VPANDD          Z3, Z18, Z19
+	VPSLLD          $0x10, Z18, Z18
+	VMOVDQU8        384(DX), Z20
+	VMOVDQU8        896(DX), Z21
+	VMOVDQU8        192(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z4
+	VFMADD231PS     Z23, Z14, Z5
+	VFMADD231PS     Z24, Z13, Z4
+	VFMADD231PS     Z24, Z15, Z5
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z4
+	VFMADD231PS     Z23, Z18, Z5
+	VFMADD231PS     Z24, Z17, Z4
+	VFMADD231PS     Z24, Z19, Z5
+	VMOVDQU8        704(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z8
+	VFMADD231PS     Z23, Z14, Z9
+	VFMADD231PS     Z24, Z13, Z8
+	VFMADD231PS     Z24, Z15, Z9
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z8
+	VFMADD231PS     Z23, Z18, Z9
+	VFMADD231PS     Z24, Z17, Z8
+	VFMADD231PS     Z24, Z19, Z9
+	VMOVDQU8        448(DX), Z20
+	VMOVDQU8        960(DX), Z21
+	VMOVDQU8        448(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z6
+	VFMADD231PS     Z23, Z14, Z7
+	VFMADD231PS     Z24, Z13, Z6
+	VFMADD231PS     Z24, Z15, Z7
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z6
+	VFMADD231PS     Z23, Z18, Z7
+	VFMADD231PS     Z24, Z17, Z6
+	VFMADD231PS     Z24, Z19, Z7
+	VMOVDQU8        960(BX), Z22
+	VPSHUFB         Z1, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z20, Z20
+	VPTERNLOGQ      $0xd8, Z0, Z20, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z12, Z10
+	VFMADD231PS     Z23, Z14, Z11
+	VFMADD231PS     Z24, Z13, Z10
+	VFMADD231PS     Z24, Z15, Z11
+	VPSHUFB         Z2, Z22, Z23
+	VPSRLW          $0x01, Z23, Z23
+	VPSHUFB         swapmultiplyFP32x2<>+0(SB), Z21, Z21
+	VPTERNLOGQ      $0xd8, Z0, Z21, Z23
+	VPANDD          Z3, Z23, Z24
+	VPSLLD          $0x10, Z23, Z23
+	VFMADD231PS     Z23, Z16, Z10
+	VFMADD231PS     Z23, Z18, Z11
+	VFMADD231PS     Z24, Z17, Z10
+	VFMADD231PS     Z24, Z19, Z11
+	VMOVUPS         Z4, (AX)
+	VMOVUPS         Z5, (CX)
+	VMOVUPS         Z6, 64(AX)
+	VMOVUPS         Z7, 64(CX)
+	VMOVUPS         Z8, 128(AX)
+	VMOVUPS         Z9, 128(CX)
+	VMOVUPS         Z10, 192(AX)
+	VMOVUPS         Z11, 192(CX)
+	ADDQ            $0x00000100, AX
+	ADDQ            $0x00000100, CX
+	ADDQ            $0x00000400, DX
+	ADDQ            $0x00000400, BX
+	DECQ            R8
+	JNZ             warp
+	VZEROUPPER
+	RET
+
+DATA signMantissamultiplyFP32x2<>+0(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+2(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+4(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+6(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+8(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+10(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+12(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+14(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+16(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+18(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+20(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+22(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+24(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+26(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+28(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+30(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+32(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+34(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+36(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+38(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+40(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+42(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+44(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+46(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+48(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+50(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+52(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+54(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+56(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+58(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+60(SB)/2, $0x807f
+DATA signMantissamultiplyFP32x2<>+62(SB)/2, $0x807f
+GLOBL signMantissamultiplyFP32x2<>(SB), RODATA|NOPTR, $64
+
+DATA placeAmultiplyFP32x2<>+0(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+1(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+2(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+3(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+4(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+5(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+6(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+7(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+8(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+9(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+10(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+11(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+12(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+13(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+14(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+15(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+16(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+17(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+18(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+19(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+20(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+21(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+22(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+23(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+24(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+25(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+26(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+27(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+28(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+29(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+30(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+31(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+32(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+33(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+34(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+35(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+36(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+37(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+38(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+39(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+40(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+41(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+42(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+43(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+44(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+45(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+46(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+47(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+48(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+49(SB)/1, $0x00
+DATA placeAmultiplyFP32x2<>+50(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+51(SB)/1, $0x08
+DATA placeAmultiplyFP32x2<>+52(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+53(SB)/1, $0x01
+DATA placeAmultiplyFP32x2<>+54(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+55(SB)/1, $0x09
+DATA placeAmultiplyFP32x2<>+56(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+57(SB)/1, $0x02
+DATA placeAmultiplyFP32x2<>+58(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+59(SB)/1, $0x0a
+DATA placeAmultiplyFP32x2<>+60(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+61(SB)/1, $0x03
+DATA placeAmultiplyFP32x2<>+62(SB)/1, $0x0b
+DATA placeAmultiplyFP32x2<>+63(SB)/1, $0x0b
+GLOBL placeAmultiplyFP32x2<>(SB), RODATA|NOPTR, $64
+
+DATA placeBmultiplyFP32x2<>+0(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+1(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+2(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+3(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+4(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+5(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+6(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+7(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+8(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+9(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+10(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+11(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+12(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+13(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+14(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+15(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+16(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+17(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+18(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+19(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+20(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+21(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+22(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+23(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+24(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+25(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+26(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+27(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+28(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+29(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+30(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+31(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+32(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+33(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+34(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+35(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+36(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+37(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+38(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+39(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+40(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+41(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+42(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+43(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+44(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+45(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+46(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+47(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+48(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+49(SB)/1, $0x04
+DATA placeBmultiplyFP32x2<>+50(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+51(SB)/1, $0x0c
+DATA placeBmultiplyFP32x2<>+52(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+53(SB)/1, $0x05
+DATA placeBmultiplyFP32x2<>+54(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+55(SB)/1, $0x0d
+DATA placeBmultiplyFP32x2<>+56(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+57(SB)/1, $0x06
+DATA placeBmultiplyFP32x2<>+58(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+59(SB)/1, $0x0e
+DATA placeBmultiplyFP32x2<>+60(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+61(SB)/1, $0x07
+DATA placeBmultiplyFP32x2<>+62(SB)/1, $0x0f
+DATA placeBmultiplyFP32x2<>+63(SB)/1, $0x0f
+GLOBL placeBmultiplyFP32x2<>(SB), RODATA|NOPTR, $64
+
+DATA swapmultiplyFP32x2<>+0(SB)/1, $0x01
+DATA swapmultiplyFP32x2<>+1(SB)/1, $0x00
+DATA swapmultiplyFP32x2<>+2(SB)/1, $0x03
+DATA swapmultiplyFP32x2<>+3(SB)/1, $0x02
+DATA swapmultiplyFP32x2<>+4(SB)/1, $0x05
+DATA swapmultiplyFP32x2<>+5(SB)/1, $0x04
+DATA swapmultiplyFP32x2<>+6(SB)/1, $0x07
+DATA swapmultiplyFP32x2<>+7(SB)/1, $0x06
+DATA swapmultiplyFP32x2<>+8(SB)/1, $0x09
+DATA swapmultiplyFP32x2<>+9(SB)/1, $0x08
+DATA swapmultiplyFP32x2<>+10(SB)/1, $0x0b
+DATA swapmultiplyFP32x2<>+11(SB)/1, $0x0a
+DATA swapmultiplyFP32x2<>+12(SB)/1, $0x0d
+DATA swapmultiplyFP32x2<>+13(SB)/1, $0x0c
+DATA swapmultiplyFP32x2<>+14(SB)/1, $0x0f
+DATA swapmultiplyFP32x2<>+15(SB)/1, $0x0e
+DATA swapmultiplyFP32x2<>+16(SB)/1, $0x01
+DATA swapmultiplyFP32x2<>+17(SB)/1, $0x00
+DATA swapmultiplyFP32x2<>+18(SB)/1, $0x03
+DATA swapmultiplyFP32x2<>+19(SB)/1, $0x02
+DATA swapmultiplyFP32x2<>+20(SB)/1, $0x05
+DATA swapmultiplyFP32x2<>+21(SB)/1, $0x04
+DATA swapmultiplyFP32x2<>+22(SB)/1, $0x07
+DATA swapmultiplyFP32x2<>+23(SB)/1, $0x06
+DATA swapmultiplyFP32x2<>+24(SB)/1, $0x09
+DATA swapmultiplyFP32x2<>+25(SB)/1, $0x08
+DATA swapmultiplyFP32x2<>+26(SB)/1, $0x0b
+DATA swapmultiplyFP32x2<>+27(SB)/1, $0x0a
+DATA swapmultiplyFP32x2<>+28(SB)/1, $0x0d
+DATA swapmultiplyFP32x2<>+29(SB)/1, $0x0c
+DATA swapmultiplyFP32x2<>+30(SB)/1, $0x0f
+DATA swapmultiplyFP32x2<>+31(SB)/1, $0x0e
+DATA swapmultiplyFP32x2<>+32(SB)/1, $0x01
+DATA swapmultiplyFP32x2<>+33(SB)/1, $0x00
+DATA swapmultiplyFP32x2<>+34(SB)/1, $0x03
+DATA swapmultiplyFP32x2<>+35(SB)/1, $0x02
+DATA swapmultiplyFP32x2<>+36(SB)/1, $0x05
+DATA swapmultiplyFP32x2<>+37(SB)/1, $0x04
+DATA swapmultiplyFP32x2<>+38(SB)/1, $0x07
+DATA swapmultiplyFP32x2<>+39(SB)/1, $0x06
+DATA swapmultiplyFP32x2<>+40(SB)/1, $0x09
+DATA swapmultiplyFP32x2<>+41(SB)/1, $0x08
+DATA swapmultiplyFP32x2<>+42(SB)/1, $0x0b
+DATA swapmultiplyFP32x2<>+43(SB)/1, $0x0a
+DATA swapmultiplyFP32x2<>+44(SB)/1, $0x0d
+DATA swapmultiplyFP32x2<>+45(SB)/1, $0x0c
+DATA swapmultiplyFP32x2<>+46(SB)/1, $0x0f
+DATA swapmultiplyFP32x2<>+47(SB)/1, $0x0e
+DATA swapmultiplyFP32x2<>+48(SB)/1, $0x01
+DATA swapmultiplyFP32x2<>+49(SB)/1, $0x00
+DATA swapmultiplyFP32x2<>+50(SB)/1, $0x03
+DATA swapmultiplyFP32x2<>+51(SB)/1, $0x02
+DATA swapmultiplyFP32x2<>+52(SB)/1, $0x05
+DATA swapmultiplyFP32x2<>+53(SB)/1, $0x04
+DATA swapmultiplyFP32x2<>+54(SB)/1, $0x07
+DATA swapmultiplyFP32x2<>+55(SB)/1, $0x06
+DATA swapmultiplyFP32x2<>+56(SB)/1, $0x09
+DATA swapmultiplyFP32x2<>+57(SB)/1, $0x08
+DATA swapmultiplyFP32x2<>+58(SB)/1, $0x0b
+DATA swapmultiplyFP32x2<>+59(SB)/1, $0x0a
+DATA swapmultiplyFP32x2<>+60(SB)/1, $0x0d
+DATA swapmultiplyFP32x2<>+61(SB)/1, $0x0c
+DATA swapmultiplyFP32x2<>+62(SB)/1, $0x0f
+DATA swapmultiplyFP32x2<>+63(SB)/1, $0x0e
+GLOBL swapmultiplyFP32x2<>(SB), RODATA|NOPTR, $64

@@ -25,3 +25,19 @@ func scanAVX512(src *byte, stride int, rows int, rowA *uint32, colB *uint16, exp
 func encodeAVX512(dst *byte, src *byte, stride int, base uint32, masks *uint64, planes *uint64)
 
 func decodeAVX512(dst *byte, stride int, signMantissa *byte, bitmaps *byte, warps int, base uint32, planes *uint64)
+
+func dotAVX2(acc *float32, tile *byte, x *byte)
+
+func expsAVX512(exps *byte, fixed *byte, base uint32, planes *uint64)
+
+func patchExps(exps *byte, entries *byte, n int, literals *byte, literal int, base uint32, symbols *byte)
+
+func multiplyBF16x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+
+func multiplyBF16x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+
+func multiplyBF16x4(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+
+func multiplyFP32x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
+
+func multiplyFP32x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)

@@ -18,6 +18,11 @@ const tileGrain = 128
 // own. It returns the first error, or the context's. A panic of a worker, also that of a fault in memory (a mapped file that was cut short),
 // reaches the caller in its own goroutine, once no worker touches the memory any more.
 func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
+	return parallelOn(ctx, 0, n, grain, work)
+}
+
+// parallelOn is parallel on up to `most` goroutines, GOMAXPROCS if most is below 1.
+func parallelOn(ctx context.Context, most int, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -53,7 +58,10 @@ func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi
 			}
 		}
 	}
-	workers := min(uint64(runtime.GOMAXPROCS(0)), (n+grain-1)/grain)
+	if most < 1 {
+		most = runtime.GOMAXPROCS(0)
+	}
+	workers := min(uint64(most), (n+grain-1)/grain)
 	var wg sync.WaitGroup
 	for range max(workers, 1) - 1 {
 		wg.Go(worker)
@@ -74,12 +82,12 @@ type scratch struct {
 	out     [tileBytes]byte         // a decoded tile that only its checksum is wanted of
 	exps    [tileWeights]byte       // exponent fields, in an order of the kernel's own
 	masks   [tileRows]uint64        // escapes of each row, column c at bit c
+	work    kernelWork              // everything up to here stands at multiples of 64 bytes
 	escaped [tileWeights + 4]uint16 // positions of the escapes
 	rowA    [tileRows]uint32        // checksum factors of the rows of tile row mb
 	colB    [tileCols]uint16        // checksum factors of the columns of tile column kb
 	rowTag  uint64                  // mb + 1 of rowA, 0 = none
 	colTag  uint64
-	work    kernelWork
 }
 
 var scratchPool = sync.Pool{New: func() any { return new(scratch) }}

@@ -39,6 +39,15 @@ func main() {
 	scanAVX512()
 	encodeAVX512()
 	decodeAVX512()
+	dotAVX2()
+	expsAVX512()
+	patchExps()
+	for tokens := 1; tokens <= 4; tokens *= 2 {
+		multiply("multiplyBF16x"+string('0'+rune(tokens)), tokens, true)
+	}
+	for tokens := 1; tokens <= 2; tokens *= 2 {
+		multiply("multiplyFP32x"+string('0'+rune(tokens)), tokens, false)
+	}
 	Generate()
 }
 
