@@ -47,7 +47,7 @@ def test_c_block(tmp_path: Path) -> None:
     assert "->" in out and "found:" in out
 
 
-@pytest.mark.parametrize("name", ["transformers_model.py", "offload_model.py"])
+@pytest.mark.parametrize("name", ["transformers_model.py", "offload_model.py", "checkpoint.py"])
 def test_examples(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
