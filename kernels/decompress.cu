@@ -12,8 +12,8 @@
 #define ZS_BLOCKS 5  // blocks a multiprocessor
 #endif
 
-// Per warp the decoded tile; then spare bytes (Escapes::patch).
-#define ZS_DECOMPRESS_SMEM (ZS_WARPS * 8192 + 16)
+// Per warp the decoded tile; then per warp spare bytes (Escapes::patch).
+#define ZS_DECOMPRESS_SMEM (ZS_WARPS * (8192 + 128))
 
 // Writes the decoded tile at shared address `tile` to out; rows and columns: how much of it exists.
 ZS_DEVICE void store_tile(uint32_t tile, uint16_t* out, uint64_t ld, uint32_t rows, uint32_t columns, bool aligned, uint32_t lane) {
@@ -39,7 +39,7 @@ zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, 
     const uint64_t skip = (uint64_t)row_tile0 * blob.col_tiles;
     blob.headers += skip * 8, blob.fixed += skip * ZS_FIXED;  // lists are found by their offsets
     const uint32_t tiles = (rows + ZS_TILE - 1) / ZS_TILE * blob.col_tiles, step = gridDim.x * ZS_WARPS;
-    const uint32_t tile = smem_addr(smem) + warp * 8192, spare = smem_addr(smem) + ZS_WARPS * 8192;
+    const uint32_t tile = smem_addr(smem) + warp * 8192, spare = smem_addr(smem) + ZS_WARPS * 8192 + warp * 128;
     const bool aligned = ld % 8 == 0 && (uint64_t)out % 16 == 0;
     const uint32_t first = blockIdx.x * ZS_WARPS + warp;
     if (first >= tiles) return;
@@ -50,13 +50,13 @@ zs_decompress(const uint8_t* __restrict__ blob_ptr, uint16_t* __restrict__ out, 
     TileStream stream;
     stream.load(blob.fixed + (uint64_t)first * ZS_FIXED, lane);
     Escapes now;
-    now.load(lane_escapes, TileHeader(ld_stream_u64(blob.headers + (uint64_t)first * 8)), lane);
+    now.load(lane_escapes, ld_stream_u64(blob.headers + (uint64_t)first * 8), lane);
     uint64_t next_head = first + step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(first + step) * 8) : 0;
     for (uint32_t t = first; t < tiles; t += step) {
-        stream.decode(tile, now.head.base, t + step < tiles ? blob.fixed + (uint64_t)(t + step) * ZS_FIXED : 0, lane);
+        stream.decode(tile, now.head().base, t + step < tiles ? blob.fixed + (uint64_t)(t + step) * ZS_FIXED : 0, lane);
         __syncwarp();
         now.patch(blob.escapes, tile, spare, lane);
-        now.load(lane_escapes, TileHeader(next_head), lane);
+        now.load(lane_escapes, next_head, lane);
         next_head = t + 2 * step < tiles ? ld_stream_u64(blob.headers + (uint64_t)(t + 2 * step) * 8) : 0;
         __syncwarp();
         const uint32_t row0 = t / blob.col_tiles * ZS_TILE, col0 = t % blob.col_tiles * ZS_TILE;

@@ -151,54 +151,58 @@ ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t tid, uin
 
 // A warp's view of one tile's escapes: the first 128 entries are loaded ahead, two words of two entries a lane.
 struct Escapes {
-    TileHeader head;
+    uint64_t header;  // of the tile, as it is stored: fewer registers than its fields
     uint32_t words[2];
 
+    ZS_DEVICE TileHeader head() const { return TileHeader(header); }
+
     // lane_escapes: the escape section plus 4 * lane bytes.
-    ZS_DEVICE void load(const uint8_t* lane_escapes, TileHeader h, uint32_t lane) {
-        head = h;
+    ZS_DEVICE void load(const uint8_t* lane_escapes, uint64_t header_, uint32_t lane) {
+        header = header_;
+        const TileHeader h(header);
         const uint8_t* list = lane_escapes + (uint64_t)h.offset * 16;
         words[0] = 2 * lane < h.count ? ld_stream_u32(list) : 0;
         words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 128) : 0;
     }
 
     // Gives every escape its exponent in the decoded tile. The warp must have met (__syncwarp) since the decode, and must meet again before the tile
-    // is read. `spare`: two bytes of shared memory that nobody reads.
+    // is read. `spare`: 128 bytes of shared memory of this warp that nothing else uses.
     ZS_DEVICE void patch(const uint8_t* escapes, uint32_t tile, uint32_t spare, uint32_t lane) const {
+        const TileHeader head(header);
         const uint8_t* list = escapes + (uint64_t)head.offset * 16;
         if (head.dense) {
             patch_dense(list, tile, lane, 32);
             return;
         }
-        scratch_bytes(spare, 2);
+        scratch_bytes(spare + 4 * lane, 4);
         uint32_t more[2] = {0, 0};  // entries 128 .. 255, under way during the first
-        if (head.count > 128) load_more(more, list, 128, lane);
-        patch_words(words, 0, tile, spare, lane);
+        if (head.count > 128) load_more(more, list, head, 128, lane);
+        patch_words(words, head, 0, tile, spare, lane);
         if (head.count > 128) {
-            patch_words(more, 128, tile, spare, lane);
+            patch_words(more, head, 128, tile, spare, lane);
             for (uint32_t first = 256; first < head.count; first += 128) {
-                load_more(more, list, first, lane);
-                patch_words(more, first, tile, spare, lane);
+                load_more(more, list, head, first, lane);
+                patch_words(more, head, first, tile, spare, lane);
             }
         }
         // Literals come first in a list, so the first entry tells whether there are any.
-        if (__shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15) patch_literals(list, tile, lane);
+        if (__shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15) patch_literals(list, head, tile, lane);
     }
 
     // Two words a lane of entries first .. first + 127.
-    ZS_DEVICE void load_more(uint32_t (&to)[2], const uint8_t* list, uint32_t first, uint32_t lane) const {
+    static ZS_DEVICE void load_more(uint32_t (&to)[2], const uint8_t* list, const TileHeader& head, uint32_t first, uint32_t lane) {
 #pragma unroll
         for (uint32_t g = 0; g < 2; g++) to[g] = first + 64 * g + 2 * lane < head.count ? ld_stream_u32(list + 2 * first + 128 * g + 4 * lane) : 0;
     }
 
-    // No branch: lanes without an entry, and literals, write to the spare bytes. Loads first, then stores: four latencies become one.
-    ZS_DEVICE void patch_words(const uint32_t (&from)[2], uint32_t first, uint32_t tile, uint32_t spare, uint32_t lane) const {
+    // No branch: lanes without an entry, and literals, write to spare bytes of their own. Loads first, then stores: four latencies become one.
+    static ZS_DEVICE void patch_words(const uint32_t (&from)[2], const TileHeader& head, uint32_t first, uint32_t tile, uint32_t spare, uint32_t lane) {
         uint32_t at[4], value[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
             const uint32_t entry = i & 1 ? from[i / 2] >> 16 : from[i / 2] & 0xFFFFu;
             const bool mine = first + 64 * (i / 2) + 2 * lane + (i & 1) < head.count && entry < 15u << 12;
-            at[i] = mine ? tile + swizzle_position(entry & 0xFFFu) : spare;
+            at[i] = mine ? tile + swizzle_position(entry & 0xFFFu) : spare + 4 * lane;
             value[i] = escape_exponent(entry, head.base) << 7;
         }
 #pragma unroll
@@ -207,7 +211,7 @@ struct Escapes {
         for (uint32_t i = 0; i < 4; i++) st_shared_u16(at[i], value[i]);
     }
 
-    ZS_DEVICE void patch_literals(const uint8_t* list, uint32_t tile, uint32_t lane) const {
+    static ZS_DEVICE void patch_literals(const uint8_t* list, const TileHeader& head, uint32_t tile, uint32_t lane) {
         for (uint32_t i = lane;; i += 32) {
             const uint32_t entry = i < head.count ? ((const uint16_t*)list)[i] : 0;
             const bool literal = entry >> 12 == 15;

@@ -20,28 +20,40 @@ import (
 
 // gemm is one compiled variant of a ZipGEMM kernel. What a launch needs (threads, shared memory, workspace) is read from the source's own macros.
 type gemm struct {
-	program            *emu.Program
-	entry              string
-	n, mw, kw          int
-	allowUninitialised bool
+	program   *emu.Program
+	entry     string
+	n, mw, kw int
+	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
 }
 
-type variant struct{ n, mw, kw, xstages int }
+// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel.
+type variant struct {
+	n, mw, kw, xstages       int
+	groups, decoders, stages int
+}
 
 func (v variant) String() string {
+	if v.groups > 0 {
+		return fmt.Sprintf("n=%d,mw=%d,kw=%d,groups=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.groups, v.decoders, v.stages, v.xstages)
+	}
 	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
+}
+
+func (v variant) defines() []string {
+	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
+	if v.groups > 0 {
+		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_GROUPS=%d", v.groups), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
+	}
+	return append(d, fmt.Sprintf("ZS_KW=%d", v.kw))
 }
 
 func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
-	defines := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
-		fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	entry := "zs_zipgemm_" + kernel
-	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: defines, Kernels: []string{entry},
+	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry},
 		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
 	require.NoError(t, err)
-	// Threads of the wgmma kernel load an entry of the staged escapes before they know whether there is one.
-	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: v.kw, allowUninitialised: kernel == "wgmma"}
+	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), tensor: kernel == "wgmma"}
 }
 
 type product struct {
@@ -64,6 +76,9 @@ func (g gemm) units(w matrix) int {
 func (g gemm) run(p product) ([]uint16, error) {
 	if p.ldx == 0 {
 		p.ldx = p.w.k
+	}
+	if g.tensor {
+		p.ldx, p.misalign = (p.ldx+7)/8*8, false
 	}
 	if p.ldy == 0 {
 		p.ldy = p.w.m
@@ -98,8 +113,11 @@ func (g gemm) run(p product) ([]uint16, error) {
 	// Every word of the workspace is empty (all bits set) before and after each launch.
 	workspace := &emu.Buffer{Name: "workspace", Data: bytes.Repeat([]byte{0xFF}, 4*grid*g.mw*64*g.n), Mode: emu.InOut, Dependent: true}
 	args[4], args[9] = y, workspace
+	if g.tensor {
+		args = append(args, 0) // the emulator reads the tensor map's description, not the map
+	}
 	_, err := g.program.Run(context.Background(), emu.Launch{
-		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true, AllowUninitialised: g.allowUninitialised,
+		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true,
 	})
 	if err != nil {
 		return nil, err
@@ -174,7 +192,18 @@ var gemmShapes = []struct{ m, k, grid int }{
 	{1, 1, 1}, {64, 64, 1}, {130, 72, 2}, {65, 1000, 3}, {200, 520, 2}, {128, 1536, 5}, {300, 330, 7}, {16, 4000, 4}, {333, 64, 3},
 }
 
-var mmaVariants = []variant{{8, 3, 4, 3}, {8, 1, 2, 2}, {16, 2, 2, 2}, {32, 2, 1, 3}, {64, 1, 2, 2}}
+var mmaVariants = []variant{
+	{n: 8, mw: 3, kw: 4, xstages: 3}, {n: 8, mw: 1, kw: 2, xstages: 2}, {n: 16, mw: 2, kw: 2, xstages: 2}, {n: 32, mw: 2, kw: 1, xstages: 3},
+	{n: 64, mw: 1, kw: 2, xstages: 2},
+}
+
+// seededVariant is the layout that tests take which are not about layouts.
+func seededVariant(kernel string, n int) variant {
+	if kernel == "wgmma" {
+		return variant{n: n, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}
+	}
+	return variant{n: n, mw: 1, kw: 2, xstages: 2}
+}
 
 func testShapes(t *testing.T, g gemm, schedules int) {
 	for i, s := range gemmShapes {
@@ -206,7 +235,10 @@ func TestGEMM(t *testing.T) {
 	}
 }
 
-var wgmmaVariants = []variant{{8, 1, 1, 2}, {32, 2, 2, 2}, {128, 2, 1, 2}}
+var wgmmaVariants = []variant{
+	{n: 8, mw: 1, groups: 1, decoders: 3, stages: 4, xstages: 2}, {n: 32, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 3},
+	{n: 64, mw: 4, groups: 2, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}, {n: 128, mw: 2, groups: 2, decoders: 4, stages: 8, xstages: 2},
+}
 
 func TestWGMMA(t *testing.T) {
 	for _, v := range wgmmaVariants {
@@ -224,7 +256,7 @@ func TestBatchInvariance(t *testing.T) {
 			t.Parallel()
 			var all []gemm
 			for _, n := range []int{8, 16, 32} {
-				all = append(all, newGEMM(t, kernels.Sources, set, variant{n, 1, 2, 2}))
+				all = append(all, newGEMM(t, kernels.Sources, set, seededVariant(set, n)))
 			}
 			for _, s := range []struct{ m, k, grid int }{{130, 600, 4}, {64, 1300, 3}} {
 				whole := newProduct(s.m, s.k, 19, 4)
@@ -256,7 +288,7 @@ func TestBatchInvariance(t *testing.T) {
 // NaN and infinity in a padded or absent place must not leak into results.
 func TestGEMMIgnoresWhatIsNotThere(t *testing.T) {
 	t.Parallel()
-	g := newGEMM(t, kernels.Sources, "mma", variant{8, 3, 4, 3})
+	g := newGEMM(t, kernels.Sources, "mma", variant{n: 8, mw: 3, kw: 4, xstages: 3})
 	p := newProduct(70, 100, 3, 6)
 	p.grid, p.ldx = 2, 104
 	y, err := g.run(p)

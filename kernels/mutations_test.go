@@ -35,14 +35,20 @@ var mutations = []struct {
 	{"arrival that does not wait for the copies", "mma", "activations.cuh", `cp_async_mbarrier_arrive\(`, 0, "mbarrier_arrive(", "in-flight"},
 	{"stage handed back by one lane for all", "mma", "zipgemm_mma.cu", `__syncwarp\(\);`, -1, "", "race"},
 	{"no barrier before the scratch is read", "mma", "gemm.cuh", `named_barrier_sync\([^;]*;`, 0, "", "race uninitialised"},
-	{"no barrier before the warpgroups' scratch is read", "wgmma", "gemm.cuh", `named_barrier_sync\([^;]*;`, 0, "", "race uninitialised"},
-	{"no barrier before the warpgroups' scratch is written again", "wgmma", "gemm.cuh", `named_barrier_sync\([^;]*;`, 1, "", "race"},
 	{"no barrier before the scratch is written again", "mma", "gemm.cuh", `named_barrier_sync\([^;]*;`, 1, "", "race"},
 	{"no wait for the kernel before", "mma", "zipgemm_mma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"partial sums taken from one block only", "mma", "gemm.cuh", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
 	{"no proxy fence", "wgmma", "zipgemm_wgmma.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
-	{"no barrier between decode and escapes", "wgmma", "zipgemm_wgmma.cu", `named_barrier_sync\(1 \+ group, 128\);`, 0, "", "race"},
-	{"no wait for wgmma", "wgmma", "zipgemm_wgmma.cu", `wgmma_wait<0>\(\);`, 0, "", "race"},
+	{"no __syncwarp before a decoded tile is handed over", "wgmma", "zipgemm_wgmma.cu", `__syncwarp\(\);`, 1, "", "race proxy"},
+	{"decoder does not wait for its stage", "wgmma", "zipgemm_wgmma.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race"},
+	{"loader does not wait for its stage", "wgmma", "zipgemm_wgmma.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 1, "", "race mbarrier in-flight"},
+	{"consumer does not wait for the decoders", "wgmma", "zipgemm_wgmma.cu", `mbarrier_wait\(unit \+ place[^;]*;`, 0, "", "race uninitialised proxy"},
+	{"consumer does not wait for the activations", "wgmma", "zipgemm_wgmma.cu", `mbarrier_wait\(xfull[^;]*;`, 0, "", "in-flight race uninitialised"},
+	{"stage handed back while wgmma reads it", "wgmma", "zipgemm_wgmma.cu", `wgmma_wait<ZS_LAG>\(\);`, 0, "", "race"},
+	{"sums read while wgmma adds to them", "wgmma", "zipgemm_wgmma.cu", `wgmma_wait<0>\(\);`, 0, "", "wgmma race"},
+	{"barriers not made known to the copy engine", "wgmma", "zipgemm_wgmma.cu", `fence_mbarrier_init\(\);`, 0, "", "proxy"},
+	{"no wait for the kernel before the activations", "wgmma", "zipgemm_wgmma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
+	{"partial sums of a warpgroup taken from one block only", "wgmma", "gemm.cuh", `theirs - h \* BLOCK`, -1, "theirs", "deadlock wrong"},
 	{"no __syncwarp before the list is written", "compress", "compress.cu", `__syncwarp\(\);(\s+if \(count\) write_list)`, 0, "$1", "race uninitialised"},
 	{"no __syncwarp between passes over the histogram", "compress", "compress.cu", `__syncwarp\(\);(\s+const uint64_t tile)`, 0, "$1", "race"},
 }
@@ -93,7 +99,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		return ""
 	}
-	v := variant{8, 1, 2, 2}
+	v := seededVariant(kernel, 8)
 	p := newProduct(130, 900, 5, 2*seed)
 	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)

@@ -203,6 +203,31 @@ ZS_DEVICE void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
                  : "memory");
 }
+// A matrix in global memory as the copy engine sees it (a CUtensorMap), and what it was made from.
+struct __align__(64) TensorMap {
+    uint64_t opaque[16];
+};
+struct TensorRows {
+    const uint16_t* data;
+    uint64_t ld;  // elements from one row to the next
+    uint32_t rows, columns;
+};
+// ROWS rows of 64 BF16 from (row, column) on, in the 128-byte swizzle, zeros beyond the matrix; completes on the barrier with all ROWS * 128 bytes.
+template <int ROWS>
+ZS_DEVICE void tensor_copy(uint32_t dst, const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t bar) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(&map), "r"(column), "r"(row),
+                 "r"(bar)
+                 : "memory");
+}
+// A whole warpgroup's registers a thread, more or fewer than it was launched with.
+template <int N>
+ZS_DEVICE void setmaxnreg_inc() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+ZS_DEVICE void setmaxnreg_dec() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
 // Programmatic dependent launch: wait for the kernel before this one; let the one after this start its prologue.
 ZS_DEVICE void griddep_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 ZS_DEVICE void griddep_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

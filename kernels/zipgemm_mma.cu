@@ -35,7 +35,7 @@
 
 // Shared memory: decoded tiles | activation stages | barriers | spare bytes (Escapes::patch).
 #define ZS_TILE_SMEM (ZS_WARPS * 8192)
-#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + 16)
+#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
 
 // acc += decoded tile (shared address `tile`) * activations (`x`: ZS_N rows of 64 columns).
 ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, uint32_t lane) {
@@ -74,7 +74,7 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Blob blob(blob_ptr, m, k);
     const Work work(blob);
-    const uint32_t tiles = smem_addr(smem), xs = tiles + ZS_TILE_SMEM, bars = xs + ZS_X_SMEM, spare = bars + ZS_KW * ZS_XSTAGES * 16;
+    const uint32_t tiles = smem_addr(smem), xs = tiles + ZS_TILE_SMEM, bars = xs + ZS_X_SMEM, spare = bars + ZS_KW * ZS_XSTAGES * 16 + warp * 128;
     griddep_launch();
 
     // Consumer warp (mw, kw). Weights do not depend on the kernel before this one: start their loads before anything else. Of the tile after the present one
@@ -94,7 +94,7 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
     if (next_fixed) next_head = ld_stream_u64(ahead.header);
     ahead.advance(work, blob);
     Escapes now;
-    now.load(lane_escapes, TileHeader(head), lane);
+    now.load(lane_escapes, head, lane);
 
     Activations acts(x, ldx, n, k, xs, bars, mw, kw, lane);
     acts.init(mw);
@@ -111,14 +111,14 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
         for (int32_t u = 0; u < units; u++) {
             const bool exists = at.exists(work);
             Escapes next;
-            next.load(lane_escapes, TileHeader(next_head), lane);
+            next.load(lane_escapes, next_head, lane);
             const uint8_t* const fixed = next_fixed;
             next_fixed = 0, next_head = 0;
             if (ahead.exists(work)) next_fixed = ahead.fixed, next_head = ld_stream_u64(ahead.header);
             ahead.advance(work, blob);
             acts.fill();
             if (exists) {
-                stream.decode(tile, now.head.base, fixed, lane);
+                stream.decode(tile, now.head().base, fixed, lane);
                 __syncwarp();
                 now.patch(blob.escapes, tile, spare, lane);
                 __syncwarp();

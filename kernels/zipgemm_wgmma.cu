@@ -1,142 +1,251 @@
 // SPDX-License-Identifier: Apache-2.0
-// zipgemm on sm_90a for more tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
+// zipgemm on sm_90a: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
 //
-// A warpgroup streams the compressed words of its tiles through registers, two tiles ahead. It decodes a 64x64 tile together (16 rows a warp, an
-// escape a thread) into one of its two swizzled buffers and hands it to wgmma; while the tensor cores read that buffer, it decodes the next tile
-// into the other. gemm.cuh says how the work is dealt out.
+// Three kinds of warps. Decoders stream compressed tiles through registers, as decompress does, into a ring of decoded tiles in shared memory; they hold
+// no sums, so their number and what they have under way do not depend on the tokens. A loader brings the activations by tensor copies. Consumer
+// warpgroups multiply what is in both rings by wgmma, whose operands come from shared memory: a few instructions a tile. gemm.cuh says how the
+// work is dealt out. A tile's *place* in its unit counts down its column of tiles first, then to the right.
 //
 // Launch: block ZS_THREADS, grid <= min(blocks resident at once, units), dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
-// Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N.
+// Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N. x_map: x as n rows of k columns, boxes of ZS_N rows of 64 columns
+// in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
-#define ZS_N 128  // tokens, rounded up: 8, 16, 32, 64, 128, 256
+#define ZS_N 128  // tokens, rounded up: 8, 16, 32, 64, 128
 #endif
 #ifndef ZS_MW
-#define ZS_MW 4  // warpgroups side by side in m
+#define ZS_MW 2  // tiles of a unit in m
 #endif
 #ifndef ZS_KW
-#define ZS_KW 1  // warpgroups side by side in k
+#define ZS_KW 1  // tiles of a unit in k
+#endif
+#ifndef ZS_GROUPS
+#define ZS_GROUPS 1  // consumer warpgroups; divides ZS_MW
+#endif
+#ifndef ZS_DECODERS
+#define ZS_DECODERS 11  // warps; a multiple of ZS_GROUPS
+#endif
+#ifndef ZS_STAGES
+#define ZS_STAGES 12  // decoded tiles in the ring; whole units, two at least, and not below ZS_DECODERS
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 2
+#define ZS_XSTAGES 3  // units of activations in their ring
 #endif
-#ifndef ZS_BLOCKS
-#define ZS_BLOCKS 1  // blocks a multiprocessor
+#ifndef ZS_CONSUMER_REGISTERS
+#define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
+#define ZS_DECODER_REGISTERS 0   // and so many to others
 #endif
 #define ZS_NTILES (ZS_N / 8)
-#define ZS_TEAM 128
 
-#include "activations.cuh"
 #include "gemm.cuh"
 
-#define ZS_GROUPS (ZS_MW * ZS_KW)
-#define ZS_THREADS (128 * ZS_GROUPS)
+#define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
+#define ZS_THREADS ((ZS_CONSUMERS + 32 * ZS_DECODERS + 32 + 127) / 128 * 128)  // with the loader; the compiler counts registers in whole warpgroups
+#define ZS_PLACES (ZS_MW * ZS_KW)
+#define ZS_PER_GROUP (ZS_MW / ZS_GROUPS)  // strips of a unit that one warpgroup multiplies
+#define ZS_XBOX (ZS_N * 128)              // bytes of the activations of one column of tiles
+#define ZS_XBYTES (ZS_KW * ZS_XBOX)
+#define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
 
-// Shared memory: decoded tiles | activation stages | barriers. The first two need 1024-byte alignment.
-#define ZS_TILE_SMEM (ZS_GROUPS * 2 * 8192)
-#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16)
+// Shared memory: decoded tiles | activations | barriers (a full and an empty one a stage) | spare bytes of the decoders (Escapes::patch). The first two need
+// 1024-byte alignment.
+#define ZS_TILE_SMEM (ZS_STAGES * 8192)
+#define ZS_BARRIERS (ZS_TILE_SMEM + ZS_XSTAGES * ZS_XBYTES)
+#define ZS_SPARE (ZS_BARRIERS + (ZS_STAGES + ZS_XSTAGES) * 16)
+#define ZS_GEMM_SMEM (ZS_SPARE + ZS_DECODERS * 128)
 
-// This thread's escape of a tile: entry `tid` of its list.
-ZS_DEVICE uint32_t load_entry(const uint8_t* thread_escapes, const TileHeader& head, uint32_t tid) {
-    return tid < head.count ? *(const uint16_t*)(thread_escapes + (uint64_t)head.offset * 16) : 0;
+// A barrier tells only the last two rounds apart, so a decoder must not come to a stage before the round ahead of its own has begun. It was last let into
+// the ring ZS_DECODERS tiles ago, by the warpgroup that reads its tiles in order: that warpgroup has read all of its tiles up to ZS_DECODERS + ZS_STAGES
+// before this one, so the round is well past if that is no more than two rounds back.
+static_assert(ZS_MW % ZS_GROUPS == 0 && ZS_DECODERS % ZS_GROUPS == 0 && ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
+static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS, "the ring holds more than what is handed back late");
+
+// A ring's stage and the parity of its present round.
+struct Stage {
+    uint32_t index, parity;
+    ZS_DEVICE explicit Stage(uint32_t first) : index(first), parity(0) {}
+    ZS_DEVICE void advance(uint32_t step, uint32_t stages) {
+        index += step;
+        if (index >= stages) index -= stages, parity ^= 1;
+    }
+};
+
+// A walk through the tiles of a block's units, from the end to the beginning.
+struct Walk {
+    int32_t left, kstep, group;  // units left, with this one; its column step; its strip group
+    uint32_t place;              // of the tile in the unit
+    ZS_DEVICE Walk(const Work& work, uint32_t first) {
+        const int32_t skip = (int32_t)(first / ZS_PLACES), unit = max(work.end - 1 - skip, 0);
+        left = work.end - work.begin - skip;
+        group = unit / work.ksteps, kstep = unit - group * work.ksteps;
+        place = first % ZS_PLACES;
+    }
+    ZS_DEVICE void advance(const Work& work, uint32_t tiles) {
+        const uint32_t next = place + tiles;
+        place = next % ZS_PLACES;
+        left -= (int32_t)(next / ZS_PLACES), kstep -= (int32_t)(next / ZS_PLACES);
+        while (kstep < 0 && left > 0) kstep += work.ksteps, group--;
+    }
+    ZS_DEVICE int32_t strip() const { return group * ZS_MW + (int32_t)(place % ZS_MW); }
+    ZS_DEVICE int32_t ktile() const { return kstep * ZS_KW + (int32_t)(place / ZS_MW); }
+    ZS_DEVICE uint32_t tile(const Work& work) const { return (uint32_t)(strip() * work.col_tiles + ktile()); }
+    ZS_DEVICE bool exists(const Work& work) const { return left > 0 && strip() < work.strips && ktile() < work.col_tiles; }
+};
+
+// Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile
+// after the present one the words and escapes are under way, of the one after that the header.
+ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint32_t lane, uint32_t smem) {
+    const uint8_t* lane_escapes = blob.escapes + 4 * lane;
+    pin(lane_escapes);
+    Walk ahead(work, d);
+    int32_t left = ((work.end - work.begin) * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
+    // Of the tile at `ahead` its place and header, if it is one of the matrix.
+    const uint8_t* next_fixed;
+    uint64_t next_head;
+    auto look = [&] {
+        next_fixed = 0, next_head = 0;
+        if (ahead.exists(work)) {
+            const uint64_t tile = ahead.tile(work);
+            next_fixed = blob.fixed + tile * ZS_FIXED, next_head = ld_stream_u64(blob.headers + tile * 8);
+        }
+        ahead.advance(work, ZS_DECODERS);
+    };
+    TileStream stream;
+    Escapes now;
+    look();
+    bool exists = next_fixed != 0;
+    if (exists) stream.load(next_fixed, lane);
+    now.load(lane_escapes, next_head, lane);
+    look();
+    __syncthreads();  // the barriers are there
+
+    Stage stage(d);
+    for (; left > 0; left--) {
+        const uint32_t tile = smem + stage.index * 8192, full = smem + ZS_BARRIERS + stage.index * 16;
+        Escapes next;
+        next.load(lane_escapes, next_head, lane);
+        const uint8_t* const fixed = next_fixed;
+        look();
+        mbarrier_wait(full + 8, stage.parity ^ 1);
+        if (exists) {
+            stream.decode(tile, now.head().base, fixed, lane);
+            __syncwarp();
+            now.patch(blob.escapes, tile, smem + ZS_SPARE + d * 128, lane);
+        } else {  // outside the matrix: zeros, so that no branch stands around wgmma
+            for (uint32_t i = 0; i < 8192; i += 512) st_shared_v4(tile + i + lane * 16, Vec4{0, 0, 0, 0});
+            if (fixed) stream.load(fixed, lane);
+        }
+        fence_proxy_async();  // wgmma reads what ordinary stores wrote
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(full);
+        now = next, exists = fixed != 0;
+        stage.advance(ZS_DECODERS, ZS_STAGES);
+    }
 }
 
-// Puts the escapes into the decoded tile; the whole warpgroup, which has met since the decode.
-ZS_DEVICE void patch_tile(const uint8_t* escapes, const TileHeader& head, uint32_t entry, uint32_t tile, uint32_t tid) {
-    const uint8_t* list = escapes + (uint64_t)head.offset * 16;
-    if (tid < head.count) patch_entry(list, head, tid, entry, tile);
-    if (head.count > 128)
-        for (uint32_t i = 128 + tid; i < head.count; i += 128) patch_entry(list, head, i, ((const uint16_t*)list)[i], tile);
-    if (head.dense) patch_dense(list, tile, tid, 128);
-}
-
-extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
-zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
-                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace) {
-    ZS_SMEM(smem);
-    const uint32_t group = threadIdx.x / 128, mw = group / ZS_KW, kw = group % ZS_KW, tid = threadIdx.x % 128, warp = tid / 32, lane = tid % 32;
-    const Blob blob(blob_ptr, m, k);
-    const Work work(blob);
-    const uint32_t tiles = smem_addr(smem), xs = tiles + ZS_TILE_SMEM, buffers = tiles + group * 2 * 8192;
-    griddep_launch();
-
-    // Weights do not depend on the kernel before this one: start their loads before anything else. Of the two tiles after the present one the words are
-    // under way, of the first also the escapes, of the second the header.
-    const uint8_t* thread_escapes = blob.escapes + 2 * tid;
-    pin(thread_escapes);
-    Cursor at(work, blob, mw, kw), ahead = at;  // ahead: two tiles further on, in the loop
-    LaneWords now, next;
-    uint64_t head_bits = 0, next_bits = 0;
-    if (ahead.exists(work)) {
-        head_bits = ld_stream_u64(ahead.header);
-        now = LaneWords(ahead.fixed, warp, lane);
-    }
-    ahead.advance(work, blob);
-    if (ahead.exists(work)) {
-        next_bits = ld_stream_u64(ahead.header);
-        next = LaneWords(ahead.fixed, warp, lane);
-    }
-    ahead.advance(work, blob);
-    TileHeader head(head_bits);
-    uint32_t entry = load_entry(thread_escapes, head, tid);
-
-    Activations acts(x, ldx, n, k, xs, xs + ZS_X_SMEM, mw, kw, tid);
-    acts.init(mw);
-    __syncthreads();
-    griddep_wait();
-    acts.start(at, work);
-    uint32_t buffer = 0, under_way = 0;  // under_way: the barrier of the activations that the wgmma under way reads, or 0
-    const Output out = {bias, y, ldy, m, n};
-    while (at.left > 0) {
-        const int32_t strip_group = at.strip / ZS_MW, last = work.begin + at.left - 1;
-        float acc[ZS_N / 2];
+// One thread brings the activations of every unit.
+ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Work& work, uint32_t smem) {
+    Stage stage(0);
+    for (Walk at(work, 0); at.left > 0; at.advance(work, ZS_PLACES)) {
+        const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
+        mbarrier_wait(full + 8, stage.parity ^ 1);
+        mbarrier_arrive_expect_tx(full, ZS_XBYTES);
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_N / 2; i++) acc[i] = 0.0f;
-        const int32_t units = min(at.kstep + 1, at.left);
+        for (uint32_t i = 0; i < ZS_KW; i++) tensor_copy<ZS_N>(to + i * ZS_XBOX, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
+        stage.advance(1, ZS_XSTAGES);
+    }
+}
+
+// Consumer warpgroup g multiplies the tiles of strips g, g + ZS_GROUPS, .. of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
+ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+    constexpr uint32_t TILES = ZS_PER_GROUP * ZS_KW;  // of this warpgroup in a unit
+    const uint32_t bars = smem + ZS_BARRIERS, xbars = bars + ZS_STAGES * 16;
+    const bool signals = tid % 32 == 0;
+    Stage stage(0), xstage(0);
+    Walk at(work, 0);
+    while (at.left > 0) {
+        const int32_t last = work.begin + at.left - 1, units = min(at.kstep + 1, at.left);
+        float acc[ZS_PER_GROUP][ZS_N / 2];
+#pragma unroll
+        for (uint32_t i = 0; i < ZS_PER_GROUP; i++)
+#pragma unroll
+            for (uint32_t j = 0; j < ZS_N / 2; j++) acc[i][j] = 0.0f;
+        uint32_t busy[ZS_LAG] = {}, xbusy[ZS_LAG] = {};  // barriers of the tiles under way, and of the activations where a tile is the last to read them
         for (int32_t u = 0; u < units; u++) {
-            const bool exists = at.exists(work);
-            const uint32_t tile = buffers + buffer * 8192;
-            if (exists) decode_lane(now, tile, warp, ZS_HALVES(head.base << 7), lane);
-            if (exists) {
-                named_barrier_sync(1 + group, 128);
-                patch_tile(blob.escapes, head, entry, tile, tid);
-            }
-            head = TileHeader(next_bits), entry = load_entry(thread_escapes, head, tid);
-            now = next;
-            next_bits = 0;
-            if (ahead.exists(work)) {
-                next_bits = ld_stream_u64(ahead.header);
-                next = LaneWords(ahead.fixed, warp, lane);
-            }
-            ahead.advance(work, blob);
-            const uint32_t x_tile = acts.wait();
-            fence_proxy_async();  // the decoded tile and the activations were written by ordinary stores
-            wgmma_wait<0>();
-            wgmma_pin(acc);
-            named_barrier_sync(1 + group, 128);
-            if (under_way && tid == 0) mbarrier_arrive(under_way);  // all four warps are through with the batch before
-            if (exists) {
-                const uint64_t a = wgmma_descriptor(tile), b = wgmma_descriptor(x_tile);
-                wgmma_pin(acc);
+            const uint32_t unit = bars + (stage.index + g) * 16, xfull = xbars + xstage.index * 16;
+            const uint32_t tiles = smem + (stage.index + g) * 8192, xs = smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES;
+            mbarrier_wait(xfull, xstage.parity);
+#pragma unroll
+            for (uint32_t t = 0; t < TILES; t++) {
+                constexpr uint32_t STEP = ZS_GROUPS;
+                const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
+                mbarrier_wait(unit + place * 16, stage.parity);
+                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(xs + t / ZS_PER_GROUP * ZS_XBOX);
+                wgmma_pin(acc[t % ZS_PER_GROUP]);
                 wgmma_fence();
 #pragma unroll
-                for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, a + 2 * j, b + 2 * j);
+                for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc[t % ZS_PER_GROUP], a + 2 * j, b + 2 * j);
                 wgmma_commit();
-                buffer ^= 1;
+                wgmma_wait<ZS_LAG>();
+                __syncwarp();
+                if (signals && busy[0]) mbarrier_arrive(busy[0] + 8);
+                if (signals && xbusy[0]) mbarrier_arrive(xbusy[0] + 8);
+#pragma unroll
+                for (uint32_t i = 1; i < ZS_LAG; i++) busy[i - 1] = busy[i], xbusy[i - 1] = xbusy[i];
+                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = t == TILES - 1 ? xfull : 0;
             }
-            under_way = acts.next();
-            acts.fill();
-            at.advance(work, blob);
+            stage.advance(ZS_PLACES, ZS_STAGES);
+            xstage.advance(1, ZS_XSTAGES);
         }
         wgmma_wait<0>();
-        wgmma_pin(acc);
-        named_barrier_sync(1 + group, 128);
-        if (tid == 0) mbarrier_arrive(under_way);
-        under_way = 0;
-        float pieces[ZS_NTILES][4];
+        __syncwarp();
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_N / 2; i++) pieces[i / 4][i % 4] = acc[i];
-        finish<128, ZS_NTILES, 2 * 8192>(pieces, out, work, strip_group, last, tiles, mw, kw, tid, workspace);
+        for (uint32_t i = 0; i < ZS_LAG; i++) {
+            if (signals && busy[i]) mbarrier_arrive(busy[i] + 8);
+            if (signals && xbusy[i]) mbarrier_arrive(xbusy[i] + 8);
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
+            wgmma_pin(acc[i]);
+            settle<ZS_N / 2>(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
+        }
+        at.advance(work, (uint32_t)units * ZS_PLACES);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
+zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map) {
+    ZS_SMEM(smem_ptr);
+    const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
+    const Blob blob(blob_ptr, m, k);
+    const Work work(blob);
+    griddep_launch();
+    if (warp >= ZS_CONSUMERS / 32) {
+#if ZS_CONSUMER_REGISTERS
+        setmaxnreg_dec<ZS_DECODER_REGISTERS>();
+#endif
+        if (warp < ZS_CONSUMERS / 32 + ZS_DECODERS) {
+            decode_tiles(blob, work, warp - ZS_CONSUMERS / 32, lane, smem);
+        } else {
+            __syncthreads();  // the barriers are there
+            griddep_wait();
+            if (warp == ZS_CONSUMERS / 32 + ZS_DECODERS && lane == 0) load_activations(x_map, x, ldx, n, k, work, smem);
+        }
+    } else {
+#if ZS_CONSUMER_REGISTERS
+        setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
+#endif
+        if (threadIdx.x == 0) {
+            for (uint32_t s = 0; s < ZS_STAGES + ZS_XSTAGES; s++) {
+                mbarrier_init(smem + ZS_BARRIERS + s * 16, 1);
+                mbarrier_init(smem + ZS_BARRIERS + s * 16 + 8, s < ZS_STAGES ? 4 : 4 * ZS_GROUPS);
+            }
+            fence_mbarrier_init();
+        }
+        __syncthreads();
+        griddep_wait();
+        multiply_tiles(work, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
     }
 }

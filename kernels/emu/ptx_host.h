@@ -106,6 +106,19 @@ inline void cp_async_wait() {
   zsemu::cp_async_wait(N);
 }
 inline void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) { zsemu::bulk_g2s(dst, src, bytes, bar); }
+// The emulator has no descriptors: the description that comes with one says it all.
+struct TensorMap {
+  uint64_t unused;
+};
+struct TensorRows {
+  const uint16_t* data;
+  uint64_t ld;
+  uint32_t rows, columns;
+};
+template <int ROWS>
+inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar) {
+  zsemu::tensor_g2s(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, ROWS, bar);
+}
 
 // ---- barriers
 inline void mbarrier_init(uint32_t bar, uint32_t count) { zsemu::mbarrier_init(bar, count); }

@@ -83,8 +83,13 @@ def linear(
         if k > 1 and rows.stride(1) != 1:
             rows = rows.contiguous()
         ldx = rows.stride(0)
+    rows_ptr = rows.data_ptr()
+    if (rows_ptr | 2 * ldx) & 15 and not k & 7:
+        # Rows that could begin at multiples of 16 bytes: then they shall, so that one kernel, and one order of sums, serves them all.
+        rows = rows.clone(memory_format=torch.contiguous_format)
+        rows_ptr, ldx = rows.data_ptr(), k
     y = x.new_empty((*shape[:-1], m))
-    job = (index, _stream(index), address, m, k, rows.data_ptr(), x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
+    job = (index, _stream(index), address, m, k, rows_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
     try:
         done = _linear(*job)
     except _zipserv.Error as error:

@@ -27,6 +27,10 @@ typedef struct {
 } CUlaunchAttribute;
 
 typedef struct {
+  _Alignas(64) uint64_t opaque[16];
+} CUtensorMap;
+
+typedef struct {
   unsigned gridDimX, gridDimY, gridDimZ;
   unsigned blockDimX, blockDimY, blockDimZ;
   unsigned sharedMemBytes;
@@ -43,6 +47,11 @@ enum {
   CU_EVENT_DISABLE_TIMING = 2,
   CU_USER_OBJECT_NO_DESTRUCTOR_SYNC = 1,
   CU_GRAPH_USER_OBJECT_MOVE = 1,
+  CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+  CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+  CU_TENSOR_MAP_SWIZZLE_128B = 3,
+  CU_TENSOR_MAP_L2_PROMOTION_L2_128B = 2,
+  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0,
 };
 
 // Every entry point: X(exported symbol, C parameters). Order is of no meaning.
@@ -68,6 +77,7 @@ enum {
   X(cuFuncGetAttribute, (int *, int, CUfunction))                                                            \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *, CUfunction, int, size_t))                           \
   X(cuLaunchKernelEx, (const CUlaunchConfig *, CUfunction, void **, void **))                                \
+  X(cuTensorMapEncodeTiled, (CUtensorMap *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *, const uint32_t *, int, int, int, int)) \
   X(cuStreamCreateWithPriority, (CUstream *, unsigned, int))                                                 \
   X(cuStreamDestroy_v2, (CUstream))                                                                          \
   X(cuStreamSynchronize, (CUstream))                                                                         \

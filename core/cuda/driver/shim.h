@@ -37,6 +37,9 @@ typedef struct {
   uint32_t cluster;      // CTAs along x that share a cluster; 0 or 1: none
   uint32_t programmatic; // may start before the kernel ahead of it in the stream has ended
   uint32_t nargs;
+  uint32_t tensor_box;             // rows of a box; not 0: a tensor map of a BF16 matrix is the parameter after the others,
+  uint32_t tensor_rows, tensor_columns; // in boxes of 64 columns, in the 128-byte swizzle
+  uint64_t tensor_data, tensor_ld;      // ld: elements from one row to the next
   uint64_t args[ZS_MAX_ARGS]; // one slot a parameter; narrower ones use the low bytes
 } zs_launch_args;
 

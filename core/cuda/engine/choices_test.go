@@ -133,7 +133,7 @@ func TestSavedChoicesAreUsedByLaterProcesses(t *testing.T) {
 	for range 3 {
 		multiply(t, d, 5)
 	}
-	assert.Len(t, f.Log(), 3, "nothing but launches on the hot path: %v", f.Log())
+	assert.Equal(t, len(f.Log()), count(f, "launch")+count(f, "tensor"), "nothing but launches on the hot path: %v", f.Log())
 
 	unused := func(t *testing.T) engine.TunedDescription {
 		f, e := again(t)

@@ -143,12 +143,17 @@ func (d *Device) launch(k *kernel, s driver.Stream, args ...uint64) error {
 
 // launchEarly queues a kernel that, with early, may start before the one ahead of it has ended, if its plan says that it can.
 func (d *Device) launchEarly(k *kernel, s driver.Stream, early bool, args ...uint64) error {
+	l := d.prepared(k, s, early, args...)
+	return d.ctx.Launch(&l)
+}
+
+func (d *Device) prepared(k *kernel, s driver.Stream, early bool, args ...uint64) driver.Launch {
 	l := driver.Launch{
 		Function: k.fn, Stream: s, Grid: [3]uint32{k.grid, 1, 1}, Block: k.plan.Block, Smem: k.plan.Smem,
 		Programmatic: early && k.plan.Programmatic && d.early, NumArgs: len(args),
 	}
 	copy(l.Args[:], args)
-	return d.ctx.Launch(&l)
+	return l
 }
 
 // SideStream is side stream i of the device, which the engine owns.

@@ -79,7 +79,8 @@ func TestLinearLaunchesOnceOnTheStreamItWasGiven(t *testing.T) {
 	require.NoError(t, err)
 	assert.False(t, expand)
 	require.Len(t, launches(f), 1)
-	assert.Regexp(t, `^launch 0 zs_zipgemm_mma grid \d+,1,1 block \d+ smem \d+ stream 77 pdl [01] args 1000 20000 200 0$`, launches(f)[0])
+	assert.Regexp(t, `^launch 0 zs_zipgemm_wgmma grid \d+,1,1 block \d+ smem \d+ stream 77 pdl [01] args 1000 20000 200 0$`, launches(f)[0])
+	assert.Contains(t, f.Log(), "tensor 5x512 ld 512 box 8x64")
 
 	f.Reset()
 	for range 10 {
@@ -108,10 +109,35 @@ func TestManyTokens(t *testing.T) {
 	expand, err = d.Linear(&p)
 	require.NoError(t, err)
 	assert.False(t, expand)
-	require.Len(t, launches(f), 4, "64 + 64 + 64 + 8 tokens")
+	require.Len(t, launches(f), 2, "128 + 72 tokens")
 	for i, line := range launches(f) {
-		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*64*i), "the activations move on")
+		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*128*i), "the activations move on")
 	}
+	assert.Contains(t, f.Log(), "tensor 72x512 ld 512 box 128x64", "and so does their map")
+}
+
+// Rows that begin anywhere are no matter for a tensor map.
+func TestUnalignedActivations(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	for _, change := range []func(*engine.Matmul){
+		func(p *engine.Matmul) { p.X += 2 }, func(p *engine.Matmul) { p.LdX = 515 }, func(p *engine.Matmul) { p.K, p.LdX = 511, 512 },
+	} {
+		p := job()
+		change(&p)
+		f.Reset()
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+		require.Len(t, launches(f), 1)
+		assert.Contains(t, launches(f)[0], "zs_zipgemm_mma")
+		assert.Zero(t, count(f, "tensor"))
+	}
+	p := job()
+	p.N, p.LdX = 1, 515 // the distance between rows is nothing to a single one
+	f.Reset()
+	_, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Contains(t, f.Log(), "tensor 1x512 ld 520 box 8x64")
 }
 
 func TestDevicesHaveTheirOwnState(t *testing.T) {

@@ -23,8 +23,8 @@ type Matmul struct {
 }
 
 type linearKey struct {
-	m, k, class uint64
-	invariant   bool
+	m, k, class          uint64
+	invariant, unaligned bool
 }
 
 type linearPlan struct {
@@ -46,7 +46,8 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	if p.Blob%16 != 0 {
 		return false, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
 	}
-	l, err := d.linear(p.M, p.K, p.N)
+	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
+	l, err := d.linear(p.M, p.K, p.N, unaligned)
 	if err != nil || l.plan.Expand {
 		return err == nil, err
 	}
@@ -57,9 +58,13 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	_, early := d.read.Load(p.Blob)
 	for first := uint64(0); first < p.N; first += l.plan.Tokens {
 		n := min(p.N-first, l.plan.Tokens)
-		err := d.launchEarly(l.kernel, p.Stream, early, uint64(p.Blob), uint64(p.X)+2*first*p.LdX, p.LdX, uint64(p.Bias),
-			uint64(p.Y)+2*first*p.LdY, p.LdY, p.M, p.K, n, uint64(ws))
-		if err != nil {
+		x := p.X + driver.Pointer(2*first*p.LdX)
+		launch := d.prepared(l.kernel, p.Stream, early, uint64(p.Blob), uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY,
+			p.M, p.K, n, uint64(ws))
+		if box := l.plan.TensorRows; box != 0 {
+			launch.Tensor = driver.Tensor{Data: x, Ld: (p.LdX + 7) &^ 7, Rows: uint32(n), Columns: uint32(p.K), Box: box}
+		}
+		if err := d.ctx.Launch(&launch); err != nil {
 			return false, err
 		}
 		if !early {
@@ -70,12 +75,12 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 	return false, nil
 }
 
-func (d *Device) linear(m, k, n uint64) (*linearPlan, error) {
-	key := linearKey{m, k, plan.Class(n), Invariant()}
+func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {
+	key := linearKey{m, k, plan.Class(n), Invariant(), unaligned}
 	if l, known := d.linears.Load(key); known {
 		return l.(*linearPlan), nil
 	}
-	p := plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, WGMMA: wgmma}
+	p := plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, Unaligned: unaligned}
 	l, err := d.chosen(p)
 	if l == nil && err == nil {
 		var usual plan.Linear
@@ -111,7 +116,7 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	try := func(prepare func() error) { wg.Go(func() { errs <- prepare() }) }
 	try(func() error { _, err := d.decompressor(m, k); return err })
 	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
-		try(func() error { _, err := d.linear(m, k, n); return err })
+		try(func() error { _, err := d.linear(m, k, n, false); return err })
 	}
 	try(func() error { _, err := d.workspaces.Get(0, smallWorkspace); return err })
 	wg.Wait()

@@ -9,7 +9,7 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 1
+const Version = 2
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
@@ -35,10 +35,10 @@ var families = map[string]family{"mma": mma, "wgmma": wgmma}
 // Bucket rounds N up so that numbers of tokens with one bucket are measured together; a choice is made for a bucket. Few tokens are one,
 // so that a token's result stays the same for 1 to 16 of them.
 func Bucket(n uint64) uint64 {
-	const most = 8192
+	const few, most = 16, 8192
 	switch {
-	case n <= wideTokens:
-		return wideTokens
+	case n <= few:
+		return few
 	case n >= most:
 		return most
 	}
@@ -48,24 +48,15 @@ func Bucket(n uint64) uint64 {
 // variants are the layouts of a family that a problem may be solved with, without spilling registers.
 func variants(d Device, p Problem, kernel string) []variant {
 	var list []variant
-	tokens := launchTokens(p, kernel)
 	switch {
-	case kernel == "mma" && p.Invariant:
-		list = layouts(d, mmaTokens)
 	case kernel == "mma":
-		list = layouts(d, tokens)
-	case kernel == "wgmma" && p.WGMMA && !p.Invariant && d.Capability == 90 && Class(p.N) == mmaTokens:
-		list = []variant{{2, 2}}
-	case kernel == "wgmma" && p.WGMMA && !p.Invariant && d.Capability == 90 && Class(p.N) == wgmmaTokens:
-		list = []variant{{2, 1}, {3, 1}}
-	}
-	most := tokens
-	if p.Invariant {
-		most = mmaTokens // the layout serves every N
+		list = layouts(d)
+	case kernel == "wgmma" && tensor(d, p):
+		list = []variant{tensorLayout, {2, 1}}
 	}
 	var out []variant
 	for _, v := range list {
-		if families[kernel].fits(d, v, most) {
+		if families[kernel].fits(d, v, families[kernel].tokens) {
 			out = append(out, v)
 		}
 	}
@@ -73,12 +64,7 @@ func variants(d Device, p Problem, kernel string) []variant {
 }
 
 // launchTokens is how many tokens a launch takes.
-func launchTokens(p Problem, kernel string) uint64 {
-	if kernel == "wgmma" {
-		return min(Class(p.N), wgmmaTokens)
-	}
-	return min(Class(p.N), mmaTokens)
-}
+func launchTokens(p Problem, kernel string) uint64 { return min(Class(p.N), families[kernel].tokens) }
 
 // resident is the most blocks of a layout that are of use and all on the device at once, which the kernels need.
 func (v variant) resident(d Device, p Problem) uint32 {
@@ -162,7 +148,7 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 			}
 		}
 	}
-	if !p.Invariant && Class(p.N) >= mmaTokens {
+	if !p.Invariant && Class(p.N) >= mma.tokens {
 		add(Choice{Kernel: Expanded})
 	}
 	return out, nil

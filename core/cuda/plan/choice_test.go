@@ -15,7 +15,7 @@ func TestEveryCandidateCanBeChosen(t *testing.T) {
 	for name, d := range devices {
 		for _, mk := range matrices {
 			for _, n := range []uint64{1, 16, 17, 64, 65, 128, 129, 4096} {
-				for _, p := range []plan.Problem{{}, {Invariant: true}, {WGMMA: true}} {
+				for _, p := range []plan.Problem{{}, {Invariant: true}} {
 					p.M, p.K, p.N = mk[0], mk[1], n
 					list, err := plan.Candidates(d, p)
 					require.NoError(t, err)

@@ -10,7 +10,7 @@ const (
 )
 
 // decompressSmem mirrors ZS_DECOMPRESS_SMEM of decompress.cu: each warp has a tile of its own.
-func decompressSmem(warps int) int { return warps*tileData + 16 }
+func decompressSmem(warps int) int { return warps * (tileData + spareBytes) }
 
 // Decompress plans the kernel that writes rows of a blob out as a matrix.
 func Decompress(d Device, rows, k uint64) Kernel {
@@ -26,46 +26,41 @@ func Decompress(d Device, rows, k uint64) Kernel {
 	}
 }
 
-// Compression is the three launches of a compression; plan and write share their grid, warps is the number of warps in it.
+// Compression is the three launches of a compression; plan and write share their grid of Blocks.
 type Compression struct {
 	Plan, Scan, Write Kernel
-	Warps             uint32
+	Blocks            uint32
 	Scratch           uint64 // bytes
 }
 
 const (
-	compressWarps  = 8
-	compressBlocks = 2 // a multiprocessor
+	compressWarps  = 4
+	compressBlocks = 4 // a multiprocessor
 )
 
 // The shared memory of compress.cu's kernels: ZS_PLAN_SMEM, ZS_WRITE_SMEM, ZS_SCAN_SMEM.
-func compressSmem(warps int) (plan, write, scan int) { return warps * 8 * 260 * 4, warps * 1024, 256 }
+func compressSmem(warps int) (plan, write, scan int) {
+	return warps * (256 + 1040 + 16), warps * (512 + 1024), 256
+}
 
 // Compress plans the kernels that write a blob.
 func Compress(d Device, m, k uint64) Compression {
-	warps := compressWarps
-	for {
-		if p, _, _ := compressSmem(warps); p <= d.limit(compressBlocks) || warps == 1 {
-			break
-		}
-		warps /= 2
-	}
 	tiles := Tiles(m, k)
-	planSmem, writeSmem, scanSmem := compressSmem(warps)
-	blocks := uint32(min(ceilDiv(tiles, uint64(warps)), uint64(d.SMs*compressBlocks)))
+	planSmem, writeSmem, scanSmem := compressSmem(compressWarps)
+	blocks := uint32(min(ceilDiv(tiles, compressWarps), uint64(d.SMs*compressBlocks)))
 	kernel := func(entry string, grid, block uint32, smem int) Kernel {
 		return Kernel{
-			Source: "compress.cu", Entry: entry, Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps), fmt.Sprintf("ZS_BLOCKS=%d", compressBlocks)},
-			Grid: grid, Block: block, Smem: uint32(smem),
+			Source: "compress.cu", Entry: entry,
+			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", compressBlocks)},
+			Grid:    grid, Block: block, Smem: uint32(smem),
 		}
 	}
-	all := uint64(blocks) * uint64(warps)
 	return Compression{
-		Plan:    kernel("zs_compress_plan", blocks, uint32(32*warps), planSmem),
+		Plan:    kernel("zs_compress_plan", blocks, 32*compressWarps, planSmem),
 		Scan:    kernel("zs_compress_scan", 1, 1024, scanSmem),
-		Write:   kernel("zs_compress_write", blocks, uint32(32*warps), writeSmem),
-		Warps:   uint32(all),
-		Scratch: 16 + ceilDiv(8*all, 16)*16 + 8*tiles,
+		Write:   kernel("zs_compress_write", blocks, 32*compressWarps, writeSmem),
+		Blocks:  blocks,
+		Scratch: 16 + ceilDiv(8*uint64(blocks), 16)*16 + 8*tiles,
 	}
 }
 

@@ -9,19 +9,24 @@ const (
 	launchTime    = 2e-6
 	streamReached = 0.95 // share of the copy bandwidth that the few-token kernel's weight stream reaches
 	gemmReached   = 0.70 // share of the tensor rate that cuBLAS reaches
-	decodeClocks  = 60   // of an SM for 1024 weights, whatever the tokens
-	tokenClocks   = 1.55 // more for each token
 	clockReached  = 0.90 // share of the highest clock under load
 )
 
+// clocks of an SM that a kernel takes for 1024 weights: whatever the tokens, and more for each.
+func (f family) clocks(tokens float64) float64 {
+	if f.tensor {
+		return 78 + 0.64*tokens
+	}
+	return 60 + 1.55*tokens
+}
+
 // fusedTime: every launch streams the compressed weight once, or is held up by its arithmetic.
-func fusedTime(d Device, p Problem, tokens uint64) float64 {
-	weights := float64(p.M) * float64(p.K)
-	activations := 2 * float64(min(p.N, tokens)) * float64(p.K+p.M)
+func fusedTime(d Device, p Problem, f family) float64 {
+	weights, tokens := float64(p.M)*float64(p.K), float64(min(p.N, f.tokens))
+	activations := 2 * tokens * float64(p.K+p.M)
 	memory := (weights*bitsPerWeight/8 + activations) / (d.bandwidth() * streamReached)
-	clocks := decodeClocks + tokenClocks*float64(min(p.N, tokens))
-	arithmetic := weights / 1024 * clocks / (float64(d.SMs) * d.clock() * clockReached)
-	return (launchTime + max(memory, arithmetic)) * float64(ceilDiv(p.N, tokens))
+	arithmetic := weights / 1024 * f.clocks(tokens) / (float64(d.SMs) * d.clock() * clockReached)
+	return (launchTime + max(memory, arithmetic)) * float64(ceilDiv(p.N, f.tokens))
 }
 
 // expandTime: decompress the weight, then a product with the raw weight.

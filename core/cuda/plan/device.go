@@ -62,6 +62,8 @@ const (
 	tileSide  = 64
 	tileBytes = 5632 // fixed part of a BF16 tile
 	tileData  = 2 * tileSide * tileSide
+	// spareBytes of shared memory has every warp that patches escapes (format.cuh).
+	spareBytes = 128
 )
 
 func ceilDiv(a, b uint64) uint64 { return (a + b - 1) / b }

@@ -2,16 +2,13 @@
 
 package plan
 
-import (
-	"fmt"
-	"slices"
-)
+import "fmt"
 
 // Problem is y[N,M] = x[N,K] W[M,K]^T.
 type Problem struct {
 	M, K, N   uint64
 	Invariant bool // a token's result must not depend on N
-	WGMMA     bool // the wgmma kernel may be chosen: an experiment, see docs/gpu.md
+	Unaligned bool // x or a row of it begins at an address that is no multiple of 16
 }
 
 // Linear says how a problem is solved.
@@ -20,40 +17,34 @@ type Linear struct {
 	Expand bool
 	Kernel Kernel
 	Tokens uint64 // per launch; a larger N takes several launches
+	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns; x and its rows are then
+	// aligned to 16 bytes.
+	TensorRows uint32
 	// Workspace is the bytes for partial sums, all of them 0xFF between launches.
 	Workspace uint64
 }
 
-// Layouts of the mma kernel. Up to eight warps have room for the sums of 64 tokens in registers; twelve have for those of 16.
-var (
-	mmaNarrow = []variant{{2, 4}, {1, 8}, {4, 2}, {3, 2}, {2, 2}}
-	mmaWide   = []variant{{3, 4}, {2, 6}, {1, 12}}
-)
-
-// layouts lists those of the mma kernel that serve a class of tokens without spilling registers.
-func layouts(d Device, class uint64) []variant {
-	list := mmaNarrow
-	if d.Capability < 90 { // the compiler needs a few registers more there; with 2 x 4 warps they suffice
-		list = []variant{{3, 2}, {2, 2}}
-		if eight := (variant{2, 4}); mma.fits(d, eight, class) {
-			list = []variant{eight}
-		}
+// layouts lists those of the mma kernel that serve 64 tokens without spilling registers, and so every number of tokens: the order of a token's
+// sums follows from the layout, which is therefore the same for all.
+func layouts(d Device) []variant {
+	if d.Capability >= 90 {
+		return []variant{{2, 4}, {1, 8}, {4, 2}, {3, 2}, {2, 2}}
 	}
-	if class <= wideTokens {
-		return slices.Concat(mmaWide, list)
+	// The compiler needs a few registers more there; with 2 x 4 warps they suffice.
+	if eight := (variant{2, 4}); mma.fits(d, eight, mma.tokens) {
+		return []variant{eight}
 	}
-	return list
+	return []variant{{3, 2}, {2, 2}}
 }
 
-const (
-	wideTokens  = 16    // most tokens of twelve warps
-	mmaTokens   = 64    // most tokens of a launch of the mma kernel
-	wgmmaTokens = 128   // the same of the wgmma kernel
-	smallTiles  = 12000 // below, a weight is small: the wgmma kernel pays from 33 tokens on, and two warpgroups a block serve it better than three
-)
+// tensorLayout is the layout of the wgmma kernel: long runs of k, so that few blocks share a strip, and two tiles a step of the consumers.
+var tensorLayout = variant{1, 2}
+
+// tensor says whether the wgmma kernel can solve a problem: it reads x by tensor copies, whose rows begin at multiples of 16 bytes.
+func tensor(d Device, p Problem) bool { return d.Capability == 90 && p.K%8 == 0 && !p.Unaligned }
 
 // classes are the numbers of tokens that kernels are compiled for.
-var classes = []uint64{8, 16, 32, mmaTokens, wgmmaTokens}
+var classes = []uint64{8, 16, 32, 64, 128}
 
 // Class rounds N up so that problems of a class share a plan.
 func Class(n uint64) uint64 {
@@ -62,7 +53,7 @@ func Class(n uint64) uint64 {
 			return c
 		}
 	}
-	return ceilDiv(n, mmaTokens) * mmaTokens
+	return ceilDiv(n, 64) * 64
 }
 
 // ForLinear plans a product.
@@ -70,38 +61,17 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	if p.M == 0 || p.K == 0 || p.N == 0 {
 		return Linear{}, fmt.Errorf("a product needs M, K and N of at least 1, got %d, %d and %d", p.M, p.K, p.N)
 	}
-	if p.Invariant {
-		return forInvariant(d, p)
-	}
-	n := Class(p.N)
-	if d.Capability == 90 && p.WGMMA {
-		small := Tiles(p.M, p.K) < smallTiles
-		switch {
-		case n > wgmmaTokens:
-			return Linear{Expand: true}, nil
-		case n == wgmmaTokens && small && wgmma.fits(d, variant{2, 1}, n):
-			return wgmma.launch(d, variant{2, 1}, p.M, p.K, n), nil
-		case n == wgmmaTokens && wgmma.fits(d, variant{3, 1}, n):
-			return wgmma.launch(d, variant{3, 1}, p.M, p.K, n), nil
-		case n == mmaTokens && small && wgmma.fits(d, variant{2, 2}, n):
-			return wgmma.launch(d, variant{2, 2}, p.M, p.K, n), nil
+	f, v := wgmma, tensorLayout
+	if !tensor(d, p) || !f.fits(d, v, f.tokens) {
+		f = mma
+		var err error
+		if v, err = best(d, layouts(d), p.M, p.K, f.tokens); err != nil {
+			return Linear{}, err
 		}
 	}
-	v, err := best(d, layouts(d, min(n, mmaTokens)), p.M, p.K, min(n, mmaTokens))
-	if err != nil {
-		return Linear{}, err
-	}
-	if n > mmaTokens && expandTime(d, p) < fusedTime(d, p, mmaTokens) {
+	n := Class(p.N)
+	if !p.Invariant && n > f.tokens && expandTime(d, p) < fusedTime(d, p, f) {
 		return Linear{Expand: true}, nil
 	}
-	return mma.launch(d, v, p.M, p.K, min(n, mmaTokens)), nil
-}
-
-// forInvariant takes one layout for every N, and as many launches as that needs.
-func forInvariant(d Device, p Problem) (Linear, error) {
-	v, err := best(d, layouts(d, mmaTokens), p.M, p.K, mmaTokens)
-	if err != nil {
-		return Linear{}, err
-	}
-	return mma.launch(d, v, p.M, p.K, min(Class(p.N), mmaTokens)), nil
+	return f.launch(d, v, p.M, p.K, min(n, f.tokens)), nil
 }

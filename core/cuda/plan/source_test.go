@@ -37,7 +37,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Plan, c.Scan, c.Write}
 		for _, m := range []uint64{4096, 28672} {
 			for _, n := range []uint64{1, 64, 128} {
-				l, err := plan.ForLinear(d, plan.Problem{M: m, K: 4096, N: n, WGMMA: n == 128})
+				l, err := plan.ForLinear(d, plan.Problem{M: m, K: 4096, N: n})
 				require.NoError(t, err)
 				if !l.Expand {
 					plans = append(plans, l.Kernel)

@@ -7,38 +7,76 @@ import "fmt"
 // variant is a layout of one of the matrix kernels: everything but the number of tokens. The order in which a token's sums are formed
 // follows from mw, kw and the grid.
 type variant struct {
-	mw, kw int // consumers (warps, or warpgroups of the wgmma kernel) side by side in m and in k
+	mw, kw int // consumer warps side by side in m and in k; of the wgmma kernel the tiles of a unit
 }
 
 // blocksPerSM is one for both kernels: a block takes what an SM has of registers.
 const blocksPerSM = 1
 
-// xStages is how many tiles of activations are under way. More would take shared memory from the L1 cache, through which the weights come.
-const xStages = 2
-
-// family is one of the matrix kernels.
+// family is one of the matrix kernels. What a launch of it looks like follows from a layout and the number of tokens that it is compiled for.
 type family struct {
 	source, entry string
-	threads       func(v variant) int
+	tokens        uint64 // most of a launch
+	tensor        bool   // activations come by tensor copies: x has to be aligned to 16 bytes
+	threads       func(v variant, tokens uint64) int
 	smem          func(v variant, tokens uint64) int // ZS_GEMM_SMEM; a test compares it with the source
+	defines       func(v variant, tokens uint64) []string
 }
 
 // mma serves few tokens on every device.
 var mma = family{
-	source: "zipgemm_mma.cu", entry: "zs_zipgemm_mma",
-	threads: func(v variant) int { return 32 * v.mw * v.kw },
+	source: "zipgemm_mma.cu", entry: "zs_zipgemm_mma", tokens: 64,
+	threads: func(v variant, _ uint64) int { return 32 * v.mw * v.kw },
 	smem: func(v variant, tokens uint64) int {
-		return v.mw*v.kw*8192 + v.kw*xStages*int(tokens)*144 + v.kw*xStages*16 + 16
+		return v.mw*v.kw*(tileData+spareBytes) + v.kw*mmaXStages*(int(tokens)*144+16)
+	},
+	defines: func(variant, uint64) []string {
+		return []string{fmt.Sprintf("ZS_XSTAGES=%d", mmaXStages), fmt.Sprintf("ZS_BLOCKS=%d", blocksPerSM)}
 	},
 }
 
-// wgmma serves compute capability 9.0.
+// mmaXStages is how many tiles of activations are under way. More would take shared memory from the L1 cache, through which the weights come.
+const mmaXStages = 2
+
+// wgmma serves up to 128 tokens on compute capability 9.0.
 var wgmma = family{
-	source: "zipgemm_wgmma.cu", entry: "zs_zipgemm_wgmma",
-	threads: func(v variant) int { return 128 * v.mw * v.kw },
-	smem: func(v variant, tokens uint64) int {
-		return v.mw*v.kw*2*8192 + v.kw*xStages*int(tokens)*128 + v.kw*xStages*16
+	source: "zipgemm_wgmma.cu", entry: "zs_zipgemm_wgmma", tokens: 128, tensor: true,
+	threads: func(v variant, tokens uint64) int {
+		r := rolesOf(v, tokens)
+		return int(ceilDiv(uint64(128*r.groups+32*r.decoders+32), 128) * 128)
 	},
+	smem: func(v variant, tokens uint64) int {
+		r := rolesOf(v, tokens)
+		return r.stages*tileData + r.xstages*v.kw*int(tokens)*128 + (r.stages+r.xstages)*16 + r.decoders*spareBytes
+	},
+	defines: func(v variant, tokens uint64) []string {
+		r := rolesOf(v, tokens)
+		return []string{
+			fmt.Sprintf("ZS_GROUPS=%d", r.groups), fmt.Sprintf("ZS_DECODERS=%d", r.decoders), fmt.Sprintf("ZS_STAGES=%d", r.stages),
+			fmt.Sprintf("ZS_XSTAGES=%d", r.xstages),
+		}
+	},
+}
+
+// roles is how the warps and the shared memory of a block of the wgmma kernel are dealt out. No result depends on it.
+type roles struct {
+	groups   int // consumer warpgroups
+	decoders int // warps
+	stages   int // decoded tiles in the ring
+	xstages  int // units of activations in theirs
+}
+
+// rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
+func rolesOf(v variant, tokens uint64) roles {
+	switch {
+	case tokens <= 32:
+		return roles{1, 11, 12, 4}
+	case tokens <= 64:
+		return roles{1, 11, 12, 3}
+	case v.mw > 1:
+		return roles{2, 6, 8, 3}
+	}
+	return roles{1, 7, 8, 3}
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.
@@ -82,17 +120,18 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
 func (f family) launch(d Device, v variant, m, k, tokens uint64) Linear {
 	grid := uint32(min(uint64(d.SMs*blocksPerSM), v.units(m, k)))
-	return Linear{
+	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
-			Defines: []string{
-				fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw),
-				fmt.Sprintf("ZS_XSTAGES=%d", xStages), fmt.Sprintf("ZS_BLOCKS=%d", blocksPerSM),
-			},
-			Grid: grid, Resident: blocksPerSM, Block: uint32(f.threads(v)), Smem: uint32(f.smem(v, tokens)),
+			Defines: append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, f.defines(v, tokens)...),
+			Grid:    grid, Resident: blocksPerSM, Block: uint32(f.threads(v, tokens)), Smem: uint32(f.smem(v, tokens)),
 			Programmatic: d.Capability >= 90,
 		},
 		Tokens:    tokens,
 		Workspace: uint64(grid) * uint64(v.mw) * tileSide * tokens * 4,
 	}
+	if f.tensor {
+		l.TensorRows = uint32(tokens)
+	}
+	return l
 }

@@ -60,6 +60,8 @@ void cp_async_commit();
 void cp_async_wait(uint32_t pending);
 void cp_async_mbarrier_arrive(uint32_t addr);   // .noinc
 void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
+// A box of `box` rows of 64 16-bit columns of a matrix whose rows are ld bytes apart, in the 128-byte swizzle, zeros beyond the matrix.
+void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar);
 
 // Warpgroup matrix multiply. a == nullptr: A comes from desc_a, else from registers (four words a lane).
 void wgmma_fence();

@@ -50,8 +50,8 @@ void land(const CopyRef& c) {
   memcpy(to, c->from, c->bytes);
   memset(to + c->bytes, 0, c->fill);
   if (c->mbar != kNone) {
-    mark_written(*c->to, c->off, c->bytes, c->gid, c->clock, c->pc, kInit | kAsync);
-    complete_tx(c->block, c->mbar, uint32_t(c->bytes), c->gid, c->clock);
+    mark_written(*c->to, c->off, c->bytes + c->fill, c->gid, c->clock, c->pc, kInit | kAsync);
+    complete_tx(c->block, c->mbar, uint32_t(c->bytes + c->fill), c->gid, c->clock);
   }
 }
 
@@ -136,38 +136,78 @@ void cp_async_then_arrive(uint32_t mbar_off) {
   flight.push_back(c);
 }
 
+namespace {
+// The mbarrier that a copy names, which must be ready for the copy engine.
+Mbarrier& copy_barrier(Block* b, uint32_t mbar, const char* what) {
+  auto it = b->mbars.find(mbar - kSharedOrigin);
+  if (it == b->mbars.end()) fault("mbarrier", "%s names shared address %u, where no mbarrier was initialised", what, mbar - kSharedOrigin);
+  Mbarrier& m = it->second;
+  if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
+    fault("race", "%s is not ordered after the mbarrier_init by %s [pc %x]", what, thread_name(m.init.gid).c_str(), m.init.pc);
+  if (!m.fenced)
+    fault("proxy", "%s uses the mbarrier at shared address %u, initialised with no fence_mbarrier_init since", what, mbar - kSharedOrigin);
+  return m;
+}
+
+// The engine's clock: one for each mbarrier.
+uint32_t engine_clock(uint32_t gid) {
+  static std::map<uint32_t, uint32_t> counts;
+  return ++counts[gid];
+}
+
+void send(Block* b, size_t off, const void* src, size_t bytes, size_t fill, uint32_t mbar, uint32_t gid, uint32_t clock) {
+  auto c = std::make_shared<Copy>();
+  c->block = b;
+  c->to = b->smem;
+  c->off = off;
+  c->bytes = bytes;
+  c->fill = fill;
+  c->from = (const uint8_t*)src;
+  c->mbar = mbar - kSharedOrigin;
+  c->gid = gid;
+  c->clock = clock;
+  c->pc = cur->pc;
+  take_off(c);
+}
+}  // namespace
+
 void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
   ZS_ENTER();
   if (bytes == 0 || bytes % 16) fault("argument", "a bulk copy of %u bytes: the size must be a positive multiple of 16", bytes);
   size_t off = shared_offset(dst, bytes, 16, "a bulk copy");
   Block* b = cur->block;
-  auto it = b->mbars.find(mbar - kSharedOrigin);
-  if (it == b->mbars.end()) fault("mbarrier", "a bulk copy names shared address %u, where no mbarrier was initialised", mbar - kSharedOrigin);
-  Mbarrier& m = it->second;
-  if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
-    fault("race", "a bulk copy is not ordered after the mbarrier_init by %s [pc %x]", thread_name(m.init.gid).c_str(), m.init.pc);
-  if (!m.fenced)
-    fault("proxy", "a bulk copy uses the mbarrier at shared address %u, initialised with no fence_mbarrier_init since", mbar - kSharedOrigin);
+  Mbarrier& m = copy_barrier(b, mbar, "a bulk copy");
   checked(src, bytes, 16, false, Access::async, "a bulk copy");
   check_write(here(), *b->smem, off, bytes, Access::async);
   g.bulk_bytes += bytes;
-  static std::map<uint32_t, uint32_t> counts;   // one clock for each mbarrier
-  uint32_t gid = mbar_gid(b, m.index), clock = ++counts[gid];
+  uint32_t gid = mbar_gid(b, m.index), clock = engine_clock(gid);
   for (uint32_t done = 0; done < bytes;) {
     uint32_t piece = chance(2) ? bytes - done : std::min<uint32_t>(bytes - done, 16 * (1 + uint32_t(rnd() % (bytes / 16))));
-    auto c = std::make_shared<Copy>();
-    c->block = b;
-    c->to = b->smem;
-    c->off = off + done;
-    c->bytes = piece;
-    c->fill = 0;
-    c->from = (const uint8_t*)src + done;
-    c->mbar = mbar - kSharedOrigin;
-    c->gid = gid;
-    c->clock = clock;
-    c->pc = cur->pc;
-    take_off(c);
+    send(b, off + done, (const uint8_t*)src + done, piece, 0, mbar, gid, clock);
     done += piece;
+  }
+  yield();
+}
+
+void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar) {
+  ZS_ENTER();
+  const char* what = "a tensor copy";
+  if (uintptr_t(matrix) % 16 || ld % 16) fault("alignment", "%s of a matrix at %p with rows %llu bytes apart: both must be multiples of 16", what, matrix, (unsigned long long)ld);
+  if (box == 0 || box > 256) fault("argument", "%s with a box of %u rows", what, box);
+  size_t off = shared_offset(dst, box * 128, 1024, what);
+  Block* b = cur->block;
+  Mbarrier& m = copy_barrier(b, mbar, what);
+  check_write(here(), *b->smem, off, box * 128, Access::async);
+  g.bulk_bytes += box * 128;
+  uint32_t gid = mbar_gid(b, m.index), clock = engine_clock(gid);
+  for (uint32_t r = 0; r < box; r++) {
+    uint32_t there = row + r < rows && column < columns ? std::min(64u, columns - column) : 0;
+    const uint8_t* src = (const uint8_t*)matrix + (row + r) * ld + uint64_t(column) * 2;
+    if (there) checked(src, there * 2, 2, false, Access::async, what);
+    for (uint32_t c = 0; c < 8; c++) {
+      uint32_t bytes = 2 * std::min(8u, there > 8 * c ? there - 8 * c : 0);
+      send(b, off + r * 128 + ((c ^ (r & 7)) << 4), src + 16 * c, bytes, 16 - bytes, mbar, gid, clock);
+    }
   }
   yield();
 }

@@ -226,6 +226,19 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
   return OK;
 }
 
+EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, uint32_t rank, void *data, const uint64_t *dims, const uint64_t *strides, const uint32_t *box,
+                                       const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
+  START(cuTensorMapEncodeTiled);
+  (void)interleave; (void)promotion; (void)fill;
+  if ((uintptr_t)map % 64 != 0 || (uintptr_t)data % 16 != 0 || type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank != 2) return INVALID_VALUE;
+  if (dims[0] == 0 || dims[1] == 0 || strides[0] % 16 != 0 || strides[0] == 0 || strides[0] >> 40 != 0) return INVALID_VALUE;
+  if (box[0] == 0 || box[0] > 256 || box[1] == 0 || box[1] > 256 || (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 > 128)) return INVALID_VALUE;
+  if (steps[0] != 1 || steps[1] != 1) return INVALID_VALUE;
+  memset(map, 0, sizeof *map);
+  note("tensor %llux%llu ld %llu box %ux%u\n", (unsigned long long)dims[1], (unsigned long long)dims[0], (unsigned long long)strides[0] / 2, box[1], box[0]);
+  return OK;
+}
+
 EXPORT CUresult cuStreamCreateWithPriority(CUstream *s, unsigned flags, int priority) {
   START_CTX(cuStreamCreateWithPriority);
   (void)flags; (void)priority;
