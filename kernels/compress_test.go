@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -15,6 +16,42 @@ import (
 	"github.com/zipserv/zipserv/kernels"
 	"github.com/zipserv/zipserv/kernels/emu"
 )
+
+// windows is a matrix whose tiles make the search for the best window go each of its ways, by the column of tiles.
+func windows(m, k int, seed uint64) matrix {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	x := matrix{m, k, make([]uint16, m*k)}
+	among := func(low, high int) int { return low + rng.IntN(high-low+1) }
+	for i := range x.w {
+		p, e := (i/k%64)*64+i%k%64, 0
+		switch i % k / 64 {
+		case 0: // two windows hold the same number
+			e = []int{120, 128, among(121, 127)}[min(p%50, 2)]
+		case 1: // four steps down from the largest exponent, literals above
+			if e = among(113, 120); p%101 == 0 {
+				e = 124 + p%5
+			}
+		case 2: // as high as can be counted
+			e = among(238, 247)
+		case 3:
+			e = among(240, 248)
+		case 4: // as low as can be counted
+			e = among(103, 112) - 15*min(p%40, 1) + 15
+		case 5:
+			e = among(100, 111)
+		case 6: // zeros
+			e = among(118, 125) * min(p%10, 1)
+		case 7:
+			e = among(118, 125) * (p % 2)
+		case 8: // ten steps: more than the exponents below may be missed
+			if e = among(105, 112); p%60 == 0 {
+				e = 112 + p%11
+			}
+		}
+		x.w[i] = uint16(e)<<7 | uint16(rng.IntN(128)) | uint16(rng.IntN(2))<<15
+	}
+	return x
+}
 
 // compressor is one compiled variant of compress.cu.
 type compressor struct {
@@ -49,8 +86,8 @@ func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
 		copy(src[in.spare+r*in.ld:], in.x.w[r*in.x.k:(r+1)*in.x.k])
 	}
 	from := &emu.Buffer{Name: "src", Data: halves(src), Mode: emu.In}
-	tiles, warps := (in.x.m+63)/64*((in.x.k+63)/64), in.blocks*c.warps
-	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 16+(8*warps+15)/16*16+8*tiles), Mode: emu.Out}
+	tiles := (in.x.m + 63) / 64 * ((in.x.k + 63) / 64)
+	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 16+(8*in.blocks+15)/16*16+8*tiles), Mode: emu.Out}
 	matrixArgs := []any{emu.Ptr{Buffer: from, Offset: 2 * in.spare}, in.ld, in.x.m, in.x.k}
 	launch := func(kernel string, blocks, threads int, args ...any) error {
 		_, err := c.program.Run(ctx, emu.Launch{
@@ -63,7 +100,7 @@ func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
 		return nil, err
 	}
 	scratch.Mode = emu.InOut
-	if err := launch("scan", 1, 1024, warps, scratch); err != nil {
+	if err := launch("scan", 1, 1024, in.blocks, scratch); err != nil {
 		return nil, err
 	}
 	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k),
@@ -82,6 +119,16 @@ func TestCompress(t *testing.T) {
 		t.Run(fmt.Sprintf("warps=%d", warps), func(t *testing.T) {
 			t.Parallel()
 			c := newCompressor(t, kernels.Sources, warps)
+			t.Run("windows", func(t *testing.T) {
+				for i, seed := range seeds(t, 2) {
+					for _, mk := range [][2]int{{64, 576}, {33, 570}} {
+						in := compressCase{x: windows(mk[0], mk[1], seed), blocks: 1 + i, ld: mk[1] + mk[1]%8, spare: 8, seed: seed}
+						got, err := c.run(t, in)
+						require.NoError(t, err)
+						requireSameBlob(t, encodeTiled(in.x), got, fmt.Sprintf("%v, seed %d", mk, seed))
+					}
+				}
+			})
 			for _, s := range [][2]int{{1, 1}, {1, 64}, {64, 1}, {64, 64}, {65, 63}, {63, 65}, {128, 320}, {77, 300}} {
 				for kind := range kinds {
 					t.Run(fmt.Sprintf("%dx%d,%s", s[0], s[1], kind), func(t *testing.T) {
@@ -113,19 +160,25 @@ func requireSameBlob(t *testing.T, want, got []byte, what string) {
 
 // What the tests above must catch: each mistake in turn is put into the source.
 func TestCompressMistakesAreCaught(t *testing.T) {
-	for name, m := range map[string][2]string{
-		"ties go to the larger base": {"(255 - b)", "b"},
-		"one symbol too few":         {"ZS_HALVES(0x7FE9)", "ZS_HALVES(0x7FEA)"},
-		"a dropped wait":             {"        __syncwarp();\n        if (count) write_list", "        if (count) write_list"},
-		"padding counted":            {"row < m ? columns : 0", "columns"},
-		"offsets not advanced":       {"offset += units;", ""},
+	for name, m := range map[string][3]string{
+		"ties go to the larger base":        {"tally.cuh", "(255 - b)", "b"},
+		"ties stay with the higher window":  {"tally.cuh", "all - (lower - top) <= missed", "all - (lower - top) < missed"},
+		"a search that ends early":          {"tally.cuh", "above <= missed; s++", "above <= missed && s < 3; s++"},
+		"literals above forgotten":          {"tally.cuh", "E > base + 10 ? beyond : 0", "0"},
+		"thresholds for any exponent":       {"tally.cuh", "E < 112 || E > 247", "E > 300"},
+		"one symbol too few":                {"encode.cuh", "base - e <= 12", "base - e <= 11"},
+		"a dropped wait before the list":    {"compress.cu", "        __syncwarp();\n        if (count) write_list", "        if (count) write_list"},
+		"a dropped wait in the list":        {"encode.cuh", "        __syncwarp();\n        const uint32_t here", "        const uint32_t here"},
+		"factors of the row of tiles above": {"compress.cu", "row0 != factors_of", "factors_of == 0xFFFFFFFFu"},
+		"a weight forgotten":                {"compress.cu", "x.count(row0, col0), plan", "x.count(row0, col0) - 1, plan"},
+		"offsets not advanced":              {"compress.cu", "offset -= before", "offset -= 0"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := newCompressor(t, mutant(t, "compress.cu", m[0], m[1]), 1)
-			for _, kind := range []string{"every position", "outliers"} {
-				for i := range 2 {
-					in := compressCase{x: newMatrix(kind, 70, 200, uint64(i)), blocks: 1, ld: 200, spare: 8, seed: uint64(i)}
+			c := newCompressor(t, mutant(t, m[0], m[1], m[2]), 1)
+			for i, x := range []matrix{windows(70, 576, 0), newMatrix("outliers", 70, 200, 0), newMatrix("every position", 70, 200, 1)} {
+				for seed := range uint64(2) {
+					in := compressCase{x: x, blocks: 1 + i%2, ld: x.k, spare: 8, seed: seed}
 					got, err := c.run(t, in)
 					if err != nil || !bytes.Equal(encodeTiled(in.x), got) {
 						return

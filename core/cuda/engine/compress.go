@@ -78,7 +78,7 @@ func (d *Device) CompressPlan(p *Compression) error {
 	if err := d.launch(c.first, p.Stream, uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch)); err != nil {
 		return err
 	}
-	if err := d.launch(c.scan, p.Stream, uint64(c.plan.Warps), uint64(p.Scratch)); err != nil {
+	if err := d.launch(c.scan, p.Stream, uint64(c.plan.Blocks), uint64(p.Scratch)); err != nil {
 		return err
 	}
 	var totals [16]byte
