@@ -40,7 +40,19 @@ def _compiler_dirs() -> list[str]:
     return [path for path in found if os.path.isdir(path)]
 
 
+def _warn_about_choices() -> None:
+    """What `zipserv tune` left is read by the engine, which passes over a file that it cannot trust; somebody should know."""
+    try:
+        files = json.loads(_zipserv.cuda_control(0, '{"do": "list"}')).get("files", ())
+    except _zipserv.Error:  # no cache directory, or a forked child, which will say so itself
+        return
+    for file in files:
+        if "error" in file:
+            warnings.warn(f"the choices of `zipserv tune` in {file['path']} are not used: {file['error']}; --clear removes them", stacklevel=2)
+
+
 _zipserv.cuda_set_dirs(os.pathsep.join(_compiler_dirs()))
+_warn_about_choices()
 
 
 def _current_stream(index: int) -> int:
@@ -275,5 +287,8 @@ def report() -> dict[str, object]:
     }
     for device in facts["devices"]:
         what = device.get("error") or f"compiles for {device.get('target', 'nothing: no compiler')}"
+        tuned = device.get("tuned")
+        if tuned:
+            what += f"; tuned: {tuned.get('error') or str(tuned['choices']) + ' choices'}" + (", switched off" if tuned.get("off") else "")
         lines[f"device {device['index']}"] = f"{device.get('name', '?')}, compute capability {device.get('capability', '?')}, {what}"
     return lines

@@ -3,8 +3,26 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A libcuda that only pretends (core/cuda/driver/testdata/fakecuda.c); ZIPSERV_LIBCUDA names it to a process."""
+    out = tmp_path_factory.mktemp("fakecuda") / "libfakecuda.so"
+    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
+    command = [compiler] if compiler else [sys.executable, "-m", "ziglang", "cc"]
+    source = ROOT / "core" / "cuda" / "driver" / "testdata" / "fakecuda.c"
+    subprocess.run([*command, "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(out), str(source), "-lpthread"], check=True)
+    return out
 
 
 @pytest.fixture(autouse=True)

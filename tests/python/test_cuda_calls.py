@@ -7,14 +7,11 @@ NVRTC compiles the real kernels; nothing runs them. Each test is a process of it
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 # Without torch, which takes seconds to import.
 NATIVE = """
@@ -38,16 +35,6 @@ class OnDevice(torch.Tensor):  # host memory that says it is on device 0, where 
 def on_device(t): return t.as_subclass(OnDevice)
 cuda._stream = lambda index: 0x77
 """
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("fakecuda") / "libfakecuda.so"
-    compiler = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
-    command = [compiler] if compiler else [sys.executable, "-m", "ziglang", "cc"]
-    source = ROOT / "core" / "cuda" / "driver" / "testdata" / "fakecuda.c"
-    subprocess.run([*command, "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(out), str(source), "-lpthread"], check=True)
-    return out
 
 
 @pytest.fixture(scope="session")
@@ -211,3 +198,29 @@ raises(ValueError, ["do not fit"], _zipserv.cuda_decompress, 0, 0, 16, 64, 64, 0
 raises(ValueError, ["multiple of 64"], _zipserv.cuda_decompress, 0, 0, 16, 128, 64, 1, 2, 0x2000, 64)
 raises(ValueError, ["1 to 8 dimensions"], _zipserv.cuda_compress_plan, 0, 0, 16, 64, 64, 64, (1,) * 9, 16)
 """)
+
+
+def test_each_device_has_its_own_and_is_told_of_new_bytes(run) -> None:
+    """The fake driver refuses a kernel or stream of one device in the context of another."""
+    run("""
+from zipserv import streams
+class OnSecond(torch.Tensor):
+    is_cuda = True
+    def get_device(self): return 1
+second = zipserv.compress((torch.randn(256, 192) * 0.02).bfloat16()).blob.as_subclass(OnSecond)
+first = on_device(second.as_subclass(torch.Tensor))
+x = torch.randn(3, 192).bfloat16()
+def device_and_early(t, blob):
+    cuda.linear(x.as_subclass(type(blob)), blob, 256, 192, 1)
+    words = launches()[-1].split()
+    return words[1], words[words.index("pdl") + 1]
+assert device_and_early(x, second) == ("1", "0")
+assert device_and_early(x, second) == ("1", "1")   # known: its first weights are fetched early
+assert device_and_early(x, first) == ("0", "0") and device_and_early(x, first) == ("0", "1")
+streams.forget([second, second.as_subclass(torch.Tensor)])  # the last one is host memory: nothing to tell
+assert device_and_early(x, second) == ("1", "0")
+assert device_and_early(x, first) == ("0", "1")
+a, b = _zipserv.cuda_side_stream(0, 1), _zipserv.cuda_side_stream(1, 1)
+assert a != b and a == _zipserv.cuda_side_stream(0, 1) != _zipserv.cuda_side_stream(0, 0)
+_zipserv.cuda_follow(1, b, 0x77)
+""", TENSORS)

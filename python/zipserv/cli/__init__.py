@@ -26,6 +26,7 @@ _COMMANDS = {
     "doctor": ("health", "doctor", "Tell what was found on this machine, and what to do."),
     "plan": ("planning", "plan", "Plan serving: what fits on a GPU before and after, what speed to expect."),
     "bench": ("benchmark", "bench", "Measure this machine: compressed against plain weights."),
+    "tune": ("tuning", "tune_command", "Choose the fastest kernels for a model's weight shapes on this GPU, by measuring."),
 }
 
 

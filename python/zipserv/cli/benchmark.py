@@ -65,13 +65,13 @@ def _print_machine(document: dict[str, Any]) -> None:
 
 def _one_shape(shape: Shape, tokens: int, kind: str, settings: gpu.Settings, split_k: int | None, as_json: bool) -> int:
     try:
-        linear = single.linear_call(settings.device, split_k)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    try:
-        result: dict[str, Any] = {"split_k": split_k, **single.run(shape, tokens, kind, settings, linear)}
+        result: dict[str, Any] = single.run(shape, tokens, kind, settings, split_k)
     except gpu.WrongResult as error:
         raise Failure(Code.FAILED_CHECK, str(error)) from error
+    except ValueError as error:
+        if split_k is None:
+            raise
+        raise click.UsageError(str(error)) from error
     if as_json:
         emit({"command": "bench", **result})
         return Code.OK
@@ -81,12 +81,16 @@ def _one_shape(shape: Shape, tokens: int, kind: str, settings: gpu.Settings, spl
         f"\nW {shape.m} x {shape.k} ({kind}), {tokens} tokens: {weight['bits_per_weight']:.3f} bits a weight, decompressed "
         f"bit-exact, product right (RMS error {point['rms_error']:.2e} of its RMS; F.linear {point['blas_rms_error']:.2e})"
     )
-    rows = (
+    rows = [
         ("F.linear (BF16)", point["blas_seconds"], point["blas_spread"], "1.000"),
         ("ZipGEMM", point["zip_seconds"], point["zip_spread"], f"{point['speedup']:.3f}"),
         ("decompress", weight["decompress_seconds"], weight["decompress_spread"], ""),
         ("roofline", point["bound_seconds"], 0.0, f"{point['blas_seconds'] / point['bound_seconds']:.3f}"),
-    )
+    ]
+    if "invariant_seconds" in point:
+        rows.insert(2, ("batch-invariant", point["invariant_seconds"], 0.0, f"{point['blas_seconds'] / point['invariant_seconds']:.3f}"))
+    if result["solved_by"]:
+        click.echo(f"solved by: {result['solved_by']}" + (f" (K in {split_k} equal shares, as asked)" if split_k else ""))
     click.echo(f"{'':18}{'time':>12}{'spread':>9}{'speed-up':>10}")
     for name, time, spread, ratio in rows:
         click.echo(f"{name:18}{report.seconds(time):>12}{spread:>9.1%}{ratio:>10}")
@@ -179,7 +183,12 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.argument("m", type=click.IntRange(1), required=False)
 @click.argument("k", type=click.IntRange(1), required=False)
 @click.argument("n", type=click.IntRange(1), required=False)
-@click.option("--split-k", type=int, metavar="S", help="With M K N on a GPU: cut K into S shares.")
+@click.option(
+    "--split-k",
+    type=int,
+    metavar="S",
+    help="With M K N on a GPU: S blocks share every row of W, with an equal part of K each. Default: all blocks get equal runs of tiles.",
+)
 @click.option("--model", metavar="CONFIG", help="A whole language model end to end: tiny, llama-3.2-1b, llama-3.1-8b, a config.json or its folder.")
 @click.option("--batch", callback=_numbers, default="1", metavar="B,...", help="With --model: numbers of sequences.")
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="With --model: tokens of each prompt.")
@@ -213,6 +222,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
     default=None,
     help="Also measure and check the batch-invariant mode; default: on a GPU.",
 )
+@click.option("--first-call/--no-first-call", default=True, help="GPU: also time the first products of fresh processes (some seconds).")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), help="Write bench.json and plots here; JSON after every point.")
 @click.option("--read", type=click.Path(path_type=Path, dir_okay=False), help="Measure nothing: tables and plots of a bench.json from elsewhere.")
 @click.option("--plots/--no-plots", default=True, help="Plots with --out (needs matplotlib).")
@@ -221,7 +231,8 @@ def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None,
     model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
-    kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, out: Path | None,
+    kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, first_call: bool,
+    out: Path | None,
     read: Path | None, plots: bool, as_json: bool,
 ) -> int:  # fmt: skip
     """Measure this machine: compressed against plain weights, and against the machine's limits.
@@ -248,6 +259,7 @@ def bench(
         max_copies=32 if on_cpu else gpu.MOST_COPIES,
         min_rounds=3 if on_cpu else 10,
         invariant=not on_cpu if invariant is None else invariant,
+        first_call=first_call,
     )
     if m is not None:
         if k is None or n is None:
