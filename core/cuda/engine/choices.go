@@ -44,7 +44,11 @@ func (d *Device) chosen(p plan.Problem) (*linearPlan, error) {
 		if set == nil {
 			return nil, nil
 		}
-		return d.prepareChoice(p, *set)
+		l, err := d.prepareChoice(p, *set)
+		if err != nil && p.Unaligned { // chosen for aligned activations
+			return nil, nil
+		}
+		return l, err
 	}
 	d.choices.read.Do(func() {
 		table, _ := d.engine.tuned(d.props) // Describe tells the reason
@@ -138,7 +142,7 @@ func (d *Device) Prepare(t tuned.Problem, c plan.Choice) error {
 
 // bucketTokens are numbers of tokens, one for each class that a bucket's choice has to serve.
 func bucketTokens(t tuned.Problem) (out []uint64) {
-	last := uint64(64)
+	last := uint64(128)
 	if !t.Invariant {
 		last = min(t.Tokens, 256) // more tokens use the same kernels
 	}

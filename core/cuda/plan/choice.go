@@ -183,20 +183,25 @@ func Split(d Device, p Problem, shares uint64) (Choice, error) {
 	}
 	var chosen Choice
 	least, most := uint64(0), uint64(0)
-	for _, v := range variants(d, p, "mma") {
-		groups, steps := v.groups(p), v.units(p.M, p.K)/v.groups(p)
-		possible := max(1, min(uint64(d.SMs*blocksPerSM)/groups, steps))
-		most = max(most, possible)
-		if shares > possible {
-			continue
+	for _, kernel := range []string{"wgmma", "mma"} { // in ForLinear's order; the second has layouts for more shares
+		for _, v := range variants(d, p, kernel) {
+			groups, steps := v.groups(p), v.units(p.M, p.K)/v.groups(p)
+			possible := max(1, min(uint64(d.SMs*blocksPerSM)/groups, steps))
+			most = max(most, possible)
+			if shares > possible {
+				continue
+			}
+			grid := groups * shares
+			if grid > uint64(d.SMs*blocksPerSM) { // one share, and more groups than blocks
+				grid = largestDivisor(groups, uint64(d.SMs*blocksPerSM))
+			}
+			score := ceilDiv(v.units(p.M, p.K), grid) * uint64(v.mw*v.kw+6)
+			if chosen.Kernel == "" || score < least {
+				chosen, least = Choice{kernel, v.mw, v.kw, uint32(grid)}, score
+			}
 		}
-		grid := groups * shares
-		if grid > uint64(d.SMs*blocksPerSM) { // one share, and more groups than blocks
-			grid = largestDivisor(groups, uint64(d.SMs*blocksPerSM))
-		}
-		score := ceilDiv(v.units(p.M, p.K), grid) * uint64(v.mw*v.kw+6)
-		if chosen.Kernel == "" || score < least {
-			chosen, least = Choice{"mma", v.mw, v.kw, uint32(grid)}, score
+		if chosen.Kernel != "" {
+			break
 		}
 	}
 	if chosen.Kernel == "" {
