@@ -18,6 +18,7 @@ from torch import nn
 from .errors import Error
 from .format import DTYPE_CODES, SUFFIX, Header
 from .lazy import LazyWeight
+from .stacked import mark_written
 from .tensor import ZipTensor, check_blob, compress, linear_blob
 
 __all__ = ["BlobModule", "ZipLinear", "take_over"]
@@ -94,6 +95,11 @@ class BlobModule(nn.Module):
         blobs = {id(blob) for blob in self._blobs()}
         return super()._apply(lambda t: _apply_to_blob(fn, t) if id(t) in blobs else fn(t), recurse)  # type: ignore[no-untyped-call]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for blob in self._blobs():
+            mark_written(blob)  # a deep copy, or unpickled
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -162,6 +168,7 @@ def _apply_to_blob(fn: Callable[[torch.Tensor], torch.Tensor], old: torch.Tensor
         return known
     new = fn(old) if probe.dtype == torch.uint8 else old.to(probe.device)
     if new is not old:
+        mark_written(new)
         _successors.put(old, token, new)
     return new
 
@@ -176,15 +183,11 @@ def _replace_blob(old: torch.Tensor, blob: torch.Tensor, header: Header, owned: 
         # In place, as for every other tensor: shared blobs stay shared and captured CUDA graphs stay valid.
         with torch.no_grad():
             old.copy_(blob)
-        if old.is_cuda:
-            from . import cuda
-
-            cuda.changed(old)  # the next product must not fetch weights ahead of this copy
-        return old
+        return mark_written(old)  # the next product must not fetch weights ahead of this copy
     known = _successors.get(old, header)
     if known is not None:
         return known
-    new = blob.to(old.device, copy=not owned)
+    new = mark_written(blob.to(old.device, copy=not owned))
     _successors.put(old, header, new)
     return new
 

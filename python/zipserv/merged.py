@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from threading import get_ident
+from threading import get_ident, local
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from .siblings import same_input
 from .stacked import Part, mark_written, stack, take
 from .tensor import ZipTensor, check_blob, compress, linear_blob
 
-__all__ = ["NAMES", "MergedLinear", "merge_layers", "split_layers"]
+__all__ = ["NAMES", "MergedLinear", "apart", "merge_layers", "split_layers"]
 
 #: Layers of one module that read the same input, by their names in it.
 NAMES: tuple[tuple[str, ...], ...] = (
@@ -71,9 +71,9 @@ class _Group:
         return [parameters.get("bias") for parameters, _ in self.slots]
 
     def is_whole(self, index: int, parameters: dict[str, Any]) -> bool:
-        """False where a layer is a replica with tensors of its own, or biases are in pieces on several devices."""
-        plain = all(bias is None or bias.__class__ is nn.Parameter or bias.__class__ is torch.Tensor for bias in self.biases())
-        return plain and self.slots[index][0] is parameters
+        """False where a layer is a replica with tensors of its own, or some biases are in pieces on several devices."""
+        kinds = {bias.__class__ for bias in self.biases() if bias is not None}
+        return len(kinds) < 2 and self.slots[index][0] is parameters
 
     def bias(self, dtype: torch.dtype, device: torch.device, *, views: bool) -> torch.Tensor | None:
         """All biases in a row; with ``views`` without a copy where they lie so."""
@@ -178,7 +178,7 @@ class MergedLinear(ZipLinear):
 
     def get_ziptensor(self, name: str = "weight") -> ZipTensor:
         if name != "weight" or self.merged_zipserv.is_meta:
-            raise Error(f"{type(self).__name__} holds no {name} yet: load a state dict, or make it from a loaded layer")
+            raise Error(f"this layer has no {name}, or is on the meta device, where there are no bytes")
         return ZipTensor._trusted(self.weight_zipserv, self._group.parts[self._index].header)
 
     def to_zip_linear(self) -> ZipLinear:
@@ -273,7 +273,7 @@ class MergedLinear(ZipLinear):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not _omitted:
+        if not apart:
             destination[prefix + "weight" + SUFFIX] = self.weight_zipserv
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -335,22 +335,23 @@ def _adjacent(biases: Sequence[torch.Tensor | None]) -> bool:
     return True
 
 
-class _Omitted:
-    """``with apart():`` state dicts leave merged weights out, for those who fetch them one by one."""
+class _Apart:
+    """``with apart:`` state dicts leave merged weights out, for those who fetch them one by one. For each thread of its own."""
 
-    depth = 0
+    def __init__(self) -> None:
+        self._local = local()
 
     def __bool__(self) -> bool:
-        return self.depth > 0
+        return getattr(self._local, "depth", 0) > 0
 
     def __enter__(self) -> None:
-        self.depth += 1
+        self._local.depth = getattr(self._local, "depth", 0) + 1
 
     def __exit__(self, *args: object) -> None:
-        self.depth -= 1
+        self._local.depth -= 1
 
 
-_omitted = _Omitted()
+apart = _Apart()
 
 
 def merge_layers(
@@ -395,19 +396,30 @@ def merge_layers(
     return merged
 
 
-def split_layers(model: nn.Module) -> list[str]:
-    """The inverse of :func:`merge_layers`: layers of their own, in place. Returns their names."""
+def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None = None) -> list[str]:
+    """The inverse of :func:`merge_layers`: layers of their own, in place.
+
+    Args:
+        model: whatever holds merged layers, all of a group.
+        where: merged layers to split, with all of their group; by default all.
+
+    Returns:
+        The names of these layers.
+    """
+    found = [module for module in model.modules() if isinstance(module, MergedLinear)]
+    groups = {id(layer._group) for layer in found if where is None or where(layer)}
+    del found
     names = []
     for path, parent in list(model.named_modules()):
-        groups = set()
         for name, child in list(parent._modules.items()):
-            if isinstance(child, MergedLinear):
-                groups.add(id(child._group))
-                new = child.to_zip_linear()
-                take_over(child, new)
-                parent._modules[name] = new
+            if isinstance(child, MergedLinear) and id(child._group) in groups:
+                parent._modules[name] = take_over(child, child.to_zip_linear())
                 names.append(f"{path}.{name}" if path else name)
-        _remove_hooks(parent, groups)
+        for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if isinstance(hook, _Open | _Close) and id(hook.group) in groups:
+                    del hooks[key]
+                    parent._forward_hooks_always_called.pop(key, None)
     return names
 
 
@@ -450,11 +462,3 @@ def _merge(parent: nn.Module, layers: dict[str, ZipLinear]) -> None:
     group.tie()
     parent.register_forward_pre_hook(_Open(group))
     parent.register_forward_hook(_Close(group), always_call=True)
-
-
-def _remove_hooks(parent: nn.Module, groups: set[int]) -> None:
-    for hooks in (parent._forward_pre_hooks, parent._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if isinstance(hook, _Open | _Close) and id(hook.group) in groups:
-                del hooks[key]
-                parent._forward_hooks_always_called.pop(key, None)

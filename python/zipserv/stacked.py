@@ -7,6 +7,7 @@ the escape offsets rebased. Nothing waits for a GPU but the reading of the heade
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -129,8 +130,6 @@ def mark_written(blob: torch.Tensor) -> torch.Tensor:
 
     Memory that torch's allocator hands out again may have held a blob that the engine has read before.
     """
-    if blob.is_cuda:
-        from . import cuda
-
-        cuda.changed(blob)
+    if blob.is_cuda and blob.__class__ is torch.Tensor:
+        importlib.import_module("zipserv.cuda").changed(blob)  # not before CUDA is used
     return blob

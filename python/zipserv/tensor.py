@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from . import _zipserv, ops  # registers torch.ops.zipserv.* too
+from . import _zipserv, cpu, ops  # registers torch.ops.zipserv.* too
 from .errors import Error
-from .format import DTYPE_CODES, HEADER_BYTES, MAX_DIMS, Header, parse_header
+from .format import DTYPE_CODES, HEADER_BYTES, MAX_DIMS, Header, parse_header, storage_shape
+from .stacked import mark_written
 
 _DEVICES = ("cpu", "cuda")
 _tracing_state: Any = torch._C._get_tracing_state
@@ -195,7 +196,7 @@ class ZipTensor:
         if isinstance(device, torch.dtype):
             raise TypeError(f"a compressed tensor keeps its dtype ({self.dtype}): use decompress().to({device})")
         blob = self._blob.to(device, non_blocking=non_blocking)
-        return self if blob is self._blob else ZipTensor._trusted(blob, self._header)
+        return self if blob is self._blob else ZipTensor._trusted(mark_written(blob), self._header)
 
     def cpu(self) -> ZipTensor:
         """This tensor in host memory."""
@@ -218,7 +219,7 @@ class ZipTensor:
     def __deepcopy__(self, memo: dict[int, Any]) -> ZipTensor:
         # Through the tensor's own deepcopy, so that blobs shared by two layers stay shared.
         copied: torch.Tensor = self._blob.__deepcopy__(memo)  # type: ignore[no-untyped-call]
-        return ZipTensor._trusted(copied, self._header)
+        return ZipTensor._trusted(mark_written(copied), self._header)
 
     def __len__(self) -> int:
         return self._header.shape[0]
@@ -251,7 +252,12 @@ def compress(tensor: torch.Tensor) -> ZipTensor:
         ValueError: no dimension or too many, no element, another device.
     """
     require_compressible(tensor)
-    blob: torch.Tensor = torch.ops.zipserv.compress(tensor.detach())
+    tensor = tensor.detach()
+    if tensor.is_cuda and not torch.compiler.is_compiling():
+        made = ops.cuda_module().eager_compress(tensor, *storage_shape(tensor.shape))
+        if made is not None:
+            return ZipTensor._trusted(*made)
+    blob: torch.Tensor = torch.ops.zipserv.compress(tensor)
     return ZipTensor._trusted(blob, read_header(blob))
 
 
@@ -296,9 +302,10 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
         if x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-    if x.is_cuda and blob.is_cuda and not torch.compiler.is_compiling() and _tracing_state() is None:
-        # The CUDA call itself where nothing needs torch's dispatcher, which costs more than the call does.
-        y: torch.Tensor | None = ops.cuda_module().eager_linear(x, blob, m, k, DTYPE_CODES[dtype], bias)
+    if x.device == blob.device and x.device.type in _DEVICES and not torch.compiler.is_compiling() and _tracing_state() is None:
+        # The call itself where nothing needs torch's dispatcher, which costs more than the call does.
+        eager = ops.cuda_module() if x.is_cuda else cpu
+        y: torch.Tensor | None = eager.eager_linear(x, blob, m, k, DTYPE_CODES[dtype], bias)
         if y is not None:
             return y
     if x.dtype != dtype:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from zipserv.layers import ZipLinear
+from zipserv.merged import MergedLinear, split_layers
 
 __all__ = ["decompress_adapted"]
 
@@ -22,6 +23,10 @@ def decompress_adapted(model: nn.Module) -> list[str]:
     Returns:
         Names of the decompressed layers.
     """
+    bases = [module._modules.get("base_layer") for module in model.modules()]
+    groups = {id(base._group) for base in bases if isinstance(base, MergedLinear)}
+    del bases
+    split_layers(model, where=lambda layer: id(layer._group) in groups)  # the others of a group must not carry dead bytes
     names = []
     for name, module in model.named_modules():
         base = module._modules.get("base_layer")

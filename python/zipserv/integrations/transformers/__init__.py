@@ -9,9 +9,9 @@
     model = AutoModelForCausalLM.from_pretrained("small")   # needs nothing but `import zipserv` before it
 """
 
+from .adopting import adopt
 from .config import METHOD, ZipServConfig
 from .quantizer import ZipServQuantizer
-from .saving import adopt
 
 __all__ = ["ZipServConfig", "ZipServQuantizer", "adopt", "register"]
 

@@ -23,6 +23,8 @@ class ZipServConfig(QuantizationConfigMixin):
         embeddings: compress ``nn.Embedding`` too; an output layer that is tied to it shares the compressed weight.
         experts: compress the stacked (three-dimensional) expert weights of mixture-of-experts models.
         convolutions: compress convolutions that are matrix products (patch embeddings, 1x1).
+        merge: layers that read the same input (query, key, value; gate, up) share one blob, so that a GPU computes them
+            in one product. Concerns the model in memory only: it is not saved, and files are the same either way.
         version: version of the format (``docs/format.md``).
 
     Raises:
@@ -37,6 +39,7 @@ class ZipServConfig(QuantizationConfigMixin):
         embeddings: bool = True,
         experts: bool = True,
         convolutions: bool = True,
+        merge: bool = True,
         version: int = VERSION,
         quant_method: str = METHOD,
     ) -> None:
@@ -57,3 +60,8 @@ class ZipServConfig(QuantizationConfigMixin):
         self.embeddings = bool(embeddings)
         self.experts = bool(experts)
         self.convolutions = bool(convolutions)
+        self.merge = bool(merge)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``config.json`` holds."""
+        return {key: value for key, value in super().to_dict().items() if key != "merge"}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, WeightTransform
@@ -20,12 +20,19 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 from zipserv.format import SUFFIX
 from zipserv.tensor import ZipTensor
 
-if TYPE_CHECKING:
-    from .quantizer import ZipServQuantizer
-
 Tensors = dict[str, Any]
 #: Matches the end of a name, compressed or not. A lookahead: what a renaming replaces stays the name itself.
 _WORD_END, _NAME_END = rf"(?={SUFFIX}$|(?!\w))", rf"(?={SUFFIX}$|$)"
+
+
+class Keeper(Protocol):
+    """What the operations need of the quantizer."""
+
+    def param_needs_quantization(self, model: Any, param_name: str) -> bool: ...
+
+    def keep_compressed(self, name: str, weight: torch.Tensor) -> torch.Tensor: ...
+
+    def keep_blob(self, name: str, blob: torch.Tensor) -> torch.Tensor: ...
 
 
 def stand_in(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
@@ -46,7 +53,7 @@ def one(value: Any) -> Any:
 class _Op(ConversionOps):
     """An operation that knows the quantizer. The loader deep-copies operations for each weight: not the quantizer."""
 
-    def __init__(self, quantizer: ZipServQuantizer) -> None:
+    def __init__(self, quantizer: Keeper) -> None:
         self.quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Op:
@@ -93,7 +100,7 @@ class Recompress(_Op):
     Names here are still the converter's target patterns; the full names follow as the loader derives them.
     """
 
-    def __init__(self, quantizer: ZipServQuantizer, decode: Decode | None = None) -> None:
+    def __init__(self, quantizer: Keeper, decode: Decode | None = None) -> None:
         super().__init__(quantizer)
         self.decode = decode
 
@@ -118,7 +125,7 @@ class Recompress(_Op):
 
 
 def compressed_names(
-    conversions: Sequence[WeightTransform], quantizer: ZipServQuantizer
+    conversions: Sequence[WeightTransform], quantizer: Keeper
 ) -> list[tuple[WeightTransform, WeightTransform | None]]:
     """The model's conversions, each beside its original, so that they also take names that end in ``_zipserv``.
 

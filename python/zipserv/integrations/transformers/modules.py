@@ -17,6 +17,7 @@ from zipserv.errors import Error
 from zipserv.experts import ZipExperts
 from zipserv.format import SUFFIX
 from zipserv.layers import ZipLinear
+from zipserv.merged import MergedLinear, merge_layers, split_layers
 from zipserv.model import Converter
 from zipserv.tensor import ZipTensor, compress
 
@@ -129,6 +130,8 @@ def checkpoint_weight(module: nn.Module, dense: bool) -> torch.Tensor:
     if isinstance(module, ZipExperts):
         weight = module.decompress()
         return weight if dense else compress(weight).blob
+    if isinstance(module, MergedLinear) and not dense:
+        return module.weight_zipserv.cpu()  # a copy: not beside the model on its GPU
     assert isinstance(module, ZipLinear | ZipEmbedding | ZipConv)
     zipped = module.ziptensor
     if not isinstance(module, ZipConv1D):
@@ -137,13 +140,14 @@ def checkpoint_weight(module: nn.Module, dense: bool) -> torch.Tensor:
     return weight if dense else compress(weight).blob
 
 
-def replace_modules(model: Any, weights: dict[str, Payload], targets: dict[str, str]) -> None:
+def replace_modules(model: Any, weights: dict[str, Payload], targets: dict[str, str], *, merge: bool) -> None:
     """Put compressed modules in the place of those whose weights have arrived; tied ones share one blob.
+
+    With ``merge``, layers that read the same input become one product; ``weights`` is emptied, so that no bytes are held twice.
 
     Raises:
         Error: a parameter is still a stand-in afterwards.
     """
-    weights = dict(weights)
     for target, source in getattr(model, "all_tied_weights_keys", {}).items():
         for name, other in ((target, source), (source, target)):
             if name in targets and name not in weights and other in weights:
@@ -164,6 +168,13 @@ def replace_modules(model: Any, weights: dict[str, Payload], targets: dict[str, 
             if new is None:
                 new = replaced[id(module)] = _build(targets[prefix + "weight"], module, payload)
             _set_module(model, name, new)
+        del payload
+    replaced.clear()
+    weights.clear()
+    if merge:
+        # What is mapped to the CPU beside a GPU travels with each call of a layer: its bytes must be its own.
+        travels = dispatched is not None and "cpu" in dispatched.values()
+        merge_layers(model, where=lambda layer: not (travels and layer.weight_zipserv.is_cpu))
     if any(isinstance(module, ZipExperts) for module in model.modules()) and hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the one that takes one expert at a time
     _put_back_hooks(model, dispatched)
@@ -239,6 +250,7 @@ def restore_modules(model: nn.Module) -> None:
             shared[id(key)] = nn.Parameter(make(), requires_grad=False)
         return shared[id(key)]
 
+    split_layers(model)
     done: dict[int, nn.Module] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, ZipExperts):

@@ -15,6 +15,9 @@ from zipserv.format import DTYPE_CODES
 from zipserv.tensor import ZipTensor
 
 from .config import ZipServConfig
+from .loading import Compress, compressed_names, stand_in
+from .modules import adopt_weight, compress_weight, drop_half_tied, find_targets, replace_modules, restore_modules
+from .saving import checkpoint_state_dict
 
 _DTENSOR: Any = getattr(getattr(torch.distributed, "tensor", None), "DTensor", ())
 
@@ -52,8 +55,6 @@ class ZipServQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from .modules import drop_half_tied, find_targets
-
         config = self.quantization_config
         skip = config.modules_to_not_convert
         found = find_targets(model, config)
@@ -77,8 +78,6 @@ class ZipServQuantizer(HfQuantizer):
     # --- while loading --------------------------------------------------------------------------------------------
 
     def get_quantize_ops(self) -> Any:
-        from .loading import Compress
-
         return Compress(self)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -88,8 +87,6 @@ class ZipServQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         self._conversions = [(conversion, conversion) for conversion in weight_conversions]
         if self.pre_quantized:
-            from .loading import compressed_names
-
             self._conversions = compressed_names(weight_conversions, self)
         return [used for used, _ in self._conversions]
 
@@ -97,8 +94,6 @@ class ZipServQuantizer(HfQuantizer):
         """Compress an arriving weight; a stand-in for the loader, or the weight itself where it must stay dense."""
         if name not in self.targets or weight.dtype not in DTYPE_CODES:
             return weight
-        from .modules import compress_weight
-
         zipped = compress_weight(self.targets[name], weight)
         return weight if zipped is None else self._keep(name, zipped, weight.shape, weight)
 
@@ -107,21 +102,15 @@ class ZipServQuantizer(HfQuantizer):
         zipped = ZipTensor(blob)
         if name not in self.targets:
             return zipped.decompress()
-        from .modules import adopt_weight
-
         return self._keep(name, adopt_weight(self.targets[name], zipped), zipped.shape, zipped)
 
     def _keep(self, name: str, zipped: Any, shape: torch.Size, like: Any) -> torch.Tensor:
-        from .loading import stand_in
-
         self.weights[name] = zipped
         return stand_in(shape, like.dtype, like.device)
 
     # --- after loading --------------------------------------------------------------------------------------------
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        from .modules import replace_modules
-
         # Renaming back at save time is done here, on compressed names (see saving.py); transformers must not do it too.
         used = [(conversion, original) for conversion, original in self._conversions if conversion.was_used()]
         self._conversions = []
@@ -131,20 +120,16 @@ class ZipServQuantizer(HfQuantizer):
                 "zipserv compressed nothing: no weight of this model is BF16 or FP16 (load it with dtype=torch.bfloat16) "
                 "or all its modules are in modules_to_not_convert"
             )
-        replace_modules(model, self.weights, self.targets)
+        replace_modules(model, self.weights, self.targets, merge=self.quantization_config.merge)
         self.weights = {}
         model._weight_conversions = []
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        from .saving import checkpoint_state_dict
-
         # No "zipserv" in the metadata: that is what zipserv's own writer says of files that carry checksums, and transformers writes none.
         return checkpoint_state_dict(model, self.original_conversions), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from .modules import restore_modules
-
         restore_modules(model)
         model._weight_conversions = self.original_conversions
         return model

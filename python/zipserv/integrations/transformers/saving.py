@@ -8,48 +8,19 @@ from collections import defaultdict
 from typing import Any
 
 import torch
-from transformers.core_model_loading import PrefixChange, WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 
 from zipserv.conv import ZipConv
 from zipserv.embedding import ZipEmbedding
 from zipserv.experts import ZipExperts
 from zipserv.format import DTYPE_CODES, SUFFIX
-from zipserv.layers import BlobModule, ZipLinear
+from zipserv.layers import ZipLinear
+from zipserv.merged import MergedLinear, apart
 from zipserv.tensor import compress
 
-from .config import ZipServConfig
 from .modules import checkpoint_weight
 
 _LAYER = re.compile(r"^.*?\.\d+\.")
-
-
-def adopt(model: Any) -> None:
-    """Make a model that ``zipserv.compress_model`` has compressed in place known to transformers as compressed.
-
-    Then ``save_pretrained`` writes a folder that ``from_pretrained`` loads, and ``dequantize`` works. Other modules, and
-    models that are known already, are left alone.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import PreTrainedModel
-
-    from .quantizer import ZipServQuantizer
-
-    if not isinstance(model, PreTrainedModel) or getattr(model, "hf_quantizer", None) is not None:
-        return
-    if not any(isinstance(module, BlobModule) for module in model.modules()):
-        return
-    known: Any = model
-    quantizer = ZipServQuantizer(ZipServConfig(), pre_quantized=False)
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is None:  # as transformers does for a model that was not loaded
-        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
-    quantizer.original_conversions = conversions
-    known._weight_conversions = []
-    known.hf_quantizer = quantizer
-    known.is_quantized = True
-    known.quantization_method = quantizer.quantization_config.quant_method
-    known.config.quantization_config = quantizer.quantization_config
-    known.config._is_quantized = True
 
 
 def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch.Tensor]:
@@ -61,7 +32,8 @@ def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch
     zipped = _compressed_modules(model)
     tied = getattr(model, "all_tied_weights_keys", {})
     hidden = tuple(f"{name}." for name in zipped)
-    dense = model.state_dict()
+    with apart:  # merged layers give copies of their bytes: one at a time, below
+        dense = model.state_dict()
     names: list[str] = [key for key in dense if not (key.endswith(SUFFIX) and key.startswith(hidden))]
     converts = any(isinstance(conversion, WeightConverter) for conversion in conversions)
 
@@ -81,7 +53,7 @@ def checkpoint_state_dict(model: Any, conversions: list[Any]) -> dict[str, torch
             if module is None:
                 part[key] = dense[key]
                 continue
-            if not isinstance(module, ZipExperts):
+            if not isinstance(module, ZipExperts | MergedLinear):
                 identity = id(module.weight_zipserv)
                 if identity in seen and (key in tied or key in tied.values()):
                     continue
