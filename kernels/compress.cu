@@ -145,6 +145,7 @@ zs_compress_plan(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint
         units += plan_units(plan);
         if (lane == 0) share.plans[t] = plan;
     }
+    griddep_launch();  // zs_compress_scan may start to start
     const uint32_t checksum = __reduce_add_sync(0xFFFFFFFFu, low + (high << 8));
     uint32_t* const sums = (uint32_t*)(smem + ZS_WARPS * ZS_PLAN_WARP);
     if (lane == 0) sums[2 * share.warp] = units, sums[2 * share.warp + 1] = checksum;
@@ -183,10 +184,12 @@ ZS_DEVICE uint32_t block_scan(uint32_t v, uint32_t* smem, uint32_t* total) {
     return before;
 }
 
-// totals: u64 list units, u32 checksum, 0. The blocks' units become the sums up to and with them.
+// totals: u64 list units, u32 checksum, 0. The blocks' units become the sums up to and with them. mail: where the host waits for the totals, in its own
+// memory, with a last word of 1 when they are there; null: nobody waits.
 extern "C" __global__ void __launch_bounds__(1024)
-zs_compress_scan(uint32_t blocks, uint8_t* __restrict__ scratch) {
+zs_compress_scan(uint32_t blocks, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail) {
     ZS_SMEM(smem);
+    griddep_wait();
     uint32_t* const sums = (uint32_t*)(scratch + 16);
     uint32_t carry = 0, checksum = 0;
     for (uint32_t first = 0; first < blocks; first += 1024) {
@@ -203,6 +206,11 @@ zs_compress_scan(uint32_t blocks, uint8_t* __restrict__ scratch) {
     if (threadIdx.x == 0) {
         uint32_t* const totals = (uint32_t*)scratch;
         totals[0] = carry, totals[1] = 0, totals[2] = checksum, totals[3] = 0;
+        if (mail) {
+            mail[0] = carry, mail[1] = 0, mail[2] = checksum;
+            __threadfence_system();
+            *(volatile uint32_t*)(mail + 3) = 1;
+        }
     }
 }
 

@@ -100,8 +100,12 @@ func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
 		return nil, err
 	}
 	scratch.Mode = emu.InOut
-	if err := launch("scan", 1, 1024, in.blocks, scratch); err != nil {
+	mail := &emu.Buffer{Name: "mail", Data: make([]byte, 16), Mode: emu.Out}
+	if err := launch("scan", 1, 1024, in.blocks, scratch, mail); err != nil {
 		return nil, err
+	}
+	if !bytes.Equal(mail.Data[:12], scratch.Data[:12]) || le.Uint32(mail.Data[12:]) != 1 {
+		return nil, fmt.Errorf("the mail is %x, the totals are %x", mail.Data, scratch.Data[:16])
 	}
 	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k),
 		EscapeBytes: 16 * le.Uint64(scratch.Data), Checksum: le.Uint32(scratch.Data[8:])}

@@ -115,6 +115,7 @@ inline unsigned atomicXor(unsigned* p, unsigned v) { return zsemu::atomic_value(
 inline unsigned atomicExch(unsigned* p, unsigned v) { return zsemu::atomic_value(zsemu::Atomic::exch, p, v); }
 inline unsigned atomicCAS(unsigned* p, unsigned a, unsigned b) { return zsemu::atomic_value(zsemu::Atomic::cas, p, a, b); }
 inline void __threadfence() { zsemu::thread_fence(); }
+inline void __threadfence_system() { zsemu::thread_fence(); }
 inline void __threadfence_block() { zsemu::thread_fence(); }
 inline void __nanosleep(unsigned) { zsemu::sleep(); }
 inline void __trap() { zsemu::trap("__trap()"); }

@@ -207,6 +207,33 @@ func (c *Context) Read(s Stream, dst []byte, src Pointer) error {
 	return c.d.check(C.zs_read(c.d.cu, c.ctx, C.uint64_t(s), unsafe.Pointer(unsafe.SliceData(dst)), C.uint64_t(src), C.size_t(len(dst))))
 }
 
+// Mail is 16 bytes of host memory, at the same address on the device: a kernel leaves three words there, then sets the fourth.
+type Mail uint64
+
+// AllocMail allocates zeroed mails, which stand one behind the other. It may be called while a stream is being captured.
+func (c *Context) AllocMail(count int) ([]Mail, error) {
+	var p C.uint64_t
+	if err := c.d.check(C.zs_alloc_host(c.d.cu, c.ctx, C.size_t(16*count), &p)); err != nil {
+		return nil, err
+	}
+	mails := make([]Mail, count)
+	for i := range mails {
+		mails[i] = Mail(p) + Mail(16*i)
+	}
+	return mails, nil
+}
+
+// ClearMail is to be called before the launch of what writes it.
+func (c *Context) ClearMail(m Mail) { C.zs_mail_clear(C.uint64_t(m)) }
+
+// AwaitMail waits for the mail. It returns false where the work of the stream has ended without one.
+func (c *Context) AwaitMail(s Stream, m Mail) (words [3]uint32, there bool, err error) {
+	var out [3]C.uint32_t
+	var got C.int
+	err = c.d.check(C.zs_mail_wait(c.d.cu, c.ctx, C.uint64_t(s), C.uint64_t(m), &out[0], &got))
+	return [3]uint32{uint32(out[0]), uint32(out[1]), uint32(out[2])}, got != 0, err
+}
+
 // Write copies host memory to the device in the order of the stream. src may be reused on return.
 func (c *Context) Write(s Stream, dst Pointer, src []byte) error {
 	return c.d.check(C.zs_write(c.d.cu, c.ctx, C.uint64_t(s), C.uint64_t(dst), unsafe.Pointer(unsafe.SliceData(src)), C.size_t(len(src))))

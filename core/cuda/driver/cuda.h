@@ -45,6 +45,9 @@ enum {
   CU_STREAM_CAPTURE_MODE_RELAXED = 2,
   CU_STREAM_NON_BLOCKING = 1,
   CU_EVENT_DISABLE_TIMING = 2,
+  CU_MEMHOSTALLOC_PORTABLE = 1,
+  CU_MEMHOSTALLOC_DEVICEMAP = 2,
+  CUDA_ERROR_NOT_READY = 600,
   CU_USER_OBJECT_NO_DESTRUCTOR_SYNC = 1,
   CU_GRAPH_USER_OBJECT_MOVE = 1,
   CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
@@ -81,6 +84,7 @@ enum {
   X(cuStreamCreateWithPriority, (CUstream *, unsigned, int))                                                 \
   X(cuStreamDestroy_v2, (CUstream))                                                                          \
   X(cuStreamSynchronize, (CUstream))                                                                         \
+  X(cuStreamQuery, (CUstream))                                                                               \
   X(cuStreamWaitEvent, (CUstream, CUevent, unsigned))                                                        \
   X(cuStreamGetCaptureInfo_v2, (CUstream, int *, uint64_t *, CUgraph *, const void ***, size_t *))           \
   X(cuThreadExchangeStreamCaptureMode, (int *))                                                              \
@@ -90,6 +94,7 @@ enum {
   X(cuMemGetInfo_v2, (size_t *, size_t *))                                                                   \
   X(cuMemAlloc_v2, (CUdeviceptr *, size_t))                                                                  \
   X(cuMemFree_v2, (CUdeviceptr))                                                                             \
+  X(cuMemHostAlloc, (void **, size_t, unsigned))                                                             \
   X(cuMemsetD8Async, (CUdeviceptr, unsigned char, size_t, CUstream))                                         \
   X(cuMemcpyDtoHAsync_v2, (void *, CUdeviceptr, size_t, CUstream))                                           \
   X(cuMemcpyHtoDAsync_v2, (CUdeviceptr, const void *, size_t, CUstream))                                     \

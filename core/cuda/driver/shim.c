@@ -295,6 +295,47 @@ zs_result zs_read(zs_cu *cu, uint64_t ctx, uint64_t stream, void *dst, uint64_t 
   LEAVE;
 }
 
+zs_result zs_alloc_host(zs_cu *cu, uint64_t ctx, size_t bytes, uint64_t *ptr) {
+  void *p = NULL;
+  int mode = CU_STREAM_CAPTURE_MODE_RELAXED;
+  ENTER(ctx);
+  TRY(cuThreadExchangeStreamCaptureMode, &mode);
+  CUresult rc = cu->cuMemHostAlloc(&p, bytes, CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP);
+  cu->cuThreadExchangeStreamCaptureMode(&mode);
+  if (rc != 0) r_ = (zs_result){rc, ZS_cuMemHostAlloc};
+  else memset(p, 0, bytes);
+  *ptr = OUT(p);
+  LEAVE;
+}
+
+void zs_mail_clear(uint64_t mail) { __atomic_store_n(P(uint32_t *, mail) + 3, 0, __ATOMIC_RELEASE); }
+
+static int mail_read(uint64_t mail, uint32_t out[3]) {
+  const uint32_t *words = P(const uint32_t *, mail);
+  if (__atomic_load_n(words + 3, __ATOMIC_ACQUIRE) == 0) return 0;
+  memcpy(out, words, 12);
+  return 1;
+}
+
+// Reading a word in host memory is some microseconds faster than any wait of the driver's. The driver is asked now and then, for work that
+// failed; after some milliseconds the stream has a lot to do, and the wait is the driver's.
+zs_result zs_mail_wait(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t mail, uint32_t out[3], int *there) {
+  ENTER(ctx);
+  CUresult rc = CUDA_ERROR_NOT_READY;
+  for (int turn = 0; turn < 1000 && rc == CUDA_ERROR_NOT_READY; turn++) {
+    for (int i = 0; i < 2000; i++)
+      if ((*there = mail_read(mail, out)) != 0) goto leave;
+    rc = cu->cuStreamQuery(P(CUstream, stream));
+  }
+  if (rc == CUDA_ERROR_NOT_READY) {
+    TRY(cuStreamSynchronize, P(CUstream, stream));
+  } else if (rc != 0) {
+    r_ = (zs_result){rc, ZS_cuStreamQuery};
+  }
+  *there = mail_read(mail, out);
+  LEAVE;
+}
+
 // From pageable memory the driver has taken its copy when this returns, so the caller may reuse src.
 zs_result zs_write(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t dst, const void *src, size_t bytes) {
   ENTER(ctx);

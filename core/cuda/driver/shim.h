@@ -69,6 +69,12 @@ zs_result zs_event_destroy(zs_cu *cu, uint64_t ctx, uint64_t event);
 zs_result zs_event_record(zs_cu *cu, uint64_t ctx, uint64_t event, uint64_t stream);
 zs_result zs_memory_info(zs_cu *cu, uint64_t ctx, size_t *free, size_t *total);
 zs_result zs_alloc_filled(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint8_t value, uint64_t *ptr);
+// Host memory that kernels write to, at the same address. Zeroed. Safe while another stream is being captured.
+zs_result zs_alloc_host(zs_cu *cu, uint64_t ctx, size_t bytes, uint64_t *ptr);
+// Three words that a kernel leaves in host memory, followed by a fourth that is not 0: zs_mail_clear before its launch, then zs_mail_wait. *there is 0
+// where the stream's work has ended without them.
+void zs_mail_clear(uint64_t mail);
+zs_result zs_mail_wait(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t mail, uint32_t out[3], int *there);
 zs_result zs_free(zs_cu *cu, uint64_t ctx, uint64_t ptr);
 zs_result zs_read(zs_cu *cu, uint64_t ctx, uint64_t stream, void *dst, uint64_t src, size_t bytes);
 zs_result zs_write(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t dst, const void *src, size_t bytes);

@@ -4,6 +4,7 @@ package engine
 
 import (
 	"encoding/binary"
+	"sync"
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/plan"
@@ -17,6 +18,36 @@ type Compression struct {
 	Ld      uint64
 	Header  format.Header  // M, K and Shape; the rest is filled in by CompressPlan
 	Scratch driver.Pointer // CompressScratch bytes, which belong to the compression from CompressPlan to the end of CompressWrite's work
+}
+
+// mailbox is the mails that no compression waits for.
+type mailbox struct {
+	mu   sync.Mutex
+	free []driver.Mail
+}
+
+const moreMails = 64 // a time
+
+func (b *mailbox) take(ctx *driver.Context) (driver.Mail, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.free) == 0 {
+		more, err := ctx.AllocMail(moreMails)
+		if err != nil {
+			return 0, err
+		}
+		b.free = more
+	}
+	last := len(b.free) - 1
+	m := b.free[last]
+	b.free = b.free[:last]
+	return m, nil
+}
+
+func (b *mailbox) give(m driver.Mail) {
+	b.mu.Lock()
+	b.free = append(b.free, m)
+	b.mu.Unlock()
 }
 
 type compressor struct {
@@ -62,7 +93,7 @@ func (p *Compression) check() error {
 
 // CompressScratch is the bytes of device memory that a compression needs beside the blob.
 func (d *Device) CompressScratch(m, k uint64) uint64 {
-	return plan.Compress(d.planDevice, m, k).Scratch
+	return plan.CompressScratch(d.planDevice, m, k)
 }
 
 // CompressPlan reads the weights, waits for the result and fills in the header, whose Sections then tell the blob's size.
@@ -78,15 +109,29 @@ func (d *Device) CompressPlan(p *Compression) error {
 	if err := d.launch(c.first, p.Stream, uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch)); err != nil {
 		return err
 	}
-	if err := d.launch(c.scan, p.Stream, uint64(c.plan.Blocks), uint64(p.Scratch)); err != nil {
+	mail, err := d.mails.take(d.ctx)
+	if err != nil {
 		return err
 	}
-	var totals [16]byte
-	if err := d.ctx.Read(p.Stream, totals[:], p.Scratch); err != nil {
+	d.ctx.ClearMail(mail)
+	if err := d.launchEarly(c.scan, p.Stream, true, uint64(c.plan.Blocks), uint64(p.Scratch), uint64(mail)); err != nil {
+		d.mails.give(mail)
 		return err
 	}
-	h.Checksum = binary.LittleEndian.Uint32(totals[8:])
-	h.EscapeBytes = 16 * binary.LittleEndian.Uint64(totals[:])
+	totals, there, err := d.ctx.AwaitMail(p.Stream, mail)
+	if err != nil {
+		return err // and the mail is lost: a kernel may still write it
+	}
+	d.mails.give(mail)
+	if !there {
+		var bytes [16]byte
+		if err := d.ctx.Read(p.Stream, bytes[:], p.Scratch); err != nil {
+			return err
+		}
+		totals = [3]uint32{binary.LittleEndian.Uint32(bytes[:]), binary.LittleEndian.Uint32(bytes[4:]), binary.LittleEndian.Uint32(bytes[8:])}
+	}
+	h.Checksum = totals[2]
+	h.EscapeBytes = 16 * (uint64(totals[1])<<32 | uint64(totals[0]))
 	if format.TiledSections(h.DType, h.M, h.K, h.EscapeBytes).Total < format.RawSize(h.M, h.K) {
 		h.Mode = format.Tiled
 	} else {

@@ -30,6 +30,7 @@ type Device struct {
 	modules map[string]*loading // by source and defines
 	linears sync.Map            // linearKey -> *linearPlan
 	codecs  sync.Map            // codecKey -> *kernel or *compressor
+	mails   mailbox
 	choices choices
 }
 

@@ -195,11 +195,22 @@ func TestCompress(t *testing.T) {
 	ctx, err := f.Open().PrimaryContext(0)
 	require.NoError(t, err)
 	for name, c := range map[string]struct {
-		units uint64
-		mode  format.Mode
-	}{"small lists": {50, format.Tiled}, "lists that eat the gain": {1 << 20, format.Raw}} {
+		units   uint64
+		mode    format.Mode
+		fail    string // a call of the driver that tells code from now on
+		code    int
+		waiting int // for the stream
+	}{
+		"small lists":              {units: 50, mode: format.Tiled},
+		"lists that eat the gain":  {units: 1 << 20, mode: format.Raw},
+		"totals without mail":      {units: 50, mode: format.Tiled, fail: "mail", code: 1, waiting: 1},
+		"a stream with much to do": {units: 50, mode: format.Tiled, fail: "cuStreamQuery", code: 600, waiting: 2},
+	} {
 		t.Run(name, func(t *testing.T) {
 			f.Reset()
+			if c.fail != "" {
+				f.Fail(c.fail, c.code, 0)
+			}
 			totals := binary.LittleEndian.AppendUint64(nil, c.units)
 			totals = binary.LittleEndian.AppendUint64(totals, 0xC0FFEE)
 			require.NoError(t, ctx.Write(0, scratch, totals)) // what the scan kernel would write
@@ -208,13 +219,14 @@ func TestCompress(t *testing.T) {
 			assert.Equal(t, c.mode, p.Header.Mode)
 			assert.EqualValues(t, 0xC0FFEE, p.Header.Checksum)
 			require.Len(t, launches(f), 2)
-			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 26,1,1")
+			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 52,1,1")
 			assert.Contains(t, launches(f)[1], "zs_compress_scan grid 1,1,1 block 1024")
-			assert.Equal(t, 1, count(f, "synchronize"))
+			assert.Equal(t, []bool{false, true}, early(f))
+			assert.Equal(t, c.waiting, count(f, "synchronize"))
 			require.NoError(t, d.CompressWrite(&p, blob))
 			if c.mode == format.Tiled {
 				require.Len(t, launches(f), 3)
-				assert.Contains(t, launches(f)[2], "zs_compress_write grid 26,1,1")
+				assert.Contains(t, launches(f)[2], "zs_compress_write grid 52,1,1")
 			} else {
 				assert.Len(t, launches(f), 2)
 			}
@@ -285,7 +297,7 @@ func TestOnlyBlobsThatWereReadBeforeAreFetchedEarly(t *testing.T) {
 	require.NoError(t, d.CompressWrite(&c, blob))
 	linear()
 	linear()
-	assert.Equal(t, []bool{false, false, false, false, false, true}, early(f), "product, three kernels of the compression, products")
+	assert.Equal(t, []bool{false, false, true, false, false, true}, early(f), "product, three kernels of the compression, products")
 }
 
 func TestOldGPUsFetchNothingEarly(t *testing.T) {

@@ -30,7 +30,6 @@ func Decompress(d Device, rows, k uint64) Kernel {
 type Compression struct {
 	Plan, Scan, Write Kernel
 	Blocks            uint32
-	Scratch           uint64 // bytes
 }
 
 const (
@@ -45,9 +44,8 @@ func compressSmem(warps int) (plan, write, scan int) {
 
 // Compress plans the kernels that write a blob.
 func Compress(d Device, m, k uint64) Compression {
-	tiles := Tiles(m, k)
 	planSmem, writeSmem, scanSmem := compressSmem(compressWarps)
-	blocks := uint32(min(ceilDiv(tiles, compressWarps), uint64(d.SMs*compressBlocks)))
+	blocks := uint32(compressGrid(d, Tiles(m, k)))
 	kernel := func(entry string, grid, block uint32, smem int) Kernel {
 		return Kernel{
 			Source: "compress.cu", Entry: entry,
@@ -55,13 +53,24 @@ func Compress(d Device, m, k uint64) Compression {
 			Grid:    grid, Block: block, Smem: uint32(smem),
 		}
 	}
+	scan := kernel("zs_compress_scan", 1, 1024, scanSmem)
+	scan.Programmatic = d.Capability >= 90
 	return Compression{
-		Plan:    kernel("zs_compress_plan", blocks, 32*compressWarps, planSmem),
-		Scan:    kernel("zs_compress_scan", 1, 1024, scanSmem),
-		Write:   kernel("zs_compress_write", blocks, 32*compressWarps, writeSmem),
-		Blocks:  blocks,
-		Scratch: 16 + ceilDiv(8*uint64(blocks), 16)*16 + 8*tiles,
+		Plan:   kernel("zs_compress_plan", blocks, 32*compressWarps, planSmem),
+		Scan:   scan,
+		Write:  kernel("zs_compress_write", blocks, 32*compressWarps, writeSmem),
+		Blocks: blocks,
 	}
+}
+
+// CompressScratch is the bytes of device memory that a compression needs beside the blob.
+func CompressScratch(d Device, m, k uint64) uint64 {
+	tiles := Tiles(m, k)
+	return 16 + ceilDiv(8*compressGrid(d, tiles), 16)*16 + 8*tiles
+}
+
+func compressGrid(d Device, tiles uint64) uint64 {
+	return min(ceilDiv(tiles, compressWarps), uint64(d.SMs*compressBlocks))
 }
 
 func clampGrid(n uint64) uint32 { return uint32(min(max(n, 1), 1<<31-1)) }

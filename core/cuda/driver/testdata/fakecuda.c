@@ -219,10 +219,19 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
   char args[512] = "";
   size_t n = 0;
-  int count = (int)strlen(fn->name) == 0 ? 0 : 4; // the first parameters are enough to see that they arrive
+  int scan = strcmp(fn->name, "zs_compress_scan") == 0;
+  int count = (int)strlen(fn->name) == 0 ? 0 : scan ? 3 : 4; // the first parameters are enough to see that they arrive
   for (int i = 0; i < count; i++) n += (size_t)snprintf(args + n, sizeof args - n, " %llx", (unsigned long long)*(uint64_t *)params[i]);
   note("launch %d %s grid %u,%u,%u block %u smem %u stream %llx pdl %d args%s\n", fn->device, fn->name, c->gridDimX, c->gridDimY, c->gridDimZ,
        c->blockDimX, c->sharedMemBytes, (unsigned long long)(uintptr_t)c->hStream, pdl, args);
+  // The one kernel that the host waits for: its totals are in the scratch memory already, the mail is what is left to do. A test that lets "mail" or
+  // cuStreamQuery fail gets none.
+  if (scan && *(uint64_t *)params[2] != 0 && strcmp(fail_call, "mail") != 0 && strcmp(fail_call, "cuStreamQuery") != 0) {
+    const uint32_t *totals = (const uint32_t *)*(uintptr_t *)params[1];
+    uint32_t *mail = (uint32_t *)*(uintptr_t *)params[2];
+    mail[0] = totals[0], mail[1] = totals[1], mail[2] = totals[2];
+    __atomic_store_n(mail + 3, 1, __ATOMIC_RELEASE);
+  }
   return OK;
 }
 
@@ -253,6 +262,11 @@ EXPORT CUresult cuStreamSynchronize(CUstream s) {
   note("synchronize\n");
   return OK;
 }
+EXPORT CUresult cuStreamQuery(CUstream s) {
+  START_CTX(cuStreamQuery);
+  if (capturing_stream != 0 && (uint64_t)(uintptr_t)s == capturing_stream) return CAPTURE_UNSUPPORTED;
+  return OK;
+}
 EXPORT CUresult cuStreamWaitEvent(CUstream s, CUevent e, unsigned flags) { START_CTX(cuStreamWaitEvent); (void)s; (void)e; note("wait\n"); return flags == 0 ? OK : INVALID_VALUE; }
 EXPORT CUresult cuStreamGetCaptureInfo_v2(CUstream s, int *status, uint64_t *id, CUgraph *g, const void ***deps, size_t *n) {
   START_CTX(cuStreamGetCaptureInfo_v2);
@@ -276,6 +290,14 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *p, size_t n) {
   memset((void *)(uintptr_t)*p, 0xCD, n); // fresh device memory is not zero
   __atomic_add_fetch(&live_allocs, 1, __ATOMIC_RELAXED);
   note("alloc %zu\n", n);
+  return OK;
+}
+EXPORT CUresult cuMemHostAlloc(void **p, size_t n, unsigned flags) {
+  START_CTX(cuMemHostAlloc);
+  if (flags != (CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP)) return INVALID_VALUE;
+  if (capturing_stream != 0 && capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED) return CAPTURE_UNSUPPORTED;
+  *p = malloc(n);
+  memset(*p, 0xCD, n);
   return OK;
 }
 EXPORT CUresult cuMemFree_v2(CUdeviceptr p) { START_CTX(cuMemFree_v2); free((void *)(uintptr_t)p); __atomic_sub_fetch(&live_allocs, 1, __ATOMIC_RELAXED); return OK; }
