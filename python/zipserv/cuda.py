@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _zipserv
-from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE
+from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
 __all__ = ["batch_invariant", "changed", "clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
 
@@ -195,22 +195,32 @@ def _decode_on_host(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: i
 # --- compress -------------------------------------------------------------------------------------------------------
 
 
-def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device; the bytes are the codec's.
+def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, Header]:
+    """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device, and what its header says;
+    the bytes are the codec's.
 
     Waits for the device once, between the two passes: the size is known only then.
     """
     if weight.dtype is not _bf16:
-        return _compress_on_host(weight, m, k, shape, DTYPE_CODES[weight.dtype]).to(weight.device)
-    index = weight.get_device()
-    scratch = torch.empty(_zipserv.cuda_compress_scratch(index, m, k), dtype=torch.uint8, device=weight.device)
-    job = (index, _stream(index), weight.data_ptr(), k, m, k, tuple(shape), scratch.data_ptr())
+        host = _compress_on_host(weight, m, k, shape, DTYPE_CODES[weight.dtype])
+        return host.to(weight.device), parse_header(host)
+    index, device = weight.get_device(), weight.device
+    scratch = torch.empty(_zipserv.cuda_compress_scratch(index, m, k), dtype=torch.uint8, device=device)
+    job = (index, _stream(index), weight.data_ptr(), k, m, k, shape, scratch.data_ptr())
     mode, nbytes, escape_bytes, checksum = _zipserv.cuda_compress_plan(*job)
-    blob = torch.empty(nbytes, dtype=torch.uint8, device=weight.device)
+    blob = torch.empty(nbytes, dtype=torch.uint8, device=device)
     _zipserv.cuda_compress_write(*job, mode, escape_bytes, checksum, blob.data_ptr())
     if mode == _RAW:
         blob[HEADER_BYTES:].copy_(weight.view(-1).view(torch.uint8))
-    return blob
+    return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
+
+
+def eager_compress(weight: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, Header] | None:
+    """:func:`compress` past torch's dispatcher; the header that is known on the host anyway need not be read from the device, which would
+    wait for it. None where something needs the dispatcher."""
+    if weight.__class__ is not torch.Tensor or _mode_count() or _transform() is not None:
+        return None
+    return compress(weight.contiguous(), m, k, tuple(weight.shape))
 
 
 def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], code: int) -> torch.Tensor:

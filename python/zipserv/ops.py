@@ -236,7 +236,7 @@ def _decompress_out_cuda(blob: torch.Tensor, m: int, k: int, dtype_code: int, ro
 def _compress_cuda(weight: torch.Tensor) -> torch.Tensor:
     weight = weight.contiguous()
     m, k = storage_shape(weight.shape)
-    blob: torch.Tensor = cuda_module().compress(weight, m, k, tuple(weight.shape))
+    blob: torch.Tensor = cuda_module().compress(weight, m, k, tuple(weight.shape))[0]
     return blob
 
 
