@@ -164,6 +164,40 @@ def test_generates_the_same_tokens(name: str, folders: Any) -> None:
     assert torch.equal(model.generate(ids, **arguments), expected)
 
 
+#: Merged groups of the two layers of each model: q, k and v; gate and up.
+MERGED = {"llama": 4, "llama-tied": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "gemma2": 4, "gemma3": 4, "phi": 2, "phi3": 0, "gpt2": 0,
+          "mixtral": 2, "qwen2-moe": 4, "qwen3-moe": 2, "t5": 6, "bert": 2, "vit": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_layers_as_on_a_gpu(name: str, folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product for each group, in code that knows nothing of it: results are views into wider ones."""
+    from zipserv import merged
+
+    model = load(name, folders(name), quantization_config=ZipServConfig())
+    groups = {id(module._group) for module in model.modules() if isinstance(module, merged.MergedLinear)}
+    assert len(groups) == MERGED[name]
+    expected = run(name, model)
+    products: list[int] = []
+    monkeypatch.setattr(merged, "_SHARED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(merged, "linear_blob", lambda *arguments: products.append(1) or zipserv.tensor.linear_blob(*arguments))
+    torch.testing.assert_close(run(name, model), expected, rtol=3e-2, atol=3e-2)
+    assert len(products) == len(groups)
+    apart = load(name, folders(name), quantization_config=ZipServConfig(merge=False))
+    assert not any(isinstance(module, merged.MergedLinear) for module in apart.modules())
+    assert torch.equal(run(name, apart), expected)
+
+
+def test_merging_is_no_matter_of_files(folders: Any, tmp_path: Path) -> None:
+    made = load("llama", folders("llama"), quantization_config=ZipServConfig())
+    apart = load("llama", folders("llama"), quantization_config=ZipServConfig(merge=False))
+    for model, folder in ((made, tmp_path / "merged"), (apart, tmp_path / "apart")):
+        model.save_pretrained(folder)
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / "merged" / file).read_bytes() == (tmp_path / "apart" / file).read_bytes()
+    assert "merge" not in json.loads((tmp_path / "merged" / "config.json").read_text())["quantization_config"]
+
+
 def test_tied_weights_are_compressed_once(folders: Any, tmp_path: Path) -> None:
     model = load("llama-tied", folders("llama-tied"), quantization_config=ZipServConfig())
     for each in (model, model.to("cpu"), reload(model, tmp_path)):
