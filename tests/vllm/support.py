@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.config import DeviceConfig, ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.model_loader import get_model_loader
@@ -56,11 +56,13 @@ def current_config(**kwargs: Any) -> contextlib.AbstractContextManager[None]:
     return set_current_vllm_config(VllmConfig(device_config=DeviceConfig("cpu"), **kwargs))
 
 
-def join_group(rank: int, world: int, port: int, pipeline: int = 1) -> None:
+def join_group(rank: int, world: int, port: int, **parallel: Any) -> None:
+    """Into a gloo group of ``world`` ranks; ``parallel`` is what vLLM's ParallelConfig takes."""
     register()
-    with current_config():
+    config = ParallelConfig(**parallel)
+    with current_config(parallel_config=config):
         init_distributed_environment(world, rank, f"tcp://127.0.0.1:{port}", rank, "gloo")
-        initialize_model_parallel(world // pipeline, pipeline)
+        initialize_model_parallel(config.tensor_parallel_size, config.pipeline_parallel_size)
 
 
 class Folders:

@@ -1,76 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor, pipeline and expert parallel: one process for each rank, gloo between them, the same folder for all."""
+"""Tensor, pipeline, data and expert parallel: one process for each rank, gloo between them, the same folder for all."""
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import rank
+import ranks
 import reference
 import support
 import torch
-
-HERE = Path(__file__).parent
-TOKENS = torch.tensor([3, 1, 4, 1, 5, 9, 2, 6, 5, 3])
+import untouched
 
 
-def run_ranks(folders, tmp_path: Path, name: str, way: str, tensor: int, pipeline: int = 1, *options: str) -> dict[int, dict]:
-    world, port, out = tensor * pipeline, str(support.free_port()), tmp_path / "out"
-    zipped = "flag" if way == "plain" else str(folders.compressed(name))
-    arguments = [str(world), port, str(pipeline), str(folders.plain(name)), zipped, str(out), *options]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    ranks = [subprocess.Popen([sys.executable, HERE / "rank.py", str(rank), *arguments], **pipes) for rank in range(world)]
-    outputs = []
-    try:
-        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(output[-3000:] for output in outputs)
+def run_ranks(folders, tmp_path: Path, name: str, way: str, **sizes) -> dict[int, dict]:
+    job = rank.Job(folders.plain(name), None if way == "plain" else folders.compressed(name), **sizes)
+    port = support.free_port()
+    ranks.run([(rank.main, (job, number, port, tmp_path / "out")) for number in range(job.world)], tmp_path)
     return {int(path.suffix[1:]): torch.load(path) for path in tmp_path.glob("out.*")}
+
+
+def single(folders, name: str, replica: int = 0) -> torch.Tensor:
+    """Logits of the uncompressed model in one process."""
+    with support.load(folders.plain(name)) as one:
+        return reference.logits(one.model, one.config, rank.tokens_of(replica)).float()
 
 
 @pytest.mark.parametrize(
     "name,way,tensor",
-    [("llama", "compressed", 2), ("llama", "plain", 2), ("llama-odd", "compressed", 2), ("qwen2-tied", "compressed", 2), ("llama", "compressed", 4)],
+    [
+        ("llama", "compressed", 2),
+        ("llama", "plain", 2),
+        ("llama-odd", "compressed", 2),
+        ("qwen2-tied", "compressed", 2),
+        ("llama", "compressed", 4),
+        ("llama", "compressed", 8),
+    ],
 )
 def test_tensor_parallel(folders, tmp_path, name, way, tensor) -> None:
     """Each rank's layers give the bits of its uncompressed shard; so do the logits; and TP changes no more than rounding."""
-    results = run_ranks(folders, tmp_path, name, way, tensor)
+    results = run_ranks(folders, tmp_path, name, way, tensor=tensor)
     assert len(results) == tensor
-    with support.load(folders.plain(name)) as one:
-        single = reference.logits(one.model, one.config, TOKENS).float()
+    expected = single(folders, name)
     for result in results.values():
         assert torch.equal(result["got"], result["expected"])
-        assert (result["got"].float() - single).abs().max() < 0.03 * single.abs().max()
+        assert (result["got"].float() - expected).abs().max() < 0.03 * expected.abs().max()
+        assert result["planned"][0] == result["planned"][1]
 
 
-@pytest.mark.parametrize("options", [(), ("--expert-parallel",)])
-def test_moe_parallel(folders, tmp_path, options) -> None:
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_moe_parallel(folders, tmp_path, expert_parallel) -> None:
     """Experts cut in two, or half of them on each rank: their weights bit for bit, and the logits of one process up to rounding."""
-    results = run_ranks(folders, tmp_path, "mixtral", "compressed", 2, 1, *options)
-    with support.load(folders.plain("mixtral")) as one:
-        single = reference.logits(one.model, one.config, TOKENS).float()
+    results = run_ranks(folders, tmp_path, "mixtral", "compressed", tensor=2, expert_parallel=expert_parallel)
+    expected = single(folders, "mixtral")
     assert len(results) == 2
     for result in results.values():
-        assert (result["got"].float() - single).abs().max() <= 0.03 * single.abs().max()
+        assert (result["got"].float() - expected).abs().max() <= 0.03 * expected.abs().max()
+        assert result["planned"][0] == result["planned"][1]
 
 
 def test_pipeline_parallel(folders, tmp_path) -> None:
     """Each stage loads its own layers from the one folder; the last stage's logits are those of one process, bit for bit."""
-    results = run_ranks(folders, tmp_path, "llama", "compressed", 1, 2)
-    with support.load(folders.plain("llama")) as one:
-        single = reference.logits(one.model, one.config, TOKENS)
-    assert list(results) == [1] and torch.equal(results[1]["got"], single)
+    results = run_ranks(folders, tmp_path, "llama", "compressed", pipeline=2)
+    assert list(results) == [1] and torch.equal(results[1]["got"].float(), single(folders, "llama"))
+
+
+def test_data_parallel(folders, tmp_path) -> None:
+    """Two replicas with a request each, and each of two ranks: the logits of the uncompressed model, bit for bit."""
+    results = run_ranks(folders, tmp_path, "llama", "compressed", tensor=2, data=2)
+    assert sorted(results) == [0, 1, 2, 3]
+    for number, result in results.items():
+        expected = single(folders, "llama", number // 2)
+        assert torch.equal(result["got"], result["expected"]) and result["got"].shape == expected.shape
+        assert (result["got"].float() - expected).abs().max() < 0.03 * expected.abs().max()
+    assert results[0]["got"].shape != results[2]["got"].shape
 
 
 @pytest.mark.parametrize("kind", ["column", "row"])
-def test_a_rank_reads_only_its_own_tiles(kind) -> None:
+def test_a_rank_reads_only_its_own_tiles(kind, tmp_path) -> None:
     """At TP = 4, three quarters of the blob's pages can be made unreadable without the rank noticing."""
-    done = subprocess.run([sys.executable, HERE / "untouched.py", kind], capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    readable, pages = re.search(r"readable (\d+) of (\d+) pages", done.stdout).groups()
-    assert int(readable) < 0.35 * int(pages)
+    ranks.run([(untouched.main, (kind, tmp_path / "pages"))], tmp_path, timeout=300)
+    readable, pages = map(int, (tmp_path / "pages").read_text().split())
+    assert readable < 0.35 * pages

@@ -24,38 +24,27 @@ def test_entry_point() -> None:
     assert found.load() is register
 
 
-def test_vllm_loads_it() -> None:
-    code = """
-from vllm.plugins import load_general_plugins
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
-before = "zipserv" in QUANTIZATION_METHODS
-load_general_plugins()
+def test_vllm_finds_it(folders) -> None:
+    """From the arguments of a command line to the configuration, in a process that only vLLM sets up: a compressed folder needs no flag, a
+    plain one takes it, and before vLLM has loaded its plugins there is no such method."""
+    code = f"""
 import json
-print(json.dumps([before, "zipserv" in QUANTIZATION_METHODS, get_quantization_config("zipserv").__module__]))
-"""
-    assert json.loads(python(code)) == [False, True, "zipserv.integrations.vllm.config"]
-
-
-def test_a_compressed_folder_needs_no_flag(folders) -> None:
-    """From the command line's arguments to the configuration, in a process that only vLLM sets up."""
-    code = f"""
-from vllm.engine.arg_utils import EngineArgs
-config = EngineArgs(model={str(folders.compressed("llama"))!r}, dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True).create_engine_config()
-print(config.model_config.quantization, type(config.quant_config).__name__)
-"""
-    assert python(code) == "zipserv ZipServConfig"
-
-
-def test_the_flag_is_accepted(folders) -> None:
-    code = f"""
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+found = ["zipserv" in QUANTIZATION_METHODS]
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+plain, compressed = {str(folders.plain("llama"))!r}, {str(folders.compressed("llama"))!r}
+def note(config):
+    found.append([config.model_config.quantization, type(config.quant_config).__name__])
+note(EngineArgs(model=compressed, dtype="bfloat16", skip_tokenizer_init=True, enforce_eager=True).create_engine_config())
 parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-args = parser.parse_args(["--model", {str(folders.plain("llama"))!r}, "--quantization", "zipserv", "--skip-tokenizer-init", "--enforce-eager"])
-config = EngineArgs.from_cli_args(args).create_engine_config()
-print(config.model_config.quantization, type(config.quant_config).__name__)
+args = parser.parse_args(["--model", plain, "--quantization", "zipserv", "--skip-tokenizer-init", "--enforce-eager"])
+note(EngineArgs.from_cli_args(args).create_engine_config())
+found += ["zipserv" in QUANTIZATION_METHODS, get_quantization_config("zipserv").__module__]
+print(json.dumps(found))
 """
-    assert python(code) == "zipserv ZipServConfig"
+    expected = ["zipserv", "ZipServConfig"]
+    assert json.loads(python(code)) == [False, expected, expected, True, "zipserv.integrations.vllm.config"]
 
 
 def test_importing_the_plugin_needs_no_vllm() -> None:
