@@ -218,11 +218,11 @@ func zsgo_decode_rows(blob unsafe.Pointer, n, row0, row1 C.uint64_t, dst unsafe.
 	})
 }
 
-// linearPoll is how many bytes of products take about as long as decoding pollFrom bytes.
+// linearPoll is how many bytes of products take about as long as decoding one.
 const linearPoll = 16
 
 //export zsgo_linear
-func zsgo_linear(blob unsafe.Pointer, n, m, k C.uint64_t, x unsafe.Pointer, xStride, rows C.uint64_t, bias, y unsafe.Pointer, yStride C.uint64_t, threads C.int32_t) C.int32_t {
+func zsgo_linear(blob unsafe.Pointer, n, m, k, row0, row1 C.uint64_t, x unsafe.Pointer, xStride, rows C.uint64_t, bias, y unsafe.Pointer, yStride C.uint64_t, threads C.int32_t) C.int32_t {
 	return guardLong(C.ZS_ERR_FORMAT, uint64(n)*(uint64(rows)/4+1)/linearPoll, func(ctx context.Context) error {
 		v, err := view(blob, n)
 		if err != nil {
@@ -231,35 +231,40 @@ func zsgo_linear(blob unsafe.Pointer, n, m, k C.uint64_t, x unsafe.Pointer, xStr
 		if v.Header.M != uint64(m) || v.Header.K != uint64(k) {
 			return badArgument("the blob holds %d x %d weights, not %d x %d", v.Header.M, v.Header.K, uint64(m), uint64(k))
 		}
-		if rows == 0 {
-			return nil
+		if row0 > row1 || row1 > m {
+			return badArgument("rows %d to %d are not a range of a matrix with %d rows", uint64(row0), uint64(row1), v.Header.M)
 		}
-		if rows > 1 && (xStride < k || yStride < m) {
-			return badArgument("strides of %d and %d elements are not possible for rows of %d and %d", uint64(xStride), uint64(yStride), uint64(k), uint64(m))
+		p := codec.Product{
+			Row0: uint64(row0), Row1: uint64(row1), Tokens: uint64(rows), XStride: uint64(xStride), YStride: uint64(yStride), Threads: int(threads),
 		}
-		p := codec.Product{Tokens: uint64(rows), XStride: uint64(xStride), YStride: uint64(yStride), Threads: int(threads)}
-		for _, side := range []struct {
-			name    string
-			p       unsafe.Pointer
-			stride  C.uint64_t
-			columns C.uint64_t
-			to      *[]byte
-		}{{"x", x, xStride, k, &p.X}, {"y", y, yStride, m, &p.Y}} {
-			gaps, fits := bounded(uint64(side.stride), uint64(rows-1))
-			if !fits {
-				return badArgument("%s: %d rows with a stride of %d elements are more than can be addressed", side.name, uint64(rows), uint64(side.stride))
-			}
-			if *side.to, err = memory(side.name, side.p, C.uint64_t(2*(gaps+uint64(side.columns)))); err != nil {
-				return err
-			}
+		if rows == 0 || row0 == row1 {
+			return v.Linear(ctx, p)
+		}
+		if p.X, err = strided("x", x, rows, xStride, k); err != nil {
+			return err
+		}
+		if p.Y, err = strided("y", y, rows, yStride, row1-row0); err != nil {
+			return err
 		}
 		if bias != nil {
-			if p.Bias, err = memory("bias", bias, 2*m); err != nil {
+			if p.Bias, err = memory("bias", bias, 2*(row1-row0)); err != nil {
 				return err
 			}
 		}
 		return v.Linear(ctx, p)
 	})
+}
+
+//export zsgo_linear_few
+func zsgo_linear_few() C.uint64_t { return C.uint64_t(codec.FewTokens()) }
+
+// strided views rows of 16-bit elements, the last of which may end with its columns.
+func strided(name string, p unsafe.Pointer, rows, stride, columns C.uint64_t) ([]byte, error) {
+	gaps, fits := bounded(uint64(stride), uint64(rows-1))
+	if !fits || rows > 1 && stride < columns {
+		return nil, badArgument("%s: %d rows of %d elements with a stride of %d are not possible", name, uint64(rows), uint64(columns), uint64(stride))
+	}
+	return memory(name, p, C.uint64_t(2*(gaps+uint64(columns))))
 }
 
 // bounded multiplies; fits says that twice the product and more is still far from overflow.

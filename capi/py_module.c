@@ -134,22 +134,29 @@ static PyObject *py_decode_rows(PyObject *self, PyObject *const *args, Py_ssize_
 
 static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("linear", 11);
+    ARGS("linear", 13);
     ARG(0, ptr);
     ARG(1, length);
     ARG(2, m);
     ARG(3, k);
-    ARG(4, x_ptr);
-    ARG(5, x_stride);
-    ARG(6, rows);
-    ARG(7, bias_ptr);
-    ARG(8, y_ptr);
-    ARG(9, y_stride);
-    ARG(10, threads);
+    ARG(4, row0);
+    ARG(5, row1);
+    ARG(6, x_ptr);
+    ARG(7, x_stride);
+    ARG(8, rows);
+    ARG(9, bias_ptr);
+    ARG(10, y_ptr);
+    ARG(11, y_stride);
+    ARG(12, threads);
     int32_t code, most = threads > INT32_MAX ? INT32_MAX : (int32_t)threads;
-    ZS_PY_LONG(code = zs_linear(POINTER(ptr), length, m, k, POINTER(x_ptr), x_stride, rows, POINTER(bias_ptr), POINTER(y_ptr), y_stride, most));
+    ZS_PY_LONG(code = zs_linear(POINTER(ptr), length, m, k, row0, row1, POINTER(x_ptr), x_stride, rows, POINTER(bias_ptr), POINTER(y_ptr), y_stride, most));
     if (code != ZS_OK) return zs_py_fail(code);
     Py_RETURN_NONE;
+}
+
+static PyObject *py_linear_few(PyObject *self, PyObject *args) {
+    (void)self, (void)args;
+    return PyLong_FromUnsignedLongLong(zs_linear_few());
 }
 
 static PyObject *py_histogram(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
@@ -196,7 +203,8 @@ static PyMethodDef methods[] = {
     FUNCTION(header, "header(ptr, length) -> dict: the same from the first 128 bytes; tiles' counters are 0"),
     FUNCTION(check, "check(ptr, length, full) -> None: raises Error for a blob that is not valid"),
     FUNCTION(decode_rows, "decode_rows(ptr, length, row0, row1, dst_ptr, dst_len, stride) -> None"),
-    FUNCTION(linear, "linear(ptr, length, m, k, x_ptr, x_stride, rows, bias_ptr, y_ptr, y_stride, threads) -> None"),
+    FUNCTION(linear, "linear(ptr, length, m, k, row0, row1, x_ptr, x_stride, rows, bias_ptr, y_ptr, y_stride, threads) -> None"),
+    {"linear_few", py_linear_few, METH_NOARGS, "linear_few() -> int: rows up to which linear is faster than decoding and a product"},
     FUNCTION(histogram, "histogram(ptr, n_elements, dtype_code) -> list of 256 counts of exponents"),
     FUNCTION(checksum, "checksum(ptr, m, k) -> int"),
     {NULL, NULL, 0, NULL},

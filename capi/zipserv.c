@@ -152,16 +152,18 @@ int32_t zs_decode_rows(const void *blob, uint64_t len, uint64_t row0, uint64_t r
     return zsgo_decode_rows((void *)blob, len, row0, row1, dst, dst_len, stride);
 }
 
-int32_t zs_linear(const void *blob, uint64_t len, uint64_t m, uint64_t k, const void *x, uint64_t x_stride, uint64_t rows, const void *bias, void *y,
-                  uint64_t y_stride, int32_t threads) {
+int32_t zs_linear(const void *blob, uint64_t len, uint64_t m, uint64_t k, uint64_t row0, uint64_t row1, const void *x, uint64_t x_stride, uint64_t rows,
+                  const void *bias, void *y, uint64_t y_stride, int32_t threads) {
     REFUSE_IN_CHILD();
     REQUIRE(blob);
-    if (rows > 0) {
+    if (rows > 0 && row0 != row1) {
         REQUIRE(x);
         REQUIRE(y);
     }
-    return zsgo_linear((void *)blob, len, m, k, (void *)x, x_stride, rows, (void *)bias, y, y_stride, threads);
+    return zsgo_linear((void *)blob, len, m, k, row0, row1, (void *)x, x_stride, rows, (void *)bias, y, y_stride, threads);
 }
+
+uint64_t zs_linear_few(void) { return zs_forked() ? 0 : zsgo_linear_few(); }
 
 int32_t zs_histogram(const void *src, uint64_t n, int32_t dtype, uint64_t counts[256]) {
     REFUSE_IN_CHILD();

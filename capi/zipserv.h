@@ -112,11 +112,15 @@ ZS_API int32_t zs_decode(const void *blob, uint64_t len, void *dst, uint64_t dst
 ZS_API int32_t zs_decode_rows(const void *blob, uint64_t len, uint64_t row0, uint64_t row1, void *dst, uint64_t dst_len,
                               uint64_t stride);
 
-/* y = x W^T + bias for BF16 with a compressed W of m x k weights, decoded tile by tile: no memory for the decompressed weight is used. Rows of x (k
- * elements) and of y (m) are x_stride and y_stride elements apart; bias has m elements or is NULL. Sums are FP32; a row's result has the same bits
- * whatever other rows there are and for any number of threads: at most that many work on it, all cores if threads is below 1. */
-ZS_API int32_t zs_linear(const void *blob, uint64_t len, uint64_t m, uint64_t k, const void *x, uint64_t x_stride, uint64_t rows,
-                         const void *bias, void *y, uint64_t y_stride, int32_t threads);
+/* y = x W^T + bias for BF16, with the rows row0 .. row1-1 (row0 a multiple of 64) of a compressed W of m x k weights, decoded tile by tile: no memory
+ * for the decompressed weight is used. x has `rows` rows of k elements, y as many of row1 - row0; they are x_stride and y_stride elements apart. bias
+ * has row1 - row0 elements or is NULL. Sums are FP32; a row's result has the same bits whatever other rows there are and for any number of threads:
+ * at most `threads` work on it, all cores where that is below 1. */
+ZS_API int32_t zs_linear(const void *blob, uint64_t len, uint64_t m, uint64_t k, uint64_t row0, uint64_t row1, const void *x, uint64_t x_stride,
+                         uint64_t rows, const void *bias, void *y, uint64_t y_stride, int32_t threads);
+
+/* Up to so many rows zs_linear is faster on this processor than zs_decode_rows and a product by a good BF16 library; 0 where it never is. */
+ZS_API uint64_t zs_linear_few(void);
 
 /* Counts the exponents of n weights into counts[256] (FP16 uses the first 32). */
 ZS_API int32_t zs_histogram(const void *src, uint64_t n, int32_t dtype, uint64_t counts[256]);

@@ -10,15 +10,17 @@ import (
 	"github.com/zipserv/zipserv/core/format"
 )
 
-// Product is y = x W^T + bias, all of it BF16, with sums in FP32. Rows of x have K elements, rows of y have M; they are `stride` elements apart.
+// Product is y = x W^T + bias with rows [Row0, Row1) of W, all of it BF16, with sums in FP32. Rows of x have K elements, rows of y have Row1 - Row0;
+// they are `stride` elements apart.
 type Product struct {
-	Tokens  uint64 // rows of x and y
-	X       []byte
-	XStride uint64
-	Y       []byte
-	YStride uint64
-	Bias    []byte // 2 M bytes, or nil
-	Threads int    // most goroutines that work on it; below 1: GOMAXPROCS
+	Row0, Row1 uint64 // Row0 is a multiple of 64
+	Tokens     uint64 // rows of x and y
+	X          []byte
+	XStride    uint64
+	Y          []byte
+	YStride    uint64
+	Bias       []byte // 2 (Row1 - Row0) bytes, or nil
+	Threads    int    // most goroutines that work on it; below 1: GOMAXPROCS
 }
 
 // products are the inner loops of View.Linear. The sums of a row of W and a token stand in `partials` places of that token's accumulator, which are
@@ -26,6 +28,7 @@ type Product struct {
 type products struct {
 	name     string
 	partials int
+	few      uint64 // FewTokens
 
 	// dot adds a tile in row-major order, 64 rows of 64 weights, times one row of x.
 	dot func(acc []float32, tile *[tileBytes]byte, x []byte)
@@ -49,6 +52,10 @@ const (
 	productTokens = 16
 )
 
+// FewTokens is the number of tokens up to which Linear is faster, by measurement (docs/performance.md), than decompressing the weight and a product
+// by a good library for uncompressed ones; 0 where it never is.
+func FewTokens() uint64 { return prod.few }
+
 // Linear writes x W^T + bias to y without ever decompressing more than a tile. A token's result has the same bits whatever other tokens there
 // are and however many threads. W must be BF16.
 func (v *View) Linear(ctx context.Context, p Product) error {
@@ -56,8 +63,8 @@ func (v *View) Linear(ctx context.Context, p Product) error {
 	if err := p.check(h); err != nil {
 		return err
 	}
-	if p.Tokens == 0 {
-		return nil
+	if p.Tokens == 0 || p.Row0 == p.Row1 {
+		return ctx.Err()
 	}
 	x, xStride := p.X, int(2*p.XStride)
 	if h.K%tileCols != 0 { // the last tile needs zeros behind each row
@@ -73,15 +80,17 @@ func (v *View) Linear(ctx context.Context, p Product) error {
 		xStride = stride
 	}
 	grain := max(1, productGrain/v.grid.columns)
-	return parallelOn(ctx, p.Threads, v.Panels(), grain, func(s *scratch, lo, hi uint64) error {
+	first := p.Row0 / tileRows
+	panels := (p.Row1+tileRows-1)/tileRows - first
+	return parallelOn(ctx, p.Threads, panels, grain, func(s *scratch, lo, hi uint64) error {
 		acc := accPool.Get().(*[]float32)
 		defer accPool.Put(acc)
 		for panel := lo; panel < hi; panel++ {
-			for first := uint64(0); first < p.Tokens; first += productTokens {
+			for token := uint64(0); token < p.Tokens; token += productTokens {
 				block := p
-				block.Tokens = min(productTokens, p.Tokens-first)
-				block.Y = p.Y[2*first*p.YStride:]
-				if err := v.linearPanel(s, acc, &block, x[int(first)*xStride:], xStride, panel); err != nil {
+				block.Tokens = min(productTokens, p.Tokens-token)
+				block.Y = p.Y[2*token*p.YStride:]
+				if err := v.linearPanel(s, acc, &block, x[int(token)*xStride:], xStride, first+panel); err != nil {
 					return err
 				}
 			}
@@ -98,14 +107,18 @@ func (p *Product) check(h *format.Header) error {
 	if p.Tokens >= most || p.XStride >= most || p.YStride >= most {
 		return format.Argumentf("%d tokens with strides of %d and %d elements are more than can be", p.Tokens, p.XStride, p.YStride)
 	}
-	if p.Tokens == 0 {
+	if p.Row0 > p.Row1 || p.Row1 > h.M || p.Row0%tileRows != 0 {
+		return format.Argumentf("rows %d to %d of a matrix of %d rows; the first must be a multiple of %d", p.Row0, p.Row1, h.M, tileRows)
+	}
+	if p.Tokens == 0 || p.Row0 == p.Row1 {
 		return nil
 	}
+	rows := p.Row1 - p.Row0
 	for _, side := range []struct {
 		name            string
 		bytes           []byte
 		stride, columns uint64
-	}{{"x", p.X, p.XStride, h.K}, {"y", p.Y, p.YStride, h.M}} {
+	}{{"x", p.X, p.XStride, h.K}, {"y", p.Y, p.YStride, rows}} {
 		if side.stride < side.columns && p.Tokens > 1 {
 			return format.Argumentf("%s: stride is %d elements, a row has %d", side.name, side.stride, side.columns)
 		}
@@ -113,8 +126,8 @@ func (p *Product) check(h *format.Header) error {
 			return format.Argumentf("%s has %d bytes, fewer than %d rows of %d elements with a stride of %d need", side.name, have, p.Tokens, side.columns, side.stride)
 		}
 	}
-	if p.Bias != nil && uint64(len(p.Bias)) != 2*h.M {
-		return format.Argumentf("bias has %d bytes, the result's rows %d", len(p.Bias), 2*h.M)
+	if p.Bias != nil && uint64(len(p.Bias)) != 2*rows {
+		return format.Argumentf("bias has %d bytes, the result's rows %d", len(p.Bias), 2*rows)
 	}
 	return nil
 }
@@ -156,12 +169,12 @@ func (v *View) linearPanel(s *scratch, room *[]float32, p *Product, x []byte, xS
 			prod.dot(acc[i*one:], &s.out, from[i*xStride:][:tileStride])
 		}
 	}
-	rows := int(min(tileRows, v.Header.M-panel*tileRows))
+	rows, column := int(min(tileRows, p.Row1-panel*tileRows)), panel*tileRows-p.Row0
 	for i := range tokens {
-		y := p.Y[2*(uint64(i)*p.YStride+panel*tileRows):][:2*rows]
+		y := p.Y[2*(uint64(i)*p.YStride+column):][:2*rows]
 		var bias []byte
 		if p.Bias != nil {
-			bias = p.Bias[2*panel*tileRows:][:2*rows]
+			bias = p.Bias[2*column:][:2*rows]
 		}
 		finish(y, acc[i*one:][:rows*partials], partials, bias)
 	}

@@ -35,7 +35,7 @@ func BenchmarkLinear(b *testing.B) {
 				var products, reads times
 				for b.Loop() {
 					products.measure(func() error {
-						return v.Linear(ctx, Product{Tokens: uint64(tokens), X: x, XStride: k, Y: y, YStride: m})
+						return v.Linear(ctx, Product{Row1: m, Tokens: uint64(tokens), X: x, XStride: k, Y: y, YStride: m})
 					})
 					reads.measure(func() error { return readParallel(src) })
 				}

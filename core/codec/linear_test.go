@@ -36,7 +36,7 @@ func linearOf(t testing.TB, blob, x, bias []byte, tokens, m, k, threads int) []b
 		copy(wide[2*i*xs:], x[2*i*k:2*(i+1)*k])
 	}
 	require.NoError(t, v.Linear(context.Background(), Product{
-		Tokens: uint64(tokens), X: wide, XStride: uint64(xs), Y: y, YStride: uint64(ys), Bias: bias, Threads: threads,
+		Row1: uint64(m), Tokens: uint64(tokens), X: wide, XStride: uint64(xs), Y: y, YStride: uint64(ys), Bias: bias, Threads: threads,
 	}))
 	out := make([]byte, 0, 2*tokens*m)
 	for i := range tokens {
@@ -128,6 +128,26 @@ func TestLinearInvariant(t *testing.T) {
 	}
 }
 
+// A run of rows gives what a weight with no others gives.
+func TestLinearRows(t *testing.T) {
+	const m, k, tokens = 300, 200, 3
+	w, x, bias := weights("gaussian", m*k), weights("gaussian", tokens*k), weights("gaussian", m)
+	for _, set := range productSets() {
+		useProducts(t, set)
+		v, err := Parse(encodeBlob(t, w, format.BF16, m, k))
+		require.NoError(t, err)
+		for _, r := range [][2]int{{0, 64}, {0, 65}, {64, 128}, {128, 300}, {128, 130}, {256, 299}} {
+			n := r[1] - r[0]
+			alone := encodeBlob(t, w[2*r[0]*k:2*r[1]*k], format.BF16, uint64(n), k)
+			y := make([]byte, 2*tokens*n)
+			require.NoError(t, v.Linear(context.Background(), Product{
+				Row0: uint64(r[0]), Row1: uint64(r[1]), Tokens: tokens, X: x, XStride: k, Y: y, YStride: uint64(n), Bias: bias[2*r[0] : 2*r[1]],
+			}))
+			require.Equal(t, linearOf(t, alone, x, bias[2*r[0]:2*r[1]], tokens, n, k, 1), y, "%s, rows %v", set.name, r)
+		}
+	}
+}
+
 // NaN and infinity in one weight reach every token of its row and no other row; in x they reach every row of their token and no other token.
 func TestLinearSpecials(t *testing.T) {
 	const m, k, tokens = 130, 150, 5
@@ -161,7 +181,7 @@ func TestLinearArguments(t *testing.T) {
 	v, err := Parse(encodeBlob(t, w, format.BF16, m, k))
 	require.NoError(t, err)
 	x, y := make([]byte, 2*3*k), make([]byte, 2*3*m)
-	good := Product{Tokens: 3, X: x, XStride: k, Y: y, YStride: m}
+	good := Product{Row1: m, Tokens: 3, X: x, XStride: k, Y: y, YStride: m}
 	require.NoError(t, v.Linear(ctx, good))
 	for name, change := range map[string]func(p *Product){
 		"x short":         func(p *Product) { p.X = x[:len(x)-1] },
@@ -170,6 +190,9 @@ func TestLinearArguments(t *testing.T) {
 		"y stride":        func(p *Product) { p.YStride = 0 },
 		"overflow":        func(p *Product) { p.Tokens, p.XStride = 1<<39, 1<<39 },
 		"too many tokens": func(p *Product) { p.Tokens = 1 << 60 },
+		"row range":       func(p *Product) { p.Row1 = m + 1 },
+		"rows reversed":   func(p *Product) { p.Row0, p.Row1 = 64, 0 },
+		"first row":       func(p *Product) { p.Row0 = 1 },
 		"bias":            func(p *Product) { p.Bias = x[:2*m-2] },
 	} {
 		p := good
@@ -234,7 +257,7 @@ func FuzzLinear(f *testing.F) {
 			bad[format.HeaderSize+int(damage)%(len(bad)-format.HeaderSize)] ^= uint8(1 + damage%255)
 			v, err := Parse(bad)
 			require.NoError(t, err)
-			_ = v.Linear(context.Background(), Product{Tokens: uint64(tokens), X: x, XStride: uint64(k), Y: make([]byte, 2*tokens*m), YStride: uint64(m)})
+			_ = v.Linear(context.Background(), Product{Row1: uint64(m), Tokens: uint64(tokens), X: x, XStride: uint64(k), Y: make([]byte, 2*tokens*m), YStride: uint64(m)})
 		}
 	})
 }

@@ -19,6 +19,7 @@ from .integrations import hooks as _hooks
 if TYPE_CHECKING:
     from .checkpoint import FileWriter, TensorFile, TensorInfo, load_file, open_file, save_file
     from .conv import ZipConv1d, ZipConv2d, ZipConv3d
+    from .cpu import cpu_linear, set_cpu_linear
     from .cuda import set_batch_invariant
     from .embedding import ZipEmbedding
     from .errors import Error
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "compress",
     "compress_model",
+    "cpu_linear",
     "decompress",
     "linear",
     "load_file",
@@ -56,6 +58,7 @@ __all__ = [
     "prepare_model",
     "save_file",
     "set_batch_invariant",
+    "set_cpu_linear",
 ]
 
 # Which module each name is in. Modules are imported at the first use of one of their names, so that the command line
@@ -63,6 +66,7 @@ __all__ = [
 _MODULES = {
     "checkpoint": ("FileWriter", "TensorFile", "TensorInfo", "load_file", "open_file", "save_file"),
     "conv": ("ZipConv1d", "ZipConv2d", "ZipConv3d"),
+    "cpu": ("cpu_linear", "set_cpu_linear"),
     "cuda": ("set_batch_invariant",),
     "embedding": ("ZipEmbedding",),
     "errors": ("Error",),

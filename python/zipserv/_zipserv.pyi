@@ -15,8 +15,22 @@ def header(ptr: int, length: int, /) -> dict[str, Any]: ...
 def check(ptr: int, length: int, full: bool, /) -> None: ...
 def decode_rows(ptr: int, length: int, row0: int, row1: int, dst_ptr: int, dst_len: int, stride: int, /) -> None: ...
 def linear(
-    ptr: int, length: int, m: int, k: int, x_ptr: int, x_stride: int, rows: int, bias_ptr: int, y_ptr: int, y_stride: int, threads: int, /
+    ptr: int,
+    length: int,
+    m: int,
+    k: int,
+    row0: int,
+    row1: int,
+    x_ptr: int,
+    x_stride: int,
+    rows: int,
+    bias_ptr: int,
+    y_ptr: int,
+    y_stride: int,
+    threads: int,
+    /,
 ) -> None: ...
+def linear_few() -> int: ...
 def histogram(ptr: int, n_elements: int, dtype_code: int, /) -> list[int]: ...
 def checksum(ptr: int, m: int, k: int, /) -> int: ...
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from . import _zipserv
-from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, parse_header, storage_shape
+from . import _zipserv, cpu
+from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header, storage_shape
 
 #: Most bytes of a weight that the CPU path holds decompressed at a time (but at least one row of tiles).
 PANEL_BYTES = 2 << 20
@@ -54,7 +54,7 @@ def _decode(blob: torch.Tensor, row0: int, out: torch.Tensor) -> None:
     _zipserv.decode_rows(blob.data_ptr(), blob.numel(), row0, row0 + rows, out.data_ptr(), nbytes, stride)
 
 
-def _require_blob(blob: torch.Tensor, m: int, k: int, dtype_code: int) -> None:
+def _require_blob(blob: torch.Tensor, m: int, k: int, dtype_code: int) -> Header:
     """A CPU blob must be what the caller says it is, or rows would be written with the wrong stride."""
     if blob.dtype != torch.uint8 or not blob.is_contiguous():
         raise TypeError("a blob is a contiguous torch.uint8 tensor")
@@ -63,6 +63,7 @@ def _require_blob(blob: torch.Tensor, m: int, k: int, dtype_code: int) -> None:
     header = parse_header(blob)
     if (header.m, header.k, header.dtype_code) != (m, k, dtype_code):
         raise ValueError(f"the blob holds {header.m} x {header.k} {header.dtype}, not {m} x {k} {DTYPES.get(dtype_code)}")
+    return header
 
 
 def _require_input(x: torch.Tensor, last: int, dtype_code: int) -> None:
@@ -85,7 +86,7 @@ def _linear_rows_cpu(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The product with rows ``row0 .. row1 - 1`` alone, the bits of a weight that has no others: panels are counted from ``row0``."""
-    _require_blob(blob, m, k, dtype_code)
+    header = _require_blob(blob, m, k, dtype_code)
     _require_input(x, k, dtype_code)
     _require_rows(m, row0, row1)
     rows = row1 - row0
@@ -95,6 +96,12 @@ def _linear_rows_cpu(
     if y.numel() == 0:
         return y
     x2, y2 = x.reshape(-1, k), y.view(-1, rows)
+    if row0 % TILE == 0 and (bias is None or bias.dtype == x.dtype) and cpu.fused(x2.shape[0], dtype_code, header.raw):
+        cpu.multiply(x2, blob, m, k, row0, row1, bias, y2)
+        return y
+    if header.raw and blob.data_ptr() % 2 == 0 and blob.storage_offset() % 2 == 0:
+        matrix = blob[HEADER_BYTES:].view(x.dtype).view(m, k)  # there is nothing to decompress
+        return F.linear(x2, matrix[row0:row1], bias).view(y.shape)
     step = _panel_rows(rows, k)
     work = x.new_empty((step, k))
     for first in range(0, rows, step):
@@ -305,9 +312,9 @@ def _register() -> None:
         "decompress_out": (_decompress_out_cpu, _decompress_out_cuda, _decompress_out_fake),
         "compress": (_compress_cpu, _compress_cuda, _compress_fake),
     }
-    for name, (cpu, cuda, fake) in kernels.items():
-        _LIB.impl(name, cpu, "CPU")
-        _LIB.impl(name, cuda, "CUDA")
+    for name, (on_cpu, on_cuda, fake) in kernels.items():
+        _LIB.impl(name, on_cpu, "CPU")
+        _LIB.impl(name, on_cuda, "CUDA")
         torch.library.register_fake(f"zipserv::{name}", fake, lib=_LIB)
     _LIB.impl("decompress_out", _decompress_out_versioned, "ADInplaceOrView", with_keyset=True)
     torch.library.register_autograd("zipserv::linear", _linear_backward, setup_context=_linear_setup, lib=_LIB)

@@ -6,10 +6,13 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+import zipserv
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,6 +26,16 @@ def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ROOT / "core" / "cuda" / "driver" / "testdata" / "fakecuda.c"
     subprocess.run([*command, "-shared", "-fPIC", "-fvisibility=hidden", "-o", str(out), str(source), "-lpthread"], check=True)
     return out
+
+
+@pytest.fixture(autouse=True)
+def _products(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tests compare with the bits of an uncompressed model, which the CPU gives in its exact mode; `default_products` leaves the default."""
+    before = zipserv.cpu_linear()
+    if request.node.get_closest_marker("default_products") is None:
+        zipserv.set_cpu_linear("exact")
+    yield
+    zipserv.set_cpu_linear(before)
 
 
 @pytest.fixture(autouse=True)
