@@ -218,9 +218,9 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
 def eager_compress(weight: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, Header] | None:
     """:func:`compress` past torch's dispatcher; the header that is known on the host anyway need not be read from the device, which would
     wait for it. None where something needs the dispatcher."""
-    if weight.__class__ is not torch.Tensor or _mode_count() or _transform() is not None:
+    if (weight.__class__ is not torch.Tensor and weight.__class__ is not torch.nn.Parameter) or _mode_count() or _transform() is not None:
         return None
-    return compress(weight.contiguous(), m, k, tuple(weight.shape))
+    return compress(weight.detach().contiguous() if weight.requires_grad else weight.contiguous(), m, k, tuple(weight.shape))
 
 
 def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], code: int) -> torch.Tensor:

@@ -252,12 +252,11 @@ def compress(tensor: torch.Tensor) -> ZipTensor:
         ValueError: no dimension or too many, no element, another device.
     """
     require_compressible(tensor)
-    tensor = tensor.detach()
     if tensor.is_cuda and not torch.compiler.is_compiling():
         made = ops.cuda_module().eager_compress(tensor, *storage_shape(tensor.shape))
         if made is not None:
             return ZipTensor._trusted(*made)
-    blob: torch.Tensor = torch.ops.zipserv.compress(tensor)
+    blob: torch.Tensor = torch.ops.zipserv.compress(tensor.detach())
     return ZipTensor._trusted(blob, read_header(blob))
 
 
