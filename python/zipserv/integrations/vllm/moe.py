@@ -18,10 +18,11 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.utils import set_weight_attrs
 
+from zipserv import cuda
 from zipserv.tensor import linear_blob
 
 from .collect import Collector
-from .weight import attach, finish, loaded_parameter
+from .weight import attach, finish, follow_batch_invariance, loaded_parameter
 
 #: Blobs of one layer lie in one tensor, each at a multiple of this: what the kernels' wide copies want.
 ALIGN = 256
@@ -37,6 +38,7 @@ class Experts:
     """One of the two weights of a layer: a matrix [rows, cols] for each expert."""
 
     def __init__(self, layer: Any, name: str, prefix: str, shape: tuple[int, int, int], dtype: torch.dtype, attrs: dict[str, Any]) -> None:
+        follow_batch_invariance()
         count, self.m, self.k = shape
         self.layer, self.name, self.dtype = layer, name, dtype
         self.device = torch.get_default_device()
@@ -58,6 +60,8 @@ class Experts:
         together = torch.zeros(end, dtype=torch.uint8, device=self.device)
         for (start, stop), blob in zip(self.spans, made, strict=True):
             together[start:stop] = blob
+            if together.is_cuda:
+                cuda.changed(together[start:stop])  # the memory may have held another blob
         setattr(self.layer, self.name, loaded_parameter(together, self.loader))
 
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
+from zipserv import cpu, cuda
 from zipserv.format import DTYPE_CODES, HEADER_BYTES, raw_nbytes
 from zipserv.tensor import linear_blob
 
@@ -25,6 +27,18 @@ def dummy_weights() -> bool:
     """True under `--load-format dummy`, where no loader is ever called."""
     config = get_current_vllm_config_or_none()
     return config is not None and config.load_config.load_format == "dummy"
+
+
+def follow_batch_invariance() -> None:
+    """Under `VLLM_BATCH_INVARIANT=1` the products are batch-invariant, on a GPU and on a CPU.
+
+    vLLM has no flag by which a quantization method declares that it can be: it asks attention backends and its own expert kernels, and
+    leaves the linear methods to look at the variable themselves. It may be set from Python, after the native library has read its
+    environment, so it is looked at in each process that builds layers.
+    """
+    if envs.VLLM_BATCH_INVARIANT:
+        cuda.set_batch_invariant(True)
+        cpu.set_cpu_linear("fused")
 
 
 def is_raw(blob: torch.Tensor, m: int, k: int) -> bool:
@@ -78,6 +92,7 @@ class ZipWeight:
     """
 
     def __init__(self, layer: Any, prefix: str, param: torch.nn.Parameter) -> None:
+        follow_batch_invariance()
         self.m, self.k = param.shape
         self.dtype = param.dtype
         self.code = DTYPE_CODES[param.dtype]
@@ -99,6 +114,8 @@ class ZipWeight:
             logger.info("%s stays uncompressed: it would not shrink", self.layers[0].prefix or "a layer without a name")
             self.plain = UnquantizedLinearMethod()
             weight = raw_matrix(blob, self.m, self.k, self.dtype).clone()
+        elif blob.is_cuda:
+            cuda.changed(blob)  # its memory may have held another blob
         param = loaded_parameter(weight, self.loader)
         for layer in self.layers:
             layer.weight = param
