@@ -70,10 +70,9 @@ class _Group:
     def biases(self) -> list[Any]:
         return [parameters.get("bias") for parameters, _ in self.slots]
 
-    def is_whole(self, index: int, parameters: dict[str, Any]) -> bool:
-        """False where a layer is a replica with tensors of its own, or some biases are in pieces on several devices."""
-        kinds = {bias.__class__ for bias in self.biases() if bias is not None}
-        return len(kinds) < 2 and self.slots[index][0] is parameters
+    def is_sharded(self) -> bool:
+        """True while some of the biases lie in pieces on several devices (FSDP around single layers)."""
+        return any(bias.__class__.__name__ == "DTensor" for bias in self.biases())
 
     def bias(self, dtype: torch.dtype, device: torch.device, *, views: bool) -> torch.Tensor | None:
         """All biases in a row; with ``views`` without a copy where they lie so."""
@@ -211,8 +210,8 @@ class MergedLinear(ZipLinear):
         bias = self.bias
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             return self._alone(input, blob)
-        if not self._group.is_whole(self._index, self._parameters):
-            return self._alone(input, blob)
+        if self._group.is_sharded() or self._group.slots[self._index][0] is not self._parameters:
+            return self._alone(input, blob)  # the second: a replica with tensors of its own
         step = self._group.step
         if step is None or step.thread != get_ident():
             y, _ = self._whole(input, blob)
@@ -251,6 +250,8 @@ class MergedLinear(ZipLinear):
     def _trace(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         """For torch.compile: the tracer follows the same rules, and leaves one product in its graph."""
         group, bit, grad = self._group, 1 << self._index, torch.is_grad_enabled()
+        if group.is_sharded():
+            return self._alone(x, blob)
         held = group.traced
         y: torch.Tensor
         if held is not None and held[0] is x and held[2] == grad and not held[3] & bit:

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", minversion="5.0")
 
+from zipserv import ZipLinear  # noqa: E402
 from zipserv.bench import model as bench  # noqa: E402
+from zipserv.merged import MergedLinear  # noqa: E402
 
 SMALL = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -30,6 +34,53 @@ def test_measures_both_and_gets_the_same_tokens(tmp_path: Path, offload: str | N
         assert row["plain"]["decode_tokens_per_second"] > 0 and row["zipserv"]["first_token_seconds"] > 0
     table = bench.format_rows(result)
     assert "tokens/s" in table and len(table.splitlines()) == 5
+
+
+def test_short_memory_leaves_the_other_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model, or a batch, that does not fit uncompressed: the rest is measured all the same."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    arguments = {"device": "cpu", "batch": (1, 2), "prompt": 3, "new_tokens": 2, "rounds": 1}
+    measure, build = bench._measure, bench._build
+
+    def short(model: Any, device: torch.device, batch: int, *rest: Any) -> Any:
+        if batch == 2 and not any(isinstance(module, ZipLinear) for module in model.modules()):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB. More words.")
+        return measure(model, device, batch, *rest)
+
+    monkeypatch.setattr(bench, "_measure", short)
+    result = bench.run(tmp_path, **arguments)
+    first, second = result["rows"]
+    assert first["decode_speedup"] > 0 and second["decode_speedup"] is None and second["same_tokens"] is None
+    assert second["plain"] == {"error": "out of memory: CUDA out of memory"}
+    assert second["zipserv"]["decode_tokens_per_second"] > 0
+    assert "plain: out of memory" in bench.format_rows(result)
+
+    tries = []
+
+    def too_large(*arguments: Any) -> Any:
+        tries.append(arguments)
+        if len(tries) == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return build(*arguments)
+
+    monkeypatch.setattr(bench, "_build", too_large)
+    result = bench.run(tmp_path, **arguments)
+    assert [row["zipserv"]["decode_tokens_per_second"] > 0 for row in result["rows"]] == [True, True]
+    assert "the weights alone are" in result["rows"][0]["plain"]["error"]
+    json.dumps(result)
+    bench.format_rows(result)
+
+
+def test_layers_are_merged_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    seen = []
+    weigh = bench._weight_bytes
+    monkeypatch.setattr(bench, "_weight_bytes", lambda model: seen.append(sum(isinstance(m, MergedLinear) for m in model.modules())) or weigh(model))
+    sizes = [
+        bench.run(tmp_path, device="cpu", prompt=2, new_tokens=1, rounds=1, merge=merge)["weights"]["zipserv"] for merge in (True, False)
+    ]
+    assert seen == [0, 10, 0, 0]
+    assert sizes[0] <= sizes[1] < 1.01 * sizes[0]  # one copy of the bytes
 
 
 def test_refusals(tmp_path: Path) -> None:

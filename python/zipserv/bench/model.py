@@ -188,7 +188,7 @@ def _build_on(config: str | Path, device: torch.device, dtype: torch.dtype, seed
     """The model on the device, or on the CPU where it does not fit there; whether it fits."""
     try:
         return *_build(config, device, dtype, seed), True
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         _release(device)
     return *_build(config, torch.device("cpu"), dtype, seed), False
 
@@ -204,7 +204,7 @@ def _measured(model: Any, device: torch.device, *arguments: Any) -> tuple[dict[s
     _release(device)
     try:
         return _measure(model, device, *arguments)
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         return {"error": f"out of memory: {str(error).split('. ')[0]}"}, None
 
 

@@ -147,12 +147,20 @@ def _show(document: dict[str, Any], out: Path | None, plots: bool, as_json: bool
 
 
 def _whole_model(
-    config: str, device: torch.device, batch: list[int], prompt: int, new_tokens: int, offload: str | None, out: Path | None, as_json: bool
+    config: str,
+    device: torch.device,
+    batch: list[int],
+    prompt: int,
+    new_tokens: int,
+    offload: str | None,
+    merge: bool,
+    out: Path | None,
+    as_json: bool,
 ) -> int:
     from ..bench import model  # needs transformers, which nothing else here does
 
     try:
-        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload=offload)
+        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload=offload, merge=merge)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     result = {"about": machine.describe(device), **result}
@@ -194,6 +202,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="With --model: tokens of each prompt.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="With --model: decode steps that are timed.")
 @click.option("--offload", type=click.Choice(["cpu"]), help="With --model: weights stream from host memory.")
+@click.option("--merge/--no-merge", default=True, show_default=True, help="With --model: layers that read the same input are one product.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: the GPU where there is one.")
 @click.option(
     "--models",
@@ -229,7 +238,8 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @json_option
 def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None,
-    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, device: str | None,
+    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, merge: bool,
+    device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
     kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, first_call: bool,
     out: Path | None,
@@ -247,7 +257,7 @@ def bench(
         return _read(read, out, plots, as_json)
     target = _device(device)
     if model is not None:
-        return _whole_model(model, target, batch, prompt, new_tokens, offload, out, as_json)
+        return _whole_model(model, target, batch, prompt, new_tokens, offload, merge, out, as_json)
     on_cpu = target.type == "cpu"
     settings = gpu.Settings(
         device=target,
