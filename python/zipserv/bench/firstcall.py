@@ -23,7 +23,7 @@ _LIMIT = 120.0  # seconds for one process, importing torch included
 
 
 def measure(device: torch.device) -> dict[str, Any]:
-    """Times the first product of a fresh process with an empty kernel cache, then of two more that find the kernel there.
+    """Times the first product of a fresh process with empty caches, zipserv's and the driver's, then of two more that find the kernel there.
 
     A first call begins with torch imported, its context made and cuBLAS loaded, and with the compressed weight in host memory.
     It holds: copying the weight to the GPU, importing ``zipserv.cuda``, opening the driver, finding and loading NVRTC,
@@ -55,7 +55,12 @@ def measure(device: torch.device) -> dict[str, Any]:
 
 
 def _fresh(device: torch.device, cache: str) -> dict[str, Any]:
-    variables = {**os.environ, "ZIPSERV_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    variables = {
+        **os.environ,
+        "ZIPSERV_CACHE_DIR": cache,
+        "CUDA_CACHE_PATH": os.path.join(cache, "cuda"),  # from 12.9 on NVRTC keeps what it has compiled in the driver's cache
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+    }
     program = Path(__file__).with_name("fresh.py")
     command = [sys.executable, str(program), str(device), str(M), str(K)]
     try:
