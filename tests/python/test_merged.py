@@ -9,6 +9,7 @@ import io
 import pickle
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -496,6 +497,46 @@ def test_state_dicts_that_do_not_fit() -> None:
         made.load_state_dict({key: value for key, value in state.items() if key != "mlp.up_proj.weight"})
     with pytest.raises(zipserv.Error, match="meta device"):
         _ = made.to("meta").mlp.up_proj.ziptensor
+
+
+@torch.no_grad()
+def test_files(tmp_path: Path) -> None:
+    single, made = pair()
+    for model, name in ((single, "single"), (made, "made")):
+        zipserv.save_file(model.state_dict(), tmp_path / name)
+    assert (tmp_path / "single").read_bytes() == (tmp_path / "made").read_bytes()
+    for merge in (True, False):
+        fresh = net(3)
+        zipserv.load_model(fresh, tmp_path / "made", merge=merge)
+        assert torch.equal(fresh(X), made(X)) and isinstance(fresh.mlp.up_proj, MergedLinear) == merge
+
+
+@pytest.mark.parametrize("around_each", [False, True])
+def test_sharded_biases(around_each: bool, tmp_path: Path, shared: Counter) -> None:
+    """FSDP2: around the model biases are whole during forward; around single layers those of the others are not."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+
+    _, made = pair()
+    with torch.no_grad():
+        expected = made(X)
+    shared.clear()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        if around_each:
+            for layer in [module for module in made.modules() if isinstance(module, MergedLinear)]:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(made, mesh=mesh)
+        with torch.no_grad():
+            torch.testing.assert_close(made(X), expected, rtol=2e-2, atol=2e-2)
+        assert len(shared) == (0 if around_each else 2)
+        x = X.clone().requires_grad_()
+        made(x).float().sum().backward()
+        assert x.grad is not None and x.grad.abs().sum() > 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()

@@ -111,6 +111,16 @@ def test_include_and_exclude(include: Any, exclude: Any, expected: list[str]) ->
     assert [entry.name for entry in report.layers if entry.name != "embed"] == expected
 
 
+def test_include_that_matches_nothing() -> None:
+    model = Net().bfloat16()
+    for include, exclude in (("nothing", None), ("up", None), (["a", "b.*"], None), ("*.up", "blocks.*")):
+        with pytest.raises(ValueError, match=r"no layer to compress; the model has embed, blocks\.0\.up.*whole name"):
+            zipserv.compress_model(model, include, exclude)
+    assert names(model) == []
+    zipserv.compress_model(model, "*.up")
+    assert not zipserv.compress_model(model, "*.up").layers, "done already: no slip"
+
+
 def test_wrong_arguments() -> None:
     model = Net().bfloat16()
     with pytest.raises(TypeError, match="glob"):
