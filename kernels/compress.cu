@@ -5,8 +5,8 @@
 //   zs_compress_scan   one block: where each block's lists start; totals for the host, which then knows the size and allocates.
 //   zs_compress_write  reads the weights again and writes everything but the blob's header (the host's work). Limit: (raw + compressed) bytes / bandwidth.
 //
-// Block b of the grid has the tiles `tiles * b / blocks` on, its warps take them in turn: neighbouring tiles are read and written at about the same time.
-// The writers go backwards, from what the last readers have left in L2.
+// Block b has the tiles `tiles * b / blocks` on, its warps take them in turn: neighbouring tiles are read and written at about the same time. The writers
+// go backwards, from what the last readers have left in L2: block 0 of their grid is the last one here.
 //
 // Launch: plan and write: block 32 * ZS_WARPS, dynamic shared memory ZS_PLAN_SMEM and ZS_WRITE_SMEM; scan: one block of 1024, ZS_SCAN_SMEM.
 // scratch: Totals (16 bytes) | two words a block (list units, checksum), up to a multiple of 16 bytes | 8 bytes a tile (tally.cuh, tile_plan). It
@@ -52,13 +52,13 @@ struct Matrix {
 
 // The tiles of one block, and the parts of the scratch memory.
 struct Share {
-    uint32_t warp, lane, begin, end;
+    uint32_t block, warp, lane, begin, end;
     uint32_t* sums;   // [blocks] list units, [blocks] checksums
     uint64_t* plans;  // of the tiles
-    ZS_DEVICE Share(const Matrix& x, uint8_t* scratch) {
+    ZS_DEVICE Share(const Matrix& x, uint8_t* scratch, uint32_t block_) : block(block_) {
         warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const uint64_t all = (uint64_t)((x.m + ZS_TILE - 1) / ZS_TILE) * x.col_tiles;
-        begin = (uint32_t)(all * blockIdx.x / gridDim.x), end = (uint32_t)(all * (blockIdx.x + 1) / gridDim.x);
+        begin = (uint32_t)(all * block / gridDim.x), end = (uint32_t)(all * (block + 1) / gridDim.x);
         sums = (uint32_t*)(scratch + 16);
         plans = (uint64_t*)(scratch + 16 + ((uint64_t)gridDim.x * 8 + 15) / 16 * 16);
     }
@@ -87,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
 zs_compress_plan(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
-    const Share share(x, scratch);
+    const Share share(x, scratch, blockIdx.x);
     const uint32_t lane = share.lane, chunk = lane & 7;
     uint32_t* const factors = (uint32_t*)(smem + share.warp * ZS_PLAN_WARP);  // of row 4 i + j at 16 j + i
     uint32_t* const histogram = factors + 64;
@@ -153,7 +153,7 @@ zs_compress_plan(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint
     if (threadIdx.x < 2) {
         uint32_t sum = 0;
         for (uint32_t i = 0; i < ZS_WARPS; i++) sum += sums[2 * i + threadIdx.x];
-        share.sums[threadIdx.x * gridDim.x + blockIdx.x] = sum;
+        share.sums[threadIdx.x * gridDim.x + share.block] = sum;
     }
 }
 
@@ -236,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
 zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, const uint8_t* __restrict__ scratch, uint8_t* __restrict__ blob_ptr) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
-    const Share share(x, (uint8_t*)scratch);
+    const Share share(x, (uint8_t*)scratch, gridDim.x - 1 - blockIdx.x);
     const uint32_t lane = share.lane, warp = share.warp;
     uint8_t* const masks = smem + warp * ZS_WRITE_WARP;
     // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
@@ -245,10 +245,10 @@ zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uin
     uint8_t* const fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
     uint8_t* const lists = fixed + tiles * ZS_FIXED;
     // The bytes between the tile headers and the fixed parts.
-    if (blockIdx.x == 0 && warp == 0)
+    if (share.block == 0 && warp == 0)
         for (uint8_t* gap = headers + tiles * 8 + lane; gap < fixed; gap += 32) *gap = 0;
     // Lane l knows the plan of tile first + l of the block's ZS_WARPS present ones, this warp's is at `warp`. The first round has none and only loads.
-    uint32_t first = share.begin + (share.end - share.begin + ZS_WARPS - 1) / ZS_WARPS * ZS_WARPS, offset = share.sums[blockIdx.x];
+    uint32_t first = share.begin + (share.end - share.begin + ZS_WARPS - 1) / ZS_WARPS * ZS_WARPS, offset = share.sums[share.block];
     uint64_t plans = 0;
     uint32_t d[4][16];
     for (;;) {
