@@ -111,6 +111,11 @@ def _cuda(gpu: bool) -> list[Finding]:
     for device in facts["devices"]:
         name = f"kernels of GPU {device.get('index', '?')}"
         findings.append(finding(name, device, "compiled for {target}" if device.get("target") else "no compiler for them", "see above"))
+        tuned = device.get("tuned")
+        if tuned:
+            found = tuned.get("error") or f"{tuned['choices']} choices" + (", switched off by ZIPSERV_TUNED" if tuned.get("off") else "")
+            state, cure = ("note", "zipserv tune --clear removes it") if "error" in tuned else ("ok", "")
+            findings.append(Finding(f"tuning of GPU {device['index']}", state, found, cure))
     return findings
 
 

@@ -309,6 +309,7 @@ assert {{grid(n) for n in (1, 5, 64, 65, 500)}} == {{{always}}}
     program(f"assert grid() == {usual}, grid()", ZIPSERV_TUNED="off")
     told = program("import zipserv.cuda\nprint(zipserv.cuda.report()['device 0'])", PYTHONWARNINGS="error::UserWarning")
     assert "tuned: 2 choices" in told
+    assert "tuning of GPU 0: 2 choices" in program("from zipserv import doctor\nfor f in doctor.examine(): print(f'{f.what}: {f.found}')")
 
     def command(*arguments: str) -> str:
         return program(f"from zipserv.cli import run\nassert run({['tune', *arguments]!r}) == 0")

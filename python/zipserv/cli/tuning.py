@@ -114,7 +114,7 @@ def _list(as_json: bool) -> int:
 
 @click.command("tune", epilog=f"Models that are known by name: {', '.join(models.KNOWN)}.")
 @click.argument("what", nargs=-1, metavar="[MODEL | M K [M K]...]")
-@click.option("--tokens", callback=_numbers, metavar="N,...", help=f"Only the classes of these numbers of tokens; classes end at {choices.BUCKETS}.")
+@click.option("--tokens", callback=_numbers, metavar="N,...", help="Only the classes of these numbers of tokens; they end at 16, 32, 64 ... 8192.")
 @click.option("--batch-invariant/--no-batch-invariant", "invariant", default=True, help="Also choose the layout of the batch-invariant mode.")
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="With a model: the matrices of one of so many ranks.")
 @click.option(
@@ -131,7 +131,7 @@ def tune_command(
     decompress a weight for cuBLAS.
 
     MODEL is a folder with a config.json, such a file, a name from the local model cache or one known here; or give rows and columns of weights.
-    Every way is checked before it is timed. The choices are kept in the cache directory (docs/gpu.md) and used by all later processes with
+    Every way is checked before it is timed. The choices are kept in the cache directory (docs/benchmark.md) and used by all later processes with
     the same GPU, driver, NVRTC and version of zipserv; ZIPSERV_TUNED=off leaves them out. Ctrl-C keeps what has been measured until then.
     """
     if show or clear:
