@@ -51,6 +51,8 @@ NAMES: tuple[tuple[str, ...], ...] = (
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)|(^|\.)attn2$", re.IGNORECASE)
 #: Where one product serves all; elsewhere each layer multiplies by its own rows.
 _SHARED_ON = frozenset({"cuda"})
+#: More tokens are worth a decompression of the weight: then each layer decompresses its own rows, and its result is no view.
+_MANY_TOKENS = 1024
 
 Slots = tuple[dict[str, Any], dict[str, Any]]
 
@@ -210,6 +212,8 @@ class MergedLinear(ZipLinear):
         bias = self.bias
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             return self._alone(input, blob)
+        if input.numel() > _MANY_TOKENS * self.in_features and not _batch_invariant(blob):
+            return self._alone(input, blob)
         if self._group.is_sharded() or self._group.slots[self._index][0] is not self._parameters:
             return self._alone(input, blob)  # the second: a replica with tensors of its own
         step = self._group.step
@@ -314,6 +318,10 @@ class MergedLinear(ZipLinear):
         return f"{shape}, dtype={self.weight_dtype}, {bits:.2f} bits/weight, rows {self._row0}.. of {self._group.m}"
 
 
+def _batch_invariant(blob: torch.Tensor) -> bool:
+    return blob.is_cuda and bool(ops.cuda_module().batch_invariant())
+
+
 def _key(x: torch.Tensor) -> tuple[Any, ...]:
     """What changes when x is written to, or work moves to another stream. Inference tensors count no writes."""
     version = None if x.is_inference() else x._version
@@ -377,7 +385,7 @@ def merge_layers(
         for child in module._modules.values():
             owners[id(child)] = owners.get(id(child), 0) + 1
     merged = []
-    for path, parent in list(model.named_modules()):
+    for path, parent in _parents(model):
         for group in names:
             wanted = group[1:] if len(group) == 3 and _is_cross(path, parent) else group
             found = {name: parent._modules.get(name) for name in wanted}
@@ -411,7 +419,7 @@ def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None 
     groups = {id(layer._group) for layer in found if where is None or where(layer)}
     del found
     names = []
-    for path, parent in list(model.named_modules()):
+    for path, parent in _parents(model):
         for name, child in list(parent._modules.items()):
             if isinstance(child, MergedLinear) and id(child._group) in groups:
                 parent._modules[name] = take_over(child, child.to_zip_linear())
@@ -422,6 +430,11 @@ def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None 
                     del hooks[key]
                     parent._forward_hooks_always_called.pop(key, None)
     return names
+
+
+def _parents(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that hold others. Without the layers themselves: what is replaced is to be freed at once."""
+    return [(path, module) for path, module in model.named_modules() if module._modules]
 
 
 def _is_cross(path: str, parent: nn.Module) -> bool:

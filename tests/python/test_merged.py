@@ -250,6 +250,33 @@ def test_one_product_a_group(shared: Counter) -> None:
 
 
 @torch.no_grad()
+def test_many_tokens_are_multiplied_by_the_own_rows(shared: Counter) -> None:
+    single, made = pair()
+    x = torch.randn(1025, 128).bfloat16()
+    assert torch.equal(made(x), single(x)) and not shared
+    made(x[:1024])
+    assert len(shared) == 2
+
+
+@pytest.mark.parametrize("work", [merge_layers, split_layers])
+def test_one_group_at_a_time(work: Any) -> None:
+    """Bytes that are not needed any more go before the next group's are copied."""
+    model = nn.ModuleList([Attention(), *(MLP() for _ in range(8))]).bfloat16()
+    zipserv.compress_model(model, merge=work is split_layers)
+    before = [weakref.ref(buffer) for buffer in model.buffers()]
+    most, stack, take = [0], stacked.stack, stacked.take
+
+    def watched(*arguments: Any) -> Any:
+        most[0] = max(most[0], sum(each() is None for each in before))
+        return (stack if work is merge_layers else take)(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merged, "stack" if work is merge_layers else "take", watched)
+        work(model)
+    assert most[0] >= (7 if work is split_layers else 17), most
+
+
+@torch.no_grad()
 def test_any_order_alone_and_outside(shared: Counter) -> None:
     _, made = pair()
     attention = made.attention
