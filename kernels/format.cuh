@@ -80,14 +80,22 @@ ZS_DEVICE uint32_t swizzle_chunk(uint32_t row, uint32_t chunk) { return row * 12
 // The same for a position (section 6) of a tile: byte offset of weight `row * 64 + column`.
 ZS_DEVICE uint32_t swizzle_position(uint32_t pos) { return (pos << 1) ^ ((pos >> 2) & 0x70); }
 
+// Where one lane finds its words of a tile: two pointers, from which everything is at a constant distance.
+struct LanePointers {
+    const uint8_t *words, *bits;
+    ZS_DEVICE LanePointers(const uint8_t* fixed, uint32_t lane) {
+        words = fixed + lane * 16, bits = fixed + ZS_BITMAPS + lane * 4;
+        pin(words), pin(bits);
+    }
+};
+
 // The compressed words of one lane of a warp tile.
 struct LaneWords {
     Vec4 a, b;            // sign and mantissa
     uint32_t p0, p1, p2;  // bitmaps
     ZS_DEVICE LaneWords() {}
-    // From warp tile w of the fixed part.
-    ZS_DEVICE LaneWords(const uint8_t* fixed, uint32_t w, uint32_t lane) {
-        const uint8_t *words = fixed + w * ZS_SIGN_MANTISSA + lane * 16, *bits = fixed + ZS_BITMAPS + w * ZS_WARP_BITMAPS + lane * 4;
+    ZS_DEVICE LaneWords(const LanePointers& from, uint32_t w) {
+        const uint8_t *words = from.words + w * ZS_SIGN_MANTISSA, *bits = from.bits + w * ZS_WARP_BITMAPS;
         a = ld_stream_v4(words), b = ld_stream_v4(words + 512);
         p0 = ld_stream_u32(bits), p1 = ld_stream_u32(bits + 128), p2 = ld_stream_u32(bits + 256);
     }
@@ -111,16 +119,18 @@ ZS_DEVICE void decode_lane(const LaneWords& in, uint32_t tile, uint32_t w, uint3
 struct TileStream {
     LaneWords words[4];
     ZS_DEVICE void load(const uint8_t* fixed, uint32_t lane) {
+        const LanePointers from(fixed, lane);
 #pragma unroll
-        for (uint32_t w = 0; w < 4; w++) words[w] = LaneWords(fixed, w, lane);
+        for (uint32_t w = 0; w < 4; w++) words[w] = LaneWords(from, w);
     }
     // Decodes the tile into shared memory at `tile`; as its registers become free, starts the loads of the tile at `next` (0: none).
     ZS_DEVICE void decode(uint32_t tile, uint32_t base, const uint8_t* next, uint32_t lane) {
         const uint32_t base2 = ZS_HALVES(base << 7);
+        const LanePointers from(next, lane);
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
             decode_lane(words[w], tile, w, base2, lane);
-            if (next) words[w] = LaneWords(next, w, lane);
+            if (next) words[w] = LaneWords(from, w);
         }
     }
 };
@@ -149,6 +159,8 @@ ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t tid, uin
     }
 }
 
+#define ZS_NO_ENTRIES 0xF000F000u  // two entries like those of literals, which patch_words leaves alone
+
 // A warp's view of one tile's escapes: the first 128 entries are loaded ahead, two words of two entries a lane.
 struct Escapes {
     uint64_t header;  // of the tile, as it is stored: fewer registers than its fields
@@ -161,8 +173,8 @@ struct Escapes {
         header = header_;
         const TileHeader h(header);
         const uint8_t* list = lane_escapes + (uint64_t)h.offset * 16;
-        words[0] = 2 * lane < h.count ? ld_stream_u32(list) : 0;
-        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 128) : 0;
+        words[0] = 2 * lane < h.count ? ld_stream_u32(list) : ZS_NO_ENTRIES;
+        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 128) : ZS_NO_ENTRIES;
     }
 
     // Gives every escape its exponent in the decoded tile. The warp must have met (__syncwarp) since the decode, and must meet again before the tile
@@ -175,7 +187,7 @@ struct Escapes {
             return;
         }
         scratch_bytes(spare + 4 * lane, 4);
-        uint32_t more[2] = {0, 0};  // entries 128 .. 255, under way during the first
+        uint32_t more[2] = {ZS_NO_ENTRIES, ZS_NO_ENTRIES};  // entries 128 .. 255, under way during the first
         if (head.count > 128) load_more(more, list, head, 128, lane);
         patch_words(words, head, 0, tile, spare, lane);
         if (head.count > 128) {
@@ -186,23 +198,24 @@ struct Escapes {
             }
         }
         // Literals come first in a list, so the first entry tells whether there are any.
-        if (__shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15) patch_literals(list, head, tile, lane);
+        if (head.count > 0 && __shfl_sync(0xFFFFFFFFu, words[0] >> 12 & 15u, 0) == 15) patch_literals(list, head, tile, lane);
     }
 
     // Two words a lane of entries first .. first + 127.
     static ZS_DEVICE void load_more(uint32_t (&to)[2], const uint8_t* list, const TileHeader& head, uint32_t first, uint32_t lane) {
 #pragma unroll
-        for (uint32_t g = 0; g < 2; g++) to[g] = first + 64 * g + 2 * lane < head.count ? ld_stream_u32(list + 2 * first + 128 * g + 4 * lane) : 0;
+        for (uint32_t g = 0; g < 2; g++) to[g] = first + 64 * g + 2 * lane < head.count ? ld_stream_u32(list + 2 * first + 128 * g + 4 * lane) : ZS_NO_ENTRIES;
     }
 
-    // No branch: lanes without an entry, and literals, write to spare bytes of their own. Loads first, then stores: four latencies become one.
+    // No branch: what is no entry, and literals, go to spare bytes of the lane's own. Loads first, then stores: four latencies become one.
     static ZS_DEVICE void patch_words(const uint32_t (&from)[2], const TileHeader& head, uint32_t first, uint32_t tile, uint32_t spare, uint32_t lane) {
         uint32_t at[4], value[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t entry = i & 1 ? from[i / 2] >> 16 : from[i / 2] & 0xFFFFu;
-            const bool mine = first + 64 * (i / 2) + 2 * lane + (i & 1) < head.count && entry < 15u << 12;
-            at[i] = mine ? tile + swizzle_position(entry & 0xFFFu) : spare + 4 * lane;
+            // Behind an odd number of entries the other half of their last word is something else.
+            const bool odd = first + 64 * (i / 2) + 2 * lane + 1 == head.count;
+            const uint32_t entry = i & 1 ? (odd ? ZS_NO_ENTRIES : from[i / 2]) >> 16 : from[i / 2] & 0xFFFFu;
+            at[i] = entry < 15u << 12 ? tile + swizzle_position(entry & 0xFFFu) : spare + 4 * lane;
             value[i] = escape_exponent(entry, head.base) << 7;
         }
 #pragma unroll

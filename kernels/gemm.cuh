@@ -83,6 +83,21 @@ struct Output {
     uint64_t ldy;
     uint32_t m, n;
 
+    // The same, with whole 32-byte sectors where all rows are there and y is aligned for it. The warp does it together.
+    ZS_DEVICE void store_together(const float (&v)[4], uint32_t row0, uint32_t token0, uint32_t lane) const {
+        if (row0 + 16 > m || ldy % 4 != 0 || (uint64_t)y % 8 != 0) {
+            store(v, row0, token0, lane);
+            return;
+        }
+        const float b0 = bias ? as_float((uint32_t)bias[row0 + lane / 4] << 16) : 0.0f, b1 = bias ? as_float((uint32_t)bias[row0 + 8 + lane / 4] << 16) : 0.0f;
+        // Transposed, a lane has rows 2 c, 2 c + 1 (c = lane mod 4) of token lane / 4, and the same of the lower eight rows; a pair of lanes swaps halves.
+        const uint32_t upper = transpose_8x8(pack_bf16(v[0] + b0, v[1] + b0)), lower = transpose_8x8(pack_bf16(v[2] + b1, v[3] + b1));
+        const bool odd = lane & 1;
+        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? upper : lower, 1);
+        const uint32_t token = token0 + lane / 4, row = row0 + 2 * (lane & 2) + (odd ? 8 : 0);
+        if (token < n) st_global_v2(y + token * ldy + row, odd ? other : upper, odd ? lower : other);
+    }
+
     // One 16x8 piece's four values of a lane: rows row, row + 8; tokens token, token + 1.
     ZS_DEVICE void store(const float (&v)[4], uint32_t row0, uint32_t token0, uint32_t lane) const {
         const uint32_t row = row0 + lane / 4, token = token0 + 2 * (lane % 4);
@@ -112,10 +127,10 @@ ZS_DEVICE bool is_empty(const Vec4& p) { return p.x == ZS_EMPTY || p.y == ZS_EMP
 
 // Adds up one strip of a strip group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them:
 // floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7.
-template <int FLOATS>
+template <int FLOATS, int AT_ONCE>
 ZS_DEVICE void settle(float (&acc)[FLOATS], const Output& out, const Work& work, int32_t group, int32_t last, uint32_t mw, uint32_t tid, float* workspace) {
     // Pieces, and helpers, whose sums are under way at once: as many as there are registers for.
-    constexpr uint32_t PIECES = FLOATS / 4, AT_ONCE = FLOATS < 64 ? 8 : 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
+    constexpr uint32_t PIECES = FLOATS / 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
     constexpr uint64_t BLOCK = (uint64_t)ZS_MW * FLOATS * 128;
     const int32_t group_first = group * work.ksteps;
     float* const slot = workspace + ((mw * PIECES) * 128 + tid) * 4;
@@ -151,7 +166,7 @@ ZS_DEVICE void settle(float (&acc)[FLOATS], const Output& out, const Work& work,
     }
 #pragma unroll
     for (uint32_t q = 0; q < PIECES; q++)
-        out.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)group * ZS_MW + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
+        out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)group * ZS_MW + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
 }
 
 // Adds up one strip group: over the ZS_KW teams of the block that shared k, over the blocks that shared the group; writes y or publishes.

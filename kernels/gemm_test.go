@@ -236,8 +236,8 @@ func TestGEMM(t *testing.T) {
 }
 
 var wgmmaVariants = []variant{
-	{n: 8, mw: 1, groups: 1, decoders: 3, stages: 4, xstages: 2}, {n: 32, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 3},
-	{n: 64, mw: 4, groups: 2, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}, {n: 128, mw: 2, groups: 2, decoders: 4, stages: 8, xstages: 2},
+	{n: 8, mw: 1, groups: 1, decoders: 3, stages: 4, xstages: 3}, {n: 32, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 3},
+	{n: 64, mw: 4, groups: 2, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, groups: 1, decoders: 3, stages: 4, xstages: 5}, {n: 128, mw: 2, groups: 2, decoders: 4, stages: 8, xstages: 2},
 }
 
 func TestWGMMA(t *testing.T) {

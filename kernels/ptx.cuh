@@ -91,6 +91,7 @@ ZS_DEVICE Vec4 ld_global_v4(const void* p) {
 ZS_DEVICE void st_global_v4(void* p, Vec4 v) {
     asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+ZS_DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory"); }
 // Results that nobody reads soon.
 ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
     asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
@@ -99,11 +100,11 @@ ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
 // Between blocks of one grid: each word is seen whole, in no order with others.
 ZS_DEVICE Vec4 ld_relaxed_v4(const void* p) {
     Vec4 v;
-    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
 ZS_DEVICE void st_relaxed_v4(void* p, Vec4 v) {
-    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
@@ -137,6 +138,13 @@ ZS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(addr)
                  : "memory");
+}
+
+// An 8x8 matrix of 16-bit values, row l / 4, columns 2 (l mod 4) and the next in lane l: transposed.
+ZS_DEVICE uint32_t transpose_8x8(uint32_t v) {
+    uint32_t d;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+    return d;
 }
 
 // ---- tensor cores ---------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@
 #define ZS_STAGES 12  // decoded tiles in the ring; whole units, two at least, and not below ZS_DECODERS
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 3  // units of activations in their ring
+#define ZS_XSTAGES 6  // column tiles of activations in their ring
 #endif
 #ifndef ZS_CONSUMER_REGISTERS
 #define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
@@ -44,8 +44,11 @@
 #define ZS_THREADS ((ZS_CONSUMERS + 32 * ZS_DECODERS + 32 + 127) / 128 * 128)  // with the loader; the compiler counts registers in whole warpgroups
 #define ZS_PLACES (ZS_MW * ZS_KW)
 #define ZS_PER_GROUP (ZS_MW / ZS_GROUPS)  // strips of a unit that one warpgroup multiplies
-#define ZS_XBOX (ZS_N * 128)              // bytes of the activations of one column of tiles
-#define ZS_XBYTES (ZS_KW * ZS_XBOX)
+// Pieces of partial sums that a consumer reads at a time: what is left of its registers, if whole warpgroups are counted.
+#define ZS_REGISTERS (ZS_CONSUMER_REGISTERS ? ZS_CONSUMER_REGISTERS : 65536 / ZS_THREADS)
+#define ZS_SPARE_REGISTERS (ZS_REGISTERS - ZS_N / 2 * ZS_PER_GROUP - 28)
+#define ZS_PIECES_AT_ONCE (ZS_SPARE_REGISTERS >= 72 ? 16 : ZS_SPARE_REGISTERS >= 32 ? 8 : ZS_SPARE_REGISTERS >= 16 ? 4 : 2)
+#define ZS_XBYTES (ZS_N * 128)            // of the activations of one column tile
 #define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
 
 // Shared memory: decoded tiles | activations | barriers (a full and an empty one a stage) | spare bytes of the decoders (Escapes::patch). The first two need
@@ -59,7 +62,7 @@
 // the ring ZS_DECODERS tiles ago, by the warpgroup that reads its tiles in order: that warpgroup has read all of its tiles up to ZS_DECODERS + ZS_STAGES
 // before this one, so the round is well past if that is no more than two rounds back.
 static_assert(ZS_MW % ZS_GROUPS == 0 && ZS_DECODERS % ZS_GROUPS == 0 && ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
-static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS, "the ring holds more than what is handed back late");
+static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES > (ZS_LAG - 1) / ZS_PER_GROUP + 1, "the rings hold more than what is handed back late");
 
 // A ring's stage and the parity of its present round.
 struct Stage {
@@ -96,8 +99,6 @@ struct Walk {
 // Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile
 // after the present one the words and escapes are under way, of the one after that the header.
 ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint32_t lane, uint32_t smem) {
-    const uint8_t* lane_escapes = blob.escapes + 4 * lane;
-    pin(lane_escapes);
     Walk ahead(work, d);
     int32_t left = ((work.end - work.begin) * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
     // Of the tile at `ahead` its place and header, if it is one of the matrix.
@@ -112,34 +113,32 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
         ahead.advance(work, ZS_DECODERS);
     };
     TileStream stream;
-    Escapes now;
+    Escapes escapes;
     look();
     bool exists = next_fixed != 0;
     if (exists) stream.load(next_fixed, lane);
-    now.load(lane_escapes, next_head, lane);
+    escapes.load(blob.escapes + 4 * lane, next_head, lane);
     look();
     __syncthreads();  // the barriers are there
 
     Stage stage(d);
     for (; left > 0; left--) {
         const uint32_t tile = smem + stage.index * 8192, full = smem + ZS_BARRIERS + stage.index * 16;
-        Escapes next;
-        next.load(lane_escapes, next_head, lane);
-        const uint8_t* const fixed = next_fixed;
-        look();
         mbarrier_wait(full + 8, stage.parity ^ 1);
         if (exists) {
-            stream.decode(tile, now.head().base, fixed, lane);
+            stream.decode(tile, escapes.head().base, next_fixed, lane);
             __syncwarp();
-            now.patch(blob.escapes, tile, smem + ZS_SPARE + d * 128, lane);
+            escapes.patch(blob.escapes, tile, smem + ZS_SPARE + d * 128, lane);
         } else {  // outside the matrix: zeros, so that no branch stands around wgmma
             for (uint32_t i = 0; i < 8192; i += 512) st_shared_v4(tile + i + lane * 16, Vec4{0, 0, 0, 0});
-            if (fixed) stream.load(fixed, lane);
+            if (next_fixed) stream.load(next_fixed, lane);
         }
         fence_proxy_async();  // wgmma reads what ordinary stores wrote
         __syncwarp();
         if (lane == 0) mbarrier_arrive(full);
-        now = next, exists = fixed != 0;
+        exists = next_fixed != 0;
+        escapes.load(blob.escapes + 4 * lane, next_head, lane);
+        look();
         stage.advance(ZS_DECODERS, ZS_STAGES);
     }
 }
@@ -148,12 +147,13 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
 ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Work& work, uint32_t smem) {
     Stage stage(0);
     for (Walk at(work, 0); at.left > 0; at.advance(work, ZS_PLACES)) {
-        const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
-        mbarrier_wait(full + 8, stage.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, ZS_XBYTES);
-#pragma unroll
-        for (uint32_t i = 0; i < ZS_KW; i++) tensor_copy<ZS_N>(to + i * ZS_XBOX, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
-        stage.advance(1, ZS_XSTAGES);
+        for (uint32_t i = 0; i < ZS_KW; i++) {
+            const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16;
+            mbarrier_wait(full + 8, stage.parity ^ 1);
+            mbarrier_arrive_expect_tx(full, ZS_XBYTES);
+            tensor_copy<ZS_N>(smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
+            stage.advance(1, ZS_XSTAGES);
+        }
     }
 }
 
@@ -173,15 +173,15 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
             for (uint32_t j = 0; j < ZS_N / 2; j++) acc[i][j] = 0.0f;
         uint32_t busy[ZS_LAG] = {}, xbusy[ZS_LAG] = {};  // barriers of the tiles under way, and of the activations where a tile is the last to read them
         for (int32_t u = 0; u < units; u++) {
-            const uint32_t unit = bars + (stage.index + g) * 16, xfull = xbars + xstage.index * 16;
-            const uint32_t tiles = smem + (stage.index + g) * 8192, xs = smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES;
-            mbarrier_wait(xfull, xstage.parity);
+            const uint32_t unit = bars + (stage.index + g) * 16, tiles = smem + (stage.index + g) * 8192;
 #pragma unroll
             for (uint32_t t = 0; t < TILES; t++) {
                 constexpr uint32_t STEP = ZS_GROUPS;
                 const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
+                const uint32_t xfull = xbars + xstage.index * 16;
+                if (t % ZS_PER_GROUP == 0) mbarrier_wait(xfull, xstage.parity);
                 mbarrier_wait(unit + place * 16, stage.parity);
-                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(xs + t / ZS_PER_GROUP * ZS_XBOX);
+                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES);
                 wgmma_pin(acc[t % ZS_PER_GROUP]);
                 wgmma_fence();
 #pragma unroll
@@ -193,10 +193,13 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
                 if (signals && xbusy[0]) mbarrier_arrive(xbusy[0] + 8);
 #pragma unroll
                 for (uint32_t i = 1; i < ZS_LAG; i++) busy[i - 1] = busy[i], xbusy[i - 1] = xbusy[i];
-                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = t == TILES - 1 ? xfull : 0;
+                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = 0;
+                if (t % ZS_PER_GROUP == ZS_PER_GROUP - 1) {
+                    xbusy[ZS_LAG - 1] = xfull;
+                    xstage.advance(1, ZS_XSTAGES);
+                }
             }
             stage.advance(ZS_PLACES, ZS_STAGES);
-            xstage.advance(1, ZS_XSTAGES);
         }
         wgmma_wait<0>();
         __syncwarp();
@@ -208,7 +211,7 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
 #pragma unroll
         for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
             wgmma_pin(acc[i]);
-            settle<ZS_N / 2>(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
+            settle<ZS_N / 2, ZS_PIECES_AT_ONCE>(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
         }
         at.advance(work, (uint32_t)units * ZS_PLACES);
     }

@@ -42,6 +42,10 @@ inline uint64_t ld_stream_u64(const void* p) { return zsemu::from_global<uint64_
 inline Vec4 ld_stream_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
 inline Vec4 ld_global_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
 inline void st_global_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
+inline void st_global_v2(void* p, uint32_t x, uint32_t y) {
+  const uint32_t v[2] = {x, y};
+  zsemu::store_global(p, v, sizeof v);
+}
 inline void st_stream_v4(void* p, Vec4 v) { zsemu::store_global(p, &v, sizeof v); }
 // Relaxed: each word is whole, four of them are not.
 inline Vec4 ld_relaxed_v4(const void* p) {
@@ -74,6 +78,14 @@ inline void scratch_bytes(uint32_t addr, uint32_t bytes) { zsemu::scratch(addr, 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, false); }
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) { zsemu::ldmatrix(r, 2, addr, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, true); }
+inline uint32_t transpose_8x8(uint32_t v) {
+  uint32_t lane = threadIdx.x % 32, half = 16 * (lane / 4 % 2), out = 0;
+  for (uint32_t i = 0; i < 2; i++) {
+    uint64_t from = zsemu::shuffle(zsemu::Shuffle::idx, 0xFFFFFFFFu, v, 4 * (2 * (lane % 4) + i) + lane / 8, 32);
+    out |= (uint32_t(from) >> half & 0xFFFFu) << 16 * i;
+  }
+  return out;
+}
 
 // ---- tensor cores
 inline void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { zsemu::mma_m16n8k16(d, a, b0, b1, false); }

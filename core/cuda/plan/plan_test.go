@@ -150,7 +150,10 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.Equal(t, "zipgemm_wgmma.cu", l.Kernel.Source)
 	assert.Equal(t, 8, define(t, l.Kernel, "ZS_N"))
 	assert.EqualValues(t, 8, l.TensorRows)
-	assert.EqualValues(t, 132, l.Kernel.Grid, "every SM has a share")
+	assert.EqualValues(t, 128, l.Kernel.Grid, "two blocks a strip: no longer than 132 uneven shares, and fewer partial sums")
+	large, err := plan.ForLinear(d, plan.Problem{M: 28672, K: 4096, N: 5})
+	require.NoError(t, err)
+	assert.EqualValues(t, 132, large.Kernel.Grid, "every SM has a share")
 	for _, p := range []plan.Problem{{M: 4096, K: 4097, N: 5}, {M: 4096, K: 4096, N: 5, Unaligned: true}} {
 		l, err = plan.ForLinear(d, p)
 		require.NoError(t, err)

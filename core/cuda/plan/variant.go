@@ -47,7 +47,7 @@ var wgmma = family{
 	},
 	smem: func(v variant, tokens uint64) int {
 		r := rolesOf(v, tokens)
-		return r.stages*tileData + r.xstages*v.kw*int(tokens)*128 + (r.stages+r.xstages)*16 + r.decoders*spareBytes
+		return r.stages*tileData + r.xstages*int(tokens)*128 + (r.stages+r.xstages)*16 + r.decoders*spareBytes
 	},
 	defines: func(v variant, tokens uint64) []string {
 		r := rolesOf(v, tokens)
@@ -63,20 +63,20 @@ type roles struct {
 	groups   int // consumer warpgroups
 	decoders int // warps
 	stages   int // decoded tiles in the ring
-	xstages  int // units of activations in theirs
+	xstages  int // column tiles of activations in theirs
 }
 
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
 func rolesOf(v variant, tokens uint64) roles {
 	switch {
 	case tokens <= 32:
-		return roles{1, 11, 12, 4}
+		return roles{1, 11, 12, 8}
 	case tokens <= 64:
-		return roles{1, 11, 12, 3}
+		return roles{1, 11, 12, 6}
 	case v.mw > 1:
-		return roles{2, 6, 8, 3}
+		return roles{2, 6, 8, 4}
 	}
-	return roles{1, 7, 8, 3}
+	return roles{1, 11, 12, 5}
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.
@@ -92,6 +92,17 @@ func (f family) fits(d Device, v variant, tokens uint64) bool {
 // units is the work of a problem in steps of a block: mw strips of 64 rows by kw column tiles.
 func (v variant) units(m, k uint64) uint64 {
 	return ceilDiv(ceilDiv(m, tileSide), uint64(v.mw)) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
+}
+
+// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, at the cost of runs longer by 2 % at most. Then fewer
+// partial sums travel.
+func (v variant) grid(d Device, m, k uint64) uint32 {
+	p := Problem{M: m, K: k}
+	all, even := v.resident(d, p), v.even(d, p)
+	if units := v.units(m, k); 100*ceilDiv(units, uint64(even)) <= 102*ceilDiv(units, uint64(all)) {
+		return even
+	}
+	return all
 }
 
 // score orders layouts of the mma kernel as measurements do: the longest run of a block, and what a step costs.
@@ -119,7 +130,7 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
 func (f family) launch(d Device, v variant, m, k, tokens uint64) Linear {
-	grid := uint32(min(uint64(d.SMs*blocksPerSM), v.units(m, k)))
+	grid := v.grid(d, m, k)
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
