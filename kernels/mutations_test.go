@@ -50,7 +50,8 @@ var mutations = []struct {
 	{"no wait for the kernel before the activations", "wgmma", "zipgemm_wgmma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"partial sums of a warpgroup taken from one block only", "wgmma", "gemm.cuh", `theirs - h \* BLOCK`, -1, "theirs", "deadlock wrong"},
 	{"no __syncwarp before the list is written", "compress", "compress.cu", `__syncwarp\(\);(\s+if \(count\) write_list)`, 0, "$1", "race uninitialised"},
-	{"no __syncwarp between passes over the histogram", "compress", "compress.cu", `__syncwarp\(\);(\s+const uint64_t tile)`, 0, "$1", "race"},
+	{"no __syncwarp before the histogram is summed", "compress", "tally.cuh", `(total = 0;\s+)__syncwarp\(\);`, 0, "$1", "race"},
+	{"no __syncwarp before the factors of the rows are read", "compress", "compress.cu", `__syncwarp\(\);(\s+factors_of = row0)`, 0, "$1", "race uninitialised"},
 }
 
 func TestSeededBugsAreCaught(t *testing.T) {
@@ -75,7 +76,7 @@ func TestSeededBugsAreCaught(t *testing.T) {
 // runMutant returns what caught the bug, or "" if nothing did.
 func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	if kernel == "compress" {
-		x := newMatrix("gaussian", 130, 130, seed)
+		x := newMatrix("outliers", 130, 130, seed)
 		got, err := newCompressor(t, files, 2).run(t, compressCase{x: x, blocks: 2, ld: 136, seed: seed})
 		if err != nil {
 			require.NotEmpty(t, faultKind(err), err)
