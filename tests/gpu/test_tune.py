@@ -20,7 +20,7 @@ from zipserv.choices import Problem
 TUNE = """
 import json, torch
 from zipserv import choices, tune
-found = list(tune.run(tune.problems([(1024, 2048)], [1, 256]), torch.device("cuda", 0), budget=0.01))
+found = list(tune.run(tune.problems([(1024, 2048)], [1], invariant=False), torch.device("cuda", 0), budget=0.01))
 assert all(isinstance(x, tune.Outcome) and not x.failed for x in found), found
 print(json.dumps([[str(x.problem), str(x.choice)] for x in found]))
 """
@@ -29,7 +29,7 @@ LATER = """
 import json
 from zipserv import choices
 from zipserv.choices import Problem
-print(json.dumps([[str(p), str(choices.current(0, p))] for p in (Problem(1024, 2048, 16), Problem(1024, 2048, 256), Problem(1024, 2048, None))]))
+print(json.dumps([[str(p), str(choices.current(0, p))] for p in (Problem(1024, 2048, 16),)]))
 """
 
 
@@ -47,6 +47,7 @@ def test_every_way_is_right(m: int, k: int, tokens: int) -> None:
             splits.append(choices.split(0, problem, shares))
         except ValueError:  # no room for so many
             continue
+    assert not tune.prepare(0, problem, [*ways, *splits])
     for way in [*ways, *splits]:
         with choices.chosen(0, problem, way):
             for _ in range(3):
