@@ -26,7 +26,7 @@ import zipserv
 
 from . import choices
 from .bench import machine, weights
-from .bench.gpu import number_of_copies
+from .bench.gpu import free_memory, number_of_copies
 from .bench.timing import Loop
 from .choices import BUCKETS, Choice, Entry, Problem
 
@@ -109,10 +109,10 @@ class GpuRig:
         self._device, self._seed = device, seed
         self._weight = weights.make("trained", m, k, device=device, seed=seed)
         first = zipserv.compress(self._weight)
-        free = int(torch.cuda.mem_get_info(device)[0] * 0.8)
-        copies = number_of_copies(first.nbytes, cache, free, minimum=4)
+        copies = number_of_copies(first.nbytes, cache, free_memory(device), minimum=4)
         self._zipped = [first, *(zipserv.ZipTensor.from_blob(first.blob.clone(), verify="none") for _ in range(copies - 1))]
-        torch.cuda.synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         self._rows = torch.linspace(0, m - 1, min(m, 512), device=device).round().long()
 
     def _input(self, tokens: int) -> torch.Tensor:
@@ -142,7 +142,8 @@ class GpuRig:
         self._zipped.clear()
         del self._weight
         gc.collect()
-        torch.cuda.empty_cache()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -159,6 +159,46 @@ def test_every_answer_is_kept_at_once_and_a_weight_too_large_is_named(monkeypatc
     assert not gpu.saved
 
 
+def test_the_rig_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, which has a linear as well."""
+    rig = tune.GpuRig(torch.device("cpu"), 200, 192, cache=1 << 16)
+    right = package.linear
+    few, any_number = Problem(200, 192, 32), Problem(200, 192, None)
+    rig.check(few, USUAL)
+    assert rig.loop(3).seconds() > 0
+
+    def off(x: torch.Tensor, z: package.ZipTensor) -> torch.Tensor:
+        y = right(x, z)
+        y[:, 64:128] *= 1.1
+        return y
+
+    calls = 0
+
+    def restless(x: torch.Tensor, z: package.ZipTensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        y = right(x, z)
+        y.view(torch.int16)[0, 0] ^= calls % 2
+        return y
+
+    def neighbours_matter(x: torch.Tensor, z: package.ZipTensor) -> torch.Tensor:
+        y = torch.cat([right(x[i : i + 1], z) for i in range(x.shape[0])])
+        y.view(torch.int16)[-1, -1] ^= int(x.shape[0] > 1)
+        return y
+
+    for wrong, problem, words in (
+        (off, few, "the error against float64"),
+        (restless, few, "other bits than the first"),
+        (neighbours_matter, any_number, "other bits than on its own"),
+    ):
+        monkeypatch.setattr(package, "linear", wrong)
+        with pytest.raises(tune.WrongResult, match=words):
+            rig.check(problem, USUAL)
+    monkeypatch.setattr(package, "linear", right)
+    rig.check(few, WIDE)
+    rig.close()
+
+
 @pytest.fixture
 def gpu_machine(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
     """The command sees a GPU whose measurements are a FakeGPU's."""

@@ -93,7 +93,8 @@ def number_of_copies(nbytes: int, cache: int, free: int, minimum: int = 8, most:
     return copies
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
+    """Bytes for the copies of a weight."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * 0.8)
@@ -143,7 +144,7 @@ class Bench:
         device = settings.device
         self.weight = weights.make(kind, shape.m, shape.k, device=device, seed=settings.seed)
         self.compressed = _compress(self.weight)
-        copies = number_of_copies(self.compressed.nbytes, limits.cache_bytes, _free_memory(device), settings.min_copies, settings.max_copies)
+        copies = number_of_copies(self.compressed.nbytes, limits.cache_bytes, free_memory(device), settings.min_copies, settings.max_copies)
         self.least = max(2, -(-4 * limits.cache_bytes // self.compressed.nbytes))
         self.plain = [self.weight, *(self.weight.clone() for _ in range(copies - 1))]
         self.zipped = [self.compressed, *(_clone(self.compressed) for _ in range(copies - 1))]
