@@ -13,10 +13,10 @@ NATIVE := $(shell find $(GODIRS) go.mod -type f -not -name '*_test.go' 2>/dev/nu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev native demo bench test test-go test-c test-python lint lint-go lint-python test-gpu bench-gpu test-vllm wheel clean
+.PHONY: help dev native demo bench test test-go test-c test-python lint lint-go lint-python test-gpu bench-gpu test-vllm test-vllm-newest wheel clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 dev: $(VENV)/.dev $(LIB) ## environment in .venv with the package in editable form and all tools
 
@@ -58,8 +58,11 @@ test-gpu: ## correctness on an NVIDIA GPU
 bench-gpu: ## speed on an NVIDIA GPU against cuBLAS and memcpy
 	tools/gpu/make.sh bench
 
-test-vllm: ## the vLLM plugin; makes an environment of its own, about 8 GB
-	tests/vllm/run.sh
+test-vllm: ## the plugin against the real vLLM; makes an environment of its own, about 8 GB, kept in the user's cache folder
+	PYTHON=$(PYTHON) tests/vllm/run.sh
+
+test-vllm-newest: ## the same with the newest vLLM that installs; failures are warnings
+	PYTHON=$(PYTHON) VLLM=newest tests/vllm/run.sh
 
 wheel: $(VENV)/.dev ## dist/: the sdist, and from it the manylinux wheel
 	$(PY) -m build

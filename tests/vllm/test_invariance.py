@@ -94,6 +94,8 @@ def test_experts(dtype, invariant, form) -> None:
     assert varies(apply, K) == 0
     x = torch.randn(9, K).bfloat16()
     assert torch.equal(apply(x), apply(x, moe._masked))
+    picked = apply(x, lambda run, count, *routing: moe._picked(lambda number: lambda rows: run(int(number), rows), *routing))
+    assert torch.equal(apply(x), picked)
 
 
 def test_layers_follow_vllms_variable(dtype, invariant) -> None:

@@ -37,14 +37,62 @@ def test_both_forms_agree_with_the_definition(tokens, absent) -> None:
     def expert(number: int, rows: torch.Tensor) -> torch.Tensor:
         return moe._activate(MoEActivation.SILU, rows @ w13[number].t()) @ w2[number].t()
 
+    def pick(number: torch.Tensor) -> moe.Expert:
+        assert number.shape == (1,) and number.dtype == torch.int64
+        up, down = w13.index_select(0, number)[0], w2.index_select(0, number)[0]
+        return lambda rows: moe._activate(MoEActivation.SILU, rows @ up.t()) @ down.t()
+
     routed, masked = (form(expert, E, x, weights, ids) for form in (moe._routed, moe._masked))
+    picked = moe._picked(pick, x, weights, ids.int())
     expected = torch.empty_like(x)
     here = torch.where(ids < 0, 0, weights)
     reference._fused_moe(expected, x, w13, w2, None, None, here, ids.clamp(min=0), False, "silu", "")
-    for got in (routed, masked):
+    for got in (routed, masked, picked):
         assert got.shape == x.shape and got.dtype == x.dtype
         torch.testing.assert_close(got.float(), expected.float(), rtol=0.02, atol=0.01)
     torch.testing.assert_close(routed.float(), masked.float(), rtol=0.02, atol=0.01)
+    torch.testing.assert_close(routed.float(), picked.float(), rtol=0.02, atol=0.01)
+
+
+def capturing(monkeypatch, x: torch.Tensor) -> torch.Tensor:
+    """The tensor as on a GPU whose stream is being captured; the products themselves are the CPU's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    return x.as_subclass(OnGpu)
+
+
+@pytest.mark.parametrize("tokens,form", [(1, "picked"), (2, "masked"), (40, "masked")])
+def test_a_captured_layer_never_asks_the_host(folders, monkeypatch, tokens, form) -> None:
+    """Which form runs follows from shapes alone. The forms themselves see tensors whose values may not be read on the host."""
+    with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
+        layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
+    method = layer.quant_method
+    assert method.w13.longest and method.w2.longest and all(start % moe.ALIGN == 0 for start, _ in method.w13.spans)
+    called = []
+    for name in ("_routed", "_masked", "_picked"):
+        monkeypatch.setattr(moe, name, lambda *args, name=name: called.append(name))
+    x = torch.randn(tokens, 256).bfloat16()
+    weights, ids = torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32)
+    method.apply(layer, x, weights, ids, None, None)
+    method.apply(layer, capturing(monkeypatch, x), weights, ids, None, None)
+    assert called == ["_routed", f"_{form}"]
+
+
+@pytest.mark.parametrize("form", ["masked", "picked"])
+def test_forms_for_capture_run_without_values(form) -> None:
+    """On the meta device there is nothing to ask: `.item()`, `nonzero`, `unique` would all fail."""
+    x, weights = torch.empty(3, H, device="meta"), torch.empty(3, TOP, device="meta")
+    ids = torch.empty(3, TOP, dtype=torch.int32, device="meta")
+    if form == "masked":
+        y = moe._masked(lambda number, rows: rows * 2, E, x, weights, ids)
+    else:
+        y = moe._picked(lambda number: lambda rows: rows * 2, x, weights, ids)
+    assert y.shape == x.shape and y.is_meta
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        moe._routed(lambda number, rows: rows * 2, E, x, weights, ids)
 
 
 def test_the_masked_form_adds_nothing_of_experts_that_were_not_chosen() -> None:

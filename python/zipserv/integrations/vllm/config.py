@@ -24,6 +24,8 @@ VERSION = 1
 _HEAD = "lm_head"
 _METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 
+_ROUTER = "a router is small, and vLLM has kernels of its own for it"
+
 logger = init_logger("vllm.zipserv")
 
 
@@ -81,7 +83,7 @@ class ZipServConfig(QuantizationConfig):  # type: ignore[misc]
         from .moe import ZipServMoEMethod
 
         if isinstance(layer, LinearBase):
-            why = self._why_not(prefix, layer.params_dtype)
+            why = _ROUTER if _is_router(layer) else self._why_not(prefix, layer.params_dtype)
             return self._plain(prefix, why) or UnquantizedLinearMethod() if why else ZipServLinearMethod(prefix)
         if isinstance(layer, RoutedExperts):
             why = self._why_not(prefix, layer.params_dtype) or ZipServMoEMethod.why_not(layer.moe_config)
@@ -113,6 +115,10 @@ class ZipServConfig(QuantizationConfig):  # type: ignore[misc]
     @staticmethod
     def _plain(prefix: str, why: str) -> None:
         logger.info("%s stays uncompressed: %s", prefix or "a layer without a name", why)
+
+
+def _is_router(layer: Any) -> bool:
+    return any(kind.__name__ == "GateLinear" for kind in type(layer).__mro__)
 
 
 def _start_workers_by_spawn() -> None:

@@ -2,8 +2,9 @@
 """vLLM's mixture-of-experts layers over compressed experts.
 
 Each expert's two matrices are blobs of their own, and the experts that tokens were routed to run one after the other on their
-compressed bytes. Finding out on the host which ones were hit needs a synchronisation, which a CUDA graph forbids: during capture
-every expert runs on all tokens instead, and the router's choice is a mask.
+compressed bytes. Finding out on the host which ones were hit needs a synchronisation, which a CUDA graph forbids. So while one is
+captured the device chooses: of few tokens each has its experts' blobs copied to a place that is known beforehand, of many every
+expert runs on all tokens and the router's choice is a mask. All three add a token's experts in the order of their numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from zipserv import cuda
 from zipserv.tensor import linear_blob
 
 from .collect import Collector
-from .weight import attach, finish, follow_batch_invariance, loaded_parameter
+from .weight import attach, finish, follow_batch_invariance, is_raw, loaded_parameter
 
-#: Blobs of one layer lie in one tensor, each at a multiple of this: what the kernels' wide copies want.
+#: Blobs of one layer lie in one tensor, at equal distances that are a multiple of this: what the kernels' wide copies want.
 ALIGN = 256
+
+#: A blob that is copied and then used is read twice and written once.
+_COPY_COST = 3
+
+Expert = Callable[[torch.Tensor], torch.Tensor]
 
 _GATES: dict[MoEActivation, Callable[[torch.Tensor], torch.Tensor]] = {
     MoEActivation.SILU: F.silu,
@@ -47,17 +53,19 @@ class Experts:
         set_weight_attrs(param, attrs)
         self.collectors = [Collector(f"{prefix}.{name}[{i}]", self.m, self.k, dtype, self.device) for i in range(count)]
         self.spans: list[tuple[int, int]] = []
+        self.longest = 0  # bytes of the largest blob; 0 where one is raw, which none can stand in for
         self.loader = attach(param, self.collectors, self.settle)
 
     def settle(self) -> None:
         if self.spans:
             return
         made = [finish(collector) for collector in self.collectors]
-        self.collectors, end = [], 0
-        for blob in made:
-            self.spans.append((end, end + blob.numel()))
-            end += -(-blob.numel() // ALIGN) * ALIGN
-        together = torch.zeros(end, dtype=torch.uint8, device=self.device)
+        self.collectors = []
+        longest = max(blob.numel() for blob in made)
+        step = -(-longest // ALIGN) * ALIGN
+        self.spans = [(i * step, i * step + blob.numel()) for i, blob in enumerate(made)]
+        self.longest = 0 if any(is_raw(blob, self.m, self.k) for blob in made) else longest
+        together = torch.zeros(len(made) * step, dtype=torch.uint8, device=self.device)
         for (start, stop), blob in zip(self.spans, made, strict=True):
             together[start:stop] = blob
             if together.is_cuda:
@@ -68,6 +76,13 @@ class Experts:
         start, stop = self.spans[expert]
         blob = getattr(self.layer, self.name)[start:stop]
         return linear_blob(x, blob, self.m, self.k, self.dtype, None)
+
+    def pick(self, expert: torch.Tensor) -> Expert:
+        """The expert whose number, int64 of shape (1,), only the device knows: a copy of its blob. GPU only."""
+        words = getattr(self.layer, self.name).view(torch.int64).view(len(self.spans), -1)
+        blob = words.index_select(0, expert)[0].view(torch.uint8)[: self.longest]
+        cuda.changed(blob)  # written by the work ahead in the stream
+        return lambda x: linear_blob(x, blob, self.m, self.k, self.dtype, None)
 
 
 class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -128,11 +143,19 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             if topk_ids.shape[1] != 1:
                 raise ValueError("router weights can be applied to the input only where each token has one expert")
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        run = _masked if x.is_cuda and torch.cuda.is_current_stream_capturing() else _routed
-        return run(self._expert, len(self.w13.spans), x, topk_weights, topk_ids)
+        count = len(self.w13.spans)
+        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return _routed(self._expert, count, x, topk_weights, topk_ids)
+        if self.w13.longest and self.w2.longest and _COPY_COST * topk_ids.numel() < count:
+            return _picked(self._pick, x, topk_weights, topk_ids)
+        return _masked(self._expert, count, x, topk_weights, topk_ids)
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         return self.w2.linear(expert, _activate(self.moe.activation, self.w13.linear(expert, x)))
+
+    def _pick(self, expert: torch.Tensor) -> Expert:
+        up, down = self.w13.pick(expert), self.w2.pick(expert)
+        return lambda x: down(_activate(self.moe.activation, up(x)))
 
 
 def _activate(activation: MoEActivation, x: torch.Tensor) -> torch.Tensor:
@@ -165,4 +188,17 @@ def _masked(
         chosen = ids == number
         weight = (weights.float() * chosen).sum(1, keepdim=True)
         y = torch.where(chosen.any(1, keepdim=True), y + expert(number, x).float() * weight, y)
+    return y.to(x.dtype)
+
+
+def _picked(pick: Callable[[torch.Tensor], Expert], x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The same sums without asking the host, token by token: the device picks each of a token's experts."""
+    y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    ids, order = ids.long().sort(dim=1)
+    weights = weights.gather(1, order).float()
+    for token in range(x.shape[0]):
+        for slot in range(ids.shape[1]):
+            number = ids[token, slot : slot + 1]
+            part = pick(number.clamp(min=0))(x[token : token + 1]).float() * weights[token, slot]
+            y[token : token + 1] = torch.where(number >= 0, y[token : token + 1] + part, y[token : token + 1])
     return y.to(x.dtype)
