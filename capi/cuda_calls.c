@@ -87,6 +87,31 @@ int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {
     return zsgo_cuda_warm(device, m, k, tokens);
 }
 
+int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes, uint64_t *stream,
+                           uint64_t *load) {
+    REFUSE_IN_CHILD();
+    if (count > 0) REQUIRE(parts);
+    REQUIRE(stream);
+    REQUIRE(load);
+    return zsgo_cuda_load_start(device, after, (zs_cuda_load_part_t *)parts, count, lanes, stream, load);
+}
+
+int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, int64_t *failed) {
+    REFUSE_IN_CHILD();
+    REQUIRE(failed);
+    return zsgo_cuda_load_wait(load, part, failed);
+}
+
+int32_t zs_cuda_load_finish(uint64_t load, int32_t stop) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_load_finish(load, stop);
+}
+
+int32_t zs_check_lists(const void *blob, uint64_t len) {
+    REFUSE_IN_CHILD();
+    return zsgo_check_lists((void *)blob, len);
+}
+
 int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream) {
     REFUSE_IN_CHILD();
     REQUIRE(stream);

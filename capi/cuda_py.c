@@ -234,6 +234,55 @@ static PyObject *py_follow(PyObject *self, PyObject *const *args, Py_ssize_t nar
     Py_RETURN_NONE;
 }
 
+static PyObject *py_load_start(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_load_start", 5);
+    ARG(0, device);
+    ARG(1, after);
+    ARG(2, parts);
+    ARG(3, count);
+    ARG(4, lanes);
+    uint64_t stream = 0, load = 0;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_load_start(device_number(device), after, (const zs_cuda_load_part_t *)(uintptr_t)parts, count, (int32_t)(lanes & 0xFFFF), &stream, &load));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return Py_BuildValue("KK", (unsigned long long)stream, (unsigned long long)load);
+}
+
+static PyObject *py_load_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_load_wait", 2);
+    ARG(0, load);
+    ARG(1, part);
+    int64_t failed = -1;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_load_wait(load, part, &failed));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return PyLong_FromLongLong(failed);
+}
+
+static PyObject *py_load_finish(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_load_finish", 2);
+    ARG(0, load);
+    ARG(1, stop);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_load_finish(load, stop != 0));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_check_lists(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("check_lists", 2);
+    ARG(0, ptr);
+    ARG(1, length);
+    int32_t code;
+    ZS_PY_LONG(code = zs_check_lists((const void *)(uintptr_t)ptr, length));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
 #define FUNCTION(name, doc) {"cuda_" #name, (PyCFunction)(void (*)(void))py_##name, METH_FASTCALL, doc}
 PyMethodDef zs_cuda_methods[] = {
     FUNCTION(set_dirs, "cuda_set_dirs(dirs) -> None: directories, separated by ':', in which NVRTC may lie"),
@@ -248,6 +297,10 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, mode, escape_bytes, checksum, blob) -> None"),
     FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
+    FUNCTION(load_start, "cuda_load_start(device, after, parts_ptr, count, lanes) -> (stream, load); a part: file, offset, bytes, address as uint64"),
+    FUNCTION(load_wait, "cuda_load_wait(load, part) -> -1 when its copies are queued, or the part that failed"),
+    FUNCTION(load_finish, "cuda_load_finish(load, stop) -> None: waits; raises what went wrong"),
+    {"check_lists", (PyCFunction)(void (*)(void))py_check_lists, METH_FASTCALL, "check_lists(ptr, length) -> None: what decoding on a GPU relies on"},
     FUNCTION(side_stream, "cuda_side_stream(device, i) -> stream"),
     FUNCTION(follow, "cuda_follow(device, after, before) -> None"),
     {NULL, NULL, 0, NULL},

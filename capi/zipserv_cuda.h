@@ -79,6 +79,27 @@ ZS_API int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tok
 ZS_API int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream);
 ZS_API int32_t zs_cuda_follow(int32_t device, uint64_t after, uint64_t before);
 
+/* Loading files: `lanes` threads (1 to 16) read pieces of the parts into page-locked buffers of the library's own and queue their copies on
+ * a side stream, *stream. Work that is in the stream `after` at the start comes first. One load at a time on a device: another waits. The
+ * files must stay open and the memory allocated until zs_cuda_load_finish, which must be called.
+ *
+ * zs_cuda_load_wait returns when all copies of a part are queued: work that follows *stream from then on (zs_cuda_follow) sees the part. *failed is -1, or
+ * the number of a part that could not be read. zs_cuda_load_finish waits for all copies, and fails where a part could not be read;
+ * with stop, nothing new is read. */
+typedef struct zs_cuda_load_part_t {
+    uint64_t file; /* descriptor */
+    uint64_t offset, bytes;
+    uint64_t to;
+} zs_cuda_load_part_t;
+ZS_API int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes,
+                                  uint64_t *stream, uint64_t *load);
+ZS_API int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, int64_t *failed);
+ZS_API int32_t zs_cuda_load_finish(uint64_t load, int32_t stop);
+
+/* Checks of a blob in host memory what decoding it on a GPU relies on: header, tile headers and the places of the lists. zs_check
+ * checks all. */
+ZS_API int32_t zs_check_lists(const void *blob, uint64_t len);
+
 #ifdef __cplusplus
 }
 #endif

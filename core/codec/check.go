@@ -73,18 +73,52 @@ func (v *View) decodedChecksum(s *scratch, t uint64) (uint32, error) {
 	return s.tileChecksum(b.mb, b.kb, s.out[:], tileStride, b.rows, b.cols), nil
 }
 
-func (v *View) checkTile(s *scratch, t uint64) error {
+// CheckLists proves of a blob what a decoder without checks of its own needs, so that it reads nothing but the blob: header, tile headers, and
+// that each list lies where it should and says so itself. It reads these alone, some 3 % of the bytes.
+func CheckLists(ctx context.Context, blob []byte) error {
+	v, err := Parse(blob)
+	if err != nil || v.Header.Mode == format.Raw {
+		return err
+	}
+	return parallel(ctx, v.sec.Tiles, 8*tileGrain, func(_ *scratch, lo, hi uint64) error {
+		for t := lo; t < hi; t++ {
+			_, l, err := v.listOf(t)
+			if err == nil {
+				err = l.checkLiterals()
+			}
+			if err != nil {
+				return format.InTile(t, err)
+			}
+		}
+		return nil
+	})
+}
+
+// checkLiterals wants no entry with a literal byte behind those that have none: there are no bytes for it.
+func (l list) checkLiterals() error {
+	found := uint16(0)
+	for rest := l.entries[min(2*len(l.literals), len(l.entries)):]; len(rest) >= 2; rest = rest[2:] {
+		found |= (le.Uint16(rest)>>12 + 1) & (format.SymbolLiteral + 1)
+	}
+	if found != 0 {
+		return errLiteralOrder
+	}
+	return nil
+}
+
+// listOf finds a tile's list. Each list ends where the next begins, the first begins at 0, the last ends the section: so no two overlap and
+// nothing is hidden between.
+func (v *View) listOf(t uint64) (format.TileHeader, list, error) {
 	h, err := v.tileHeader(t)
 	if err != nil {
-		return err
+		return h, list{}, err
 	}
 	l, err := readList(v.escapes(), h)
 	if err != nil {
-		return err
+		return h, l, err
 	}
-	// Each list ends where the next begins, the first begins at 0, the last ends the section: so no two overlap and nothing is hidden between.
 	if t == 0 && h.EscOffset != 0 {
-		return format.Invalidf("the first list starts at unit %d, not 0", h.EscOffset)
+		return h, l, format.Invalidf("the first list starts at unit %d, not 0", h.EscOffset)
 	}
 	end := uint64(h.EscOffset) + uint64(l.size/format.EscapeUnit)
 	next := v.Header.EscapeBytes / format.EscapeUnit
@@ -92,7 +126,15 @@ func (v *View) checkTile(s *scratch, t uint64) error {
 		next = uint64(format.ReadTileHeader(v.blob[v.sec.TileHeaders+(t+1)*format.TileHeaderSize:]).EscOffset)
 	}
 	if end != next {
-		return format.Invalidf("its list ends at unit %d, what follows starts at %d", end, next)
+		return h, l, format.Invalidf("its list ends at unit %d, what follows starts at %d", end, next)
+	}
+	return h, l, nil
+}
+
+func (v *View) checkTile(s *scratch, t uint64) error {
+	h, l, err := v.listOf(t)
+	if err != nil {
+		return err
 	}
 	b, fixed := v.grid.tile(t), v.fixed(t)
 	if !b.whole() {

@@ -20,12 +20,14 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
+from . import _zipserv
 from .container import HEADER_KEY, Container, read_container
 from .errors import Error
-from .format import HEADER_BYTES, SUFFIX, parse_header
-from .loader import Loader, Part
+from .format import HEADER_BYTES, SUFFIX, Header, parse_header
+from .loader import Part, load, serves
+from .proof import LEAST_BYTES, Proofs
 from .streams import forget
-from .tensor import ZipTensor
+from .tensor import ZipTensor, read_header
 from .writer import (
     CHECKSUMS_KEY,
     DTYPE_NAMES,
@@ -165,12 +167,13 @@ class TensorFile:
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device | str = "cpu", *, verify: bool = True) -> None:
         self.device = torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.verify = verify
         self.files, weight_map = _resolve(Path(path))
         self._raw: list[BinaryIO] = []
         self._handles: list[Any] = []
         self._containers: list[Container] = []
-        self._loader: Loader | None = None
         self._metadata: dict[str, str] = {}
         self._checksums: dict[str, str] = {}
         self._sealed: set[int] = set()  # files that must have a checksum for every plain tensor
@@ -289,28 +292,44 @@ class TensorFile:
         return {name: self._checked(name, self._mapped(name)).to(self.device) for name in names}
 
     def _stage(self, names: list[str]) -> dict[str, Value]:
-        """Tensors on the device, read through pinned buffers; what is checked is the file's pages, which the read has just brought in."""
-        if self._loader is None:
-            self._loader = Loader(self.device)
-        device = self._loader.device
+        """Tensors on the device, read through page-locked buffers. Large blobs are checked there, all else in the file's pages."""
+        device = self.device
         order = sorted(names, key=self._place)
         mapped = {name: self._mapped(name) for name in order}
         targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in mapped.items()}
         parts = []
         for name in order:
             number, offset = self._place(name)
-            with _named(self.files[number], name):
-                parts.append(Part(f"{self.files[number]}: {name!r}", self._raw[number].fileno(), offset, targets[name].reshape(-1).view(torch.uint8)))
+            target = targets[name].reshape(-1).view(torch.uint8)
+            parts.append(Part(f"{self.files[number]}: {name!r}", self._raw[number].fileno(), offset, target))
         loaded: dict[str, Value] = {}
+        proofs = Proofs()
 
         def check(part: int) -> None:
             name = order[part]
-            value = self._checked(name, mapped[name])
-            loaded[name] = ZipTensor._trusted(targets[name], value.header) if isinstance(value, ZipTensor) else targets[name]
+            header = self._begin_proof(name, mapped[name], targets[name], proofs)
+            if header is None:
+                value = self._checked(name, mapped[name])
+                header = value.header if isinstance(value, ZipTensor) else None
+            loaded[name] = targets[name] if header is None else ZipTensor._trusted(targets[name], header)
 
-        self._loader.load(parts, check)
+        load(parts, device, check)
+        for name in proofs.open_questions():
+            self._checked(name, mapped[name])
+            if not torch.equal(targets[name].cpu(), mapped[name]):
+                raise Error(f"{self.files[self._where[name][0]]}: {name!r}: its bytes changed on the way to {device}")
         forget([value.blob for value in loaded.values() if isinstance(value, ZipTensor)])
         return {name: loaded[name] for name in names}
+
+    def _begin_proof(self, name: str, mapped: torch.Tensor, target: torch.Tensor, proofs: Proofs) -> Header | None:
+        """The header of a blob whose full check the GPU has begun."""
+        number, key = self._where[name]
+        if key == name or not self.verify or mapped.numel() < LEAST_BYTES:
+            return None
+        with _named(self.files[number], name):
+            header = read_header(mapped)
+            _zipserv.check_lists(mapped.data_ptr(), mapped.numel())
+        return header if proofs.begin(name, target, header) else None
 
     def _place(self, name: str) -> tuple[int, int]:
         """File and first byte of a tensor."""
@@ -344,9 +363,6 @@ class TensorFile:
     def close(self) -> None:
         """Close the files; tensors that were read stay valid."""
         self._handles = []
-        if self._loader is not None:
-            self._loader.close()
-        self._loader = None
         self._close_raw()
 
     def _close_raw(self) -> None:
@@ -402,8 +418,8 @@ class _named:
 
 
 def _is_staged(device: torch.device) -> bool:
-    """Whether tensors go to the device through a ring of pinned buffers."""
-    return device.type == "cuda"
+    """Whether tensors go to the device through a ring of page-locked buffers."""
+    return device.type == "cuda" and serves(device)
 
 
 def _resolve(path: Path) -> tuple[list[Path], dict[str, str] | None]:

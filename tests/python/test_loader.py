@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading through the ring of buffers: on the CPU its threads, pieces and errors, on GPUs its streams too."""
+"""Loading to GPUs. Without one: over a driver that only pretends and has its memory on the host; files, threads, pieces and errors are real."""
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-import threading
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +15,47 @@ import torch
 
 import zipserv
 from helpers import weights
-from zipserv import ZipTensor, checkpoint, loader
-from zipserv.checkpoint import SUFFIX
-from zipserv.loader import Loader, Part
+from zipserv import ZipTensor
 
+TESTS = Path(__file__).parent
 
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every tensor is many pieces, more than the ring holds."""
-    monkeypatch.setattr(loader, "CHUNK", 4099)
-    yield
-
-
-@pytest.fixture
-def staged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CPU as if it were a GPU."""
-    monkeypatch.setattr(checkpoint, "_is_staged", lambda device: True)
+PRELUDE = """
+import json, os, struct, sys, threading, pathlib
+sys.path.insert(0, TESTS)
+import torch, zipserv
+from zipserv import ZipTensor, _zipserv, checkpoint, loader
+from zipserv.loader import Part, load
+from test_loader import assert_same, tensors
+folder = pathlib.Path(FOLDER)
+path = folder / "model.safetensors"
+cpu = torch.device("cpu")
+checkpoint._is_staged = lambda device: True  # host memory is the memory of the device that pretends
+def raises(kind, words, call, *args):
+    try: call(*args)
+    except kind as error: assert all(w in str(error) for w in words), str(error)
+    else: raise AssertionError(f"no {kind}")
+def places(path):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    return {name: tuple(8 + length + at for at in entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
+def flip(path, at):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x40
+    path.write_bytes(data)
+"""
 
 
 def tensors() -> dict[str, torch.Tensor | ZipTensor]:
+    torch.manual_seed(0)
     return {
         "a.weight": zipserv.compress(weights(190, 250)),
         "b.weight": zipserv.compress(weights(64, 64, 3)),
+        "half.weight": zipserv.compress(weights(64, 64, dtype=torch.float16)),
         "noise": zipserv.compress(torch.randint(-(2**15), 2**15, (3, 5), dtype=torch.int16).view(torch.bfloat16)),
+        "large": zipserv.compress(weights(2048, 2560)),  # more than a piece
         "bias": torch.randn(9000),
+        "wide": torch.randn(2_500_000),  # pieces of its own too
         "scalar": torch.tensor(3),
         "empty": torch.zeros(0, 4),
         "flags": torch.tensor([True, False, True]),
@@ -58,66 +74,144 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], device: str = "
         assert torch.equal(a.cpu(), b), name
 
 
-@pytest.mark.parametrize("verify", [True, False])
-@pytest.mark.parametrize("shard", [None, 30_000])
-def test_the_same_as_from_mapped_pages(tmp_path: Path, staged: None, verify: bool, shard: int | None) -> None:
-    expected = tensors()
-    expected["tied"] = expected["a.weight"]
-    zipserv.save_file(expected, tmp_path / "m.safetensors", max_shard_size=shard)
-    with zipserv.open_file(tmp_path, verify=verify) as file:
-        loaded = file.load()
-        assert_same(loaded, expected)
-        assert loaded["tied"] is loaded["a.weight"]
-        assert_same({name: file.get(name) for name in expected}, expected)
-    for file_ in tmp_path.glob("*.safetensors"):
-        file_.write_bytes(bytes(file_.stat().st_size))
+@pytest.fixture
+def run(fake_driver: Path, tmp_path: Path) -> Callable[..., str]:
+    def run(code: str, **env: str) -> str:
+        places = f"TESTS, FOLDER = {str(TESTS)!r}, {str(tmp_path)!r}\n"
+        full = {**os.environ, "ZIPSERV_LIBCUDA": str(fake_driver), **env}
+        done = subprocess.run([sys.executable, "-c", places + PRELUDE + code], env=full, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_same_as_from_mapped_pages(run: Callable[..., str]) -> None:
+    run("""
+expected = tensors()
+expected["tied"] = expected["a.weight"]
+for shard in (None, 30_000):
+    for old in folder.glob("*.safetensors*"): old.unlink()
+    zipserv.save_file(expected, path, max_shard_size=shard)
+    for verify in (True, False):
+        with zipserv.open_file(folder, verify=verify) as file:
+            loaded = file.load()
+            assert_same(loaded, expected)
+            assert loaded["tied"] is loaded["a.weight"]
+            assert_same({name: file.get(name) for name in expected}, expected)
+    with torch.inference_mode():
+        assert_same(zipserv.load_file(folder), expected)
+    for one in folder.glob("*.safetensors"):
+        one.write_bytes(bytes(one.stat().st_size))
     assert_same(loaded, expected)  # memory of their own, not pages of the file
+""")
 
 
-def test_no_thread_and_no_file_stays_open(tmp_path: Path, staged: None) -> None:
-    zipserv.save_file(tensors(), tmp_path / "m.safetensors")
-    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    zipserv.load_file(tmp_path)
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
-    (tmp_path / "m.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(zipserv.Error):
-        zipserv.load_file(tmp_path)
-    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
-
-
-def places(path: Path) -> dict[str, tuple[int, int]]:
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    return {name: tuple(8 + length + at for at in entry["data_offsets"]) for name, entry in header.items() if name != "__metadata__"}
-
-
-@pytest.mark.parametrize("key", ["a.weight" + SUFFIX, "noise" + SUFFIX, "bias", "flags"])
-def test_a_damaged_tensor_is_named_and_nothing_is_returned(tmp_path: Path, staged: None, key: str) -> None:
-    path = tmp_path / "m.safetensors"
-    zipserv.save_file(tensors(), path)
-    begin, end = places(path)[key]
-    data = bytearray(path.read_bytes())
-    data[end - 1] ^= 0x40
-    path.write_bytes(data)
-    with pytest.raises(zipserv.Error, match=f"m.safetensors: '{key.removesuffix(SUFFIX)}': "):
-        zipserv.load_file(path)
+def test_a_damaged_tensor_is_named_and_nothing_is_returned(run: Callable[..., str]) -> None:
+    run("""
+expected = tensors()
+zipserv.save_file(expected, path)
+good = path.read_bytes()
+for key in ("a.weight_zipserv", "noise_zipserv", "half.weight_zipserv", "large_zipserv", "bias", "wide", "flags"):
+    name = key.removesuffix("_zipserv")
+    path.write_bytes(good)
+    flip(path, places(path)[key][1] - 1)
+    raises(zipserv.Error, [f"model.safetensors: '{name}': "], zipserv.load_file, path)
     with zipserv.open_file(path) as file:  # the others are well
         assert file["scalar"] == 3
-        with pytest.raises(zipserv.Error, match=key.removesuffix(SUFFIX)):
-            file.get(key.removesuffix(SUFFIX))
+        raises(zipserv.Error, [repr(name)], file.get, name)
+path.write_bytes(good)
+flip(path, places(path)["large_zipserv"][0] + 4_000_000)
+raises(zipserv.Error, ["'large': invalid ZipServ blob: the weights' checksum"], zipserv.load_file, path)
+path.write_bytes(good)
+assert_same(zipserv.load_file(path), expected)  # the device is as good as before
+""")
 
 
-def test_a_file_cut_short_while_it_is_read(tmp_path: Path, staged: None) -> None:
-    path = tmp_path / "m.safetensors"
-    zipserv.save_file({"w": zipserv.compress(weights(256, 256)), "bias": torch.randn(9000)}, path)
+def test_a_file_cut_short_while_it_is_read(run: Callable[..., str]) -> None:
+    run("""
+zipserv.save_file({"large": tensors()["large"], "bias": torch.randn(9000)}, path)
+for at in (5000, 5_000_000):
+    zipserv.save_file({"large": tensors()["large"], "bias": torch.randn(9000)}, path)
     with zipserv.open_file(path) as file:
-        os.truncate(path, places(path)["w" + SUFFIX][0] + 5000)
-        with pytest.raises(zipserv.Error, match="'w': the file was cut short"):
-            file.load()
+        os.truncate(path, places(path)["large_zipserv"][0] + at)
+        raises(zipserv.Error, ["model.safetensors: 'large': the file was cut short"], file.load)
+""")
+
+
+def test_no_file_and_no_memory_is_left(run: Callable[..., str]) -> None:
+    run("""
+zipserv.save_file(tensors(), path)
+zipserv.load_file(path)
+before = os.listdir("/proc/self/fd")
+for _ in range(5):
+    zipserv.load_file(path)
+path.write_bytes(b"nonsense")
+raises(zipserv.Error, [], zipserv.load_file, path)
+assert len(os.listdir("/proc/self/fd")) == len(before)
+""")
+
+
+def test_parts_are_checked_in_order_once_they_are_read(run: Callable[..., str]) -> None:
+    run("""
+data = torch.randint(0, 256, (30_000_000,), dtype=torch.uint8)
+path.write_bytes(data.numpy().tobytes())
+file = os.open(path, os.O_RDONLY)
+sizes = [0, 1, 4 << 20, (4 << 20) + 1, 9_000_000, 0, 3_000_000]
+starts = [sum(sizes[:i]) for i in range(len(sizes))]
+for lanes in (1, 2, 7, None):
+    targets = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
+    seen = []
+    def check(number):
+        seen.append(number)
+        assert torch.equal(targets[number], data[starts[number] : starts[number] + sizes[number]])
+    load([Part("f", file, start, target) for start, target in zip(starts, targets)], cpu, check, lanes)
+    assert seen == list(range(len(sizes)))
+load([], cpu, check)
+
+# What a check raises stops the readers.
+target = torch.full((29_000_000,), 7, dtype=torch.uint8)
+def stop(number): raise KeyboardInterrupt
+raises(KeyboardInterrupt, [], load, [Part("first", file, 0, target[:1]), Part("rest", file, 1, target[1:])], cpu, stop)
+before = target.clone()
+assert torch.equal(target, before)
+
+parts = [Part("f", file, 0, target[:9]), Part("beyond", file, 29_999_999, target[:2])]
+raises(zipserv.Error, ["beyond: the file was cut short"], load, parts, cpu, id)
+os.close(file)
+raises(zipserv.Error, ["closed: reading: bad file descriptor"], load, [Part("closed", file, 0, target[:2])], cpu, id)
+raises(ValueError, ["1 to 16 lanes"], load, [], cpu, id, 17)
+raises(ValueError, ["load 999 is not known"], _zipserv.cuda_load_wait, 999, 0)
+
+# Two loads at once: one after the other.
+file = os.open(path, os.O_RDONLY)
+def work(target): load([Part("f", file, 0, target)], cpu, lambda number: None)
+targets = [torch.zeros(20_000_000, dtype=torch.uint8) for _ in range(4)]
+threads = [threading.Thread(target=work, args=(target,)) for target in targets]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert all(torch.equal(target, data[:20_000_000]) for target in targets)
+""")
+
+
+@pytest.mark.parametrize("call", ["cuMemHostAlloc", "cuEventCreate", "cuMemcpyHtoDAsync_v2", "cuEventRecord", "cuEventSynchronize"])
+def test_a_device_that_fails(run: Callable[..., str], call: str) -> None:
+    run("""
+zipserv.save_file({"large": tensors()["large"]}, path)
+assert loader.serves(cpu)
+import ctypes
+fake = ctypes.CDLL(os.environ["ZIPSERV_LIBCUDA"])
+call = os.environ["CALL"]
+fake.fake_fail(call.encode(), 700, 1)
+raises(zipserv.Error, [call, "700"], zipserv.load_file, path)
+fake.fake_reset()
+assert_same(zipserv.load_file(path), {"large": tensors()["large"]})
+""", CALL=call)
 
 
 def test_a_file_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zipserv import checkpoint
+
     path = tmp_path / "m.safetensors"
     zipserv.save_file({"w": torch.zeros(4)}, path)
     real = checkpoint.safe_open
@@ -131,65 +225,6 @@ def test_a_file_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.
         zipserv.load_file(path)
 
 
-# --- the loader itself ------------------------------------------------------------------------------------------------
-
-
-def part(path: Path, target: torch.Tensor, offset: int = 0) -> tuple[Part, int]:
-    file = os.open(path, os.O_RDONLY)
-    return Part(path.name, file, offset, target), file
-
-
-@pytest.mark.parametrize("threads", [1, 2, 7])
-def test_parts_are_checked_in_order_once_they_are_read(tmp_path: Path, threads: int) -> None:
-    data = torch.randint(0, 256, (100_000,), dtype=torch.uint8)
-    (tmp_path / "f").write_bytes(data.numpy().tobytes())
-    sizes = [0, 1, 4099, 4100, 50_000, 0, 30_000]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    targets = [torch.empty(size, dtype=torch.uint8) for size in sizes]
-    parts, files = zip(*(part(tmp_path / "f", target, start) for target, start in zip(targets, starts, strict=True)), strict=True)
-    seen = []
-
-    def check(number: int) -> None:
-        seen.append(number)
-        assert torch.equal(targets[number], data[starts[number] : starts[number] + sizes[number]])
-
-    one = Loader(torch.device("cpu"), threads)
-    for _ in range(3):
-        for target in targets:
-            target.zero_()
-        one.load(parts, check)
-    assert seen == 3 * list(range(len(sizes)))
-    with torch.inference_mode():
-        own = torch.empty(500, dtype=torch.uint8)
-        one.load([Part("f", files[0], 0, own)], lambda number: None)
-        assert torch.equal(own, data[:500])
-    one.close()
-    for file in files:
-        os.close(file)
-
-
-def test_what_a_check_raises_stops_the_readers(tmp_path: Path) -> None:
-    (tmp_path / "f").write_bytes(bytes(1_000_000))
-    target = torch.full((1_000_000,), 7, dtype=torch.uint8)
-    file = os.open(tmp_path / "f", os.O_RDONLY)
-    one = Loader(torch.device("cpu"), 2)
-
-    def check(number: int) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        one.load([Part("first", file, 0, target[:1]), Part("rest", file, 1, target[1:])], check)
-    before = target.clone()
-    one.close()
-    assert torch.equal(target, before)  # nobody writes any more
-    with pytest.raises(zipserv.Error, match="beyond: the file was cut short"):
-        one.load([Part("beyond", file, 999_999, target[:2])], lambda number: None)
-    os.close(file)
-    with pytest.raises(OSError):
-        one.load([Part("closed", file, 0, target[:2])], lambda number: None)
-    one.close()
-
-
 # --- GPUs -------------------------------------------------------------------------------------------------------------
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -198,29 +233,59 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("index", [0, 1])
-def test_to_a_gpu(tmp_path: Path, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_to_a_gpu(tmp_path: Path, index: int) -> None:
     if index >= torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     device = f"cuda:{index}"
     expected = tensors()
-    expected["large"] = zipserv.compress(weights(2048, 2048))
     zipserv.save_file(expected, tmp_path / "m.safetensors")
-    for chunk in (4099, 1 << 20):
-        monkeypatch.setattr(loader, "CHUNK", chunk)
-        assert_same(zipserv.load_file(tmp_path, device=device), expected, device)
+    for verify in (True, False):
+        assert_same(zipserv.load_file(tmp_path, device=device, verify=verify), expected, device)
     side = torch.cuda.Stream(device)
     with torch.cuda.stream(side), torch.inference_mode():
         assert_same(zipserv.load_file(tmp_path, device=device), expected, device)
     with zipserv.open_file(tmp_path, device=device) as file:
         assert_same({name: file.get(name) for name in expected}, expected, device)
-    x = weights(3, 2048).to(device)
+    x = weights(3, 2560).to(device)
+    large = expected["large"]
+    assert isinstance(large, ZipTensor)
     y = zipserv.linear(x, zipserv.load_file(tmp_path, device=device)["large"])
-    torch.testing.assert_close(y, torch.nn.functional.linear(x, expected["large"].decompress().to(device)), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, large.decompress().to(device)), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.gpu
 @GPU
-def test_loading_waits_for_no_other_work_and_takes_the_ring_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [200, 3_000_000, 7_000_000, -3])
+def test_damage_that_a_gpu_finds(tmp_path: Path, place: int) -> None:
+    path = tmp_path / "m.safetensors"
+    large = tensors()["large"]
+    assert isinstance(large, ZipTensor)
+    zipserv.save_file({"large": large, "bias": torch.zeros(3)}, path)
+    with zipserv.open_file(path) as file:
+        begin = file._place("large")[1]
+    data = bytearray(path.read_bytes())
+    data[begin + place if place > 0 else begin + large.nbytes + place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(zipserv.Error, match="'large'"):
+        zipserv.load_file(path, device="cuda")
+    assert zipserv.load_file(path, verify=False)["bias"].shape == (3,)
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_blob_that_another_program_made_is_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Valid, but not as the compressor here writes it."""
+    from zipserv.proof import Proofs
+
+    expected = tensors()
+    zipserv.save_file(expected, tmp_path / "m.safetensors")
+    monkeypatch.setattr(Proofs, "open_questions", lambda self: [*self._others, *self._names])
+    assert_same(zipserv.load_file(tmp_path, device="cuda"), expected, "cuda:0")
+
+
+@pytest.mark.gpu
+@GPU
+def test_loading_waits_for_no_other_work_and_leaves_nothing(tmp_path: Path) -> None:
     zipserv.save_file({"w": zipserv.compress(weights(2048, 2048))}, tmp_path / "m.safetensors")
     zipserv.load_file(tmp_path, device="cuda")
     before = torch.cuda.memory_allocated()

@@ -168,8 +168,29 @@ func (c *Context) Capture(s Stream) (active bool, id uint64, g Graph, err error)
 // NewEvent makes an event for ordering, without timing.
 func (c *Context) NewEvent() (Event, error) {
 	var e C.uint64_t
-	err := c.d.check(C.zs_event_create(c.d.cu, c.ctx, &e))
+	err := c.d.check(C.zs_event_create(c.d.cu, c.ctx, 0, &e))
 	return Event(e), err
+}
+
+// NewSleepEvent makes an event for which Await sleeps.
+func (c *Context) NewSleepEvent() (Event, error) {
+	var e C.uint64_t
+	err := c.d.check(C.zs_event_create(c.d.cu, c.ctx, 1, &e))
+	return Event(e), err
+}
+
+// Await waits on the host for what the event marks; an event that marks nothing yet is there.
+func (c *Context) Await(e Event) error {
+	return c.d.check(C.zs_event_await(c.d.cu, c.ctx, C.uint64_t(e)))
+}
+
+// AllocHost allocates zeroed page-locked host memory, for the life of the process.
+func (c *Context) AllocHost(bytes int) ([]byte, error) {
+	var p C.uint64_t
+	if err := c.d.check(C.zs_alloc_host(c.d.cu, c.ctx, C.size_t(bytes), &p)); err != nil {
+		return nil, err
+	}
+	return unsafe.Slice((*byte)(*(*unsafe.Pointer)(unsafe.Pointer(&p))), bytes), nil
 }
 
 // DestroyEvent gives an event back.

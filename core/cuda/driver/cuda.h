@@ -44,6 +44,7 @@ enum {
   CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
   CU_STREAM_CAPTURE_MODE_RELAXED = 2,
   CU_STREAM_NON_BLOCKING = 1,
+  CU_EVENT_BLOCKING_SYNC = 1,
   CU_EVENT_DISABLE_TIMING = 2,
   CU_MEMHOSTALLOC_PORTABLE = 1,
   CU_MEMHOSTALLOC_DEVICEMAP = 2,
@@ -91,6 +92,7 @@ enum {
   X(cuEventCreate, (CUevent *, unsigned))                                                                    \
   X(cuEventDestroy_v2, (CUevent))                                                                            \
   X(cuEventRecord, (CUevent, CUstream))                                                                      \
+  X(cuEventSynchronize, (CUevent))                                                                           \
   X(cuMemGetInfo_v2, (size_t *, size_t *))                                                                   \
   X(cuMemAlloc_v2, (CUdeviceptr *, size_t))                                                                  \
   X(cuMemFree_v2, (CUdeviceptr))                                                                             \

@@ -230,10 +230,10 @@ zs_result zs_stream_capture(zs_cu *cu, uint64_t ctx, uint64_t stream, int *statu
   LEAVE;
 }
 
-zs_result zs_event_create(zs_cu *cu, uint64_t ctx, uint64_t *event) {
+zs_result zs_event_create(zs_cu *cu, uint64_t ctx, int sleep, uint64_t *event) {
   CUevent e = NULL;
   ENTER(ctx);
-  TRY(cuEventCreate, &e, CU_EVENT_DISABLE_TIMING);
+  TRY(cuEventCreate, &e, CU_EVENT_DISABLE_TIMING | (sleep ? CU_EVENT_BLOCKING_SYNC : 0));
   *event = OUT(e);
   LEAVE;
 }
@@ -241,6 +241,12 @@ zs_result zs_event_create(zs_cu *cu, uint64_t ctx, uint64_t *event) {
 zs_result zs_event_destroy(zs_cu *cu, uint64_t ctx, uint64_t event) {
   ENTER(ctx);
   TRY(cuEventDestroy_v2, P(CUevent, event));
+  LEAVE;
+}
+
+zs_result zs_event_await(zs_cu *cu, uint64_t ctx, uint64_t event) {
+  ENTER(ctx);
+  TRY(cuEventSynchronize, P(CUevent, event));
   LEAVE;
 }
 

@@ -64,8 +64,10 @@ zs_result zs_stream_destroy(zs_cu *cu, uint64_t ctx, uint64_t stream);
 zs_result zs_stream_synchronize(zs_cu *cu, uint64_t ctx, uint64_t stream);
 zs_result zs_stream_wait(zs_cu *cu, uint64_t ctx, uint64_t stream, uint64_t event);
 zs_result zs_stream_capture(zs_cu *cu, uint64_t ctx, uint64_t stream, int *status, uint64_t *id, uint64_t *graph);
-zs_result zs_event_create(zs_cu *cu, uint64_t ctx, uint64_t *event);
+// With sleep, a host thread that awaits the event leaves its processor to others.
+zs_result zs_event_create(zs_cu *cu, uint64_t ctx, int sleep, uint64_t *event);
 zs_result zs_event_destroy(zs_cu *cu, uint64_t ctx, uint64_t event);
+zs_result zs_event_await(zs_cu *cu, uint64_t ctx, uint64_t event);
 zs_result zs_event_record(zs_cu *cu, uint64_t ctx, uint64_t event, uint64_t stream);
 zs_result zs_memory_info(zs_cu *cu, uint64_t ctx, size_t *free, size_t *total);
 zs_result zs_alloc_filled(zs_cu *cu, uint64_t ctx, uint64_t stream, size_t bytes, uint8_t value, uint64_t *ptr);

@@ -32,6 +32,7 @@ type Device struct {
 	codecs  sync.Map            // codecKey -> *kernel or *compressor
 	mails   mailbox
 	choices choices
+	loader  loader
 }
 
 // kernel is a variant that is ready to launch.

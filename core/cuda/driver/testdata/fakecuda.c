@@ -279,6 +279,7 @@ EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) { START(cuThreadExc
 
 EXPORT CUresult cuEventCreate(CUevent *e, unsigned flags) { START_CTX(cuEventCreate); (void)flags; *e = malloc(16); __atomic_add_fetch(&live_events, 1, __ATOMIC_RELAXED); return OK; }
 EXPORT CUresult cuEventDestroy_v2(CUevent e) { START_CTX(cuEventDestroy_v2); free(e); __atomic_sub_fetch(&live_events, 1, __ATOMIC_RELAXED); return OK; }
+EXPORT CUresult cuEventSynchronize(CUevent e) { START_CTX(cuEventSynchronize); (void)e; return OK; }
 EXPORT CUresult cuEventRecord(CUevent e, CUstream s) { START_CTX(cuEventRecord); (void)e; (void)s; note("record\n"); return OK; }
 
 EXPORT CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { START_CTX(cuMemGetInfo_v2); *t = 1 << 30; *f = 1 << 29; return OK; }
