@@ -110,9 +110,9 @@ func again(t *testing.T) (*drivertest.Fake, *engine.Engine) {
 }
 
 func TestSavedChoicesAreUsedByLaterProcesses(t *testing.T) {
-	_, e := open(t)
+	open(t)
 	t.Setenv(jit.EnvCacheDir, t.TempDir())
-	_, e = again(t)
+	_, e := again(t)
 	path := save(t, device(t, e, 0))
 
 	f, e := again(t)

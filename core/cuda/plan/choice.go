@@ -205,7 +205,7 @@ func Split(d Device, p Problem, shares uint64) (Choice, error) {
 		}
 	}
 	if chosen.Kernel == "" {
-		return chosen, fmt.Errorf("K of a %d x %d weight cannot be split into %d shares: all blocks of a product are on the GPU at once, and its %d "+
+		return chosen, fmt.Errorf("a %d x %d weight cannot have K split into %d shares: all blocks of a product are on the GPU at once, and its %d "+
 			"multiprocessors have room for at most %d of each strip of rows", p.M, p.K, shares, d.SMs, most)
 	}
 	return chosen, nil
