@@ -35,6 +35,8 @@ from zipserv.bench.timing import compare, loops  # noqa: E402
 
 MMA_XSTAGES = 2
 PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# What the source says of its launches, to be read from the loaded module.
+LAUNCH = '\nextern "C" __device__ unsigned zs_launch[2] = {ZS_GEMM_SMEM, ZS_THREADS};\n'
 MAX_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
@@ -81,22 +83,6 @@ class Spec:
         return self.numbers[1]
 
     @property
-    def smem(self) -> int:
-        """ZS_GEMM_SMEM of the kernel's source."""
-        if self.kernel == "mma":
-            return self.mw * self.kw * (8192 + 128) + self.kw * MMA_XSTAGES * (self.n * 144 + 16)
-        _, kw, _, decoders, stages, xstages = self.numbers
-        return stages * 8192 + xstages * kw * self.n * 128 + (stages + xstages) * 16 + decoders * 128
-
-    @property
-    def threads(self) -> int:
-        """ZS_THREADS."""
-        if self.kernel == "mma":
-            return 32 * self.mw * self.kw
-        groups, decoders = self.numbers[2:4]
-        return ceil_div(128 * groups + 32 * decoders + 32, 128) * 128
-
-    @property
     def defines(self) -> list[str]:
         names = ("MW", "KW") if self.kernel == "mma" else ("MW", "KW", "GROUPS", "DECODERS", "STAGES", "XSTAGES")
         values = [f"-DZS_{name}={value}" for name, value in zip(names, self.numbers, strict=True)]
@@ -107,7 +93,8 @@ def compiled(spec: Spec, arch: str) -> tuple[bytes, str]:
     folder = ROOT / "kernels"
     headers = {path.name: path.read_text() for path in folder.glob("*.cuh")}
     name = f"zipgemm_{spec.kernel}.cu"
-    result = NVRTC().compile(name, (folder / name).read_text(), headers, [f"-arch={arch}", "--std=c++17", "-Xptxas", "-v", *spec.defines])
+    source = (folder / name).read_text() + LAUNCH
+    result = NVRTC().compile(name, source, headers, [f"-arch={arch}", "--std=c++17", "-Xptxas", "-v", *spec.defines])
     registers, spills = re.search(r"Used (\d+) registers", result.log), re.search(r"(\d+) bytes spill stores", result.log)
     return result.cubin, f"{registers[1] if registers else '?'} registers, {spills[1] if spills else '?'} bytes spilled"
 
@@ -123,7 +110,11 @@ class Variant:
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin))
         self.check(self.cuda.cuModuleGetFunction(ctypes.byref(self.function), module, f"zs_zipgemm_{spec.kernel}".encode()))
-        self.check(self.cuda.cuFuncSetAttribute(self.function, MAX_SMEM, spec.smem))
+        address, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_uint32 * 2)()
+        self.check(self.cuda.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, b"zs_launch"))
+        self.check(self.cuda.cuMemcpyDtoH_v2(launch, address, ctypes.c_size_t(8)))
+        self.smem, self.threads = launch
+        self.check(self.cuda.cuFuncSetAttribute(self.function, MAX_SMEM, self.smem))
         # The kernel's own flag for "no sum here yet" (gemm.cuh).
         self.workspace = torch.full((self.blocks * spec.mw * 64 * spec.n,), -1, dtype=torch.int32, device="cuda")
 
@@ -157,7 +148,7 @@ class Variant:
         attribute.value[0] = 1
         three = ctypes.c_uint * 3
         stream = torch.cuda.current_stream().cuda_stream
-        config = Config(three(min(self.blocks, units), 1, 1), three(spec.threads, 1, 1), spec.smem, stream, ctypes.pointer(attribute), 1)
+        config = Config(three(min(self.blocks, units), 1, 1), three(self.threads, 1, 1), self.smem, stream, ctypes.pointer(attribute), 1)
         self.check(self.cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, array, None))
 
 
@@ -190,7 +181,7 @@ def main() -> int:
     specs = {(text, n): Spec.parse(options.kernel, text, n) for text in options.variants for n in sorted(set(classes.values()))}
     if options.compile_only:
         for (text, n), spec in specs.items():
-            print(f"N={n} {options.kernel} {text}: {compiled(spec, options.arch)[1]}, {spec.smem} bytes shared")
+            print(f"N={n} {options.kernel} {text}: {compiled(spec, options.arch)[1]}")
         return 0
 
     torch.zeros(1, device="cuda")  # makes the context in which the variants are loaded
