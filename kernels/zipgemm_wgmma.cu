@@ -30,7 +30,7 @@
 #define ZS_STAGES 12  // decoded tiles in the ring; whole units, two at least, and not below ZS_DECODERS
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 6  // column tiles of activations in their ring
+#define ZS_XSTAGES 3  // units of activations in their ring
 #endif
 #ifndef ZS_CONSUMER_REGISTERS
 #define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
@@ -48,7 +48,8 @@
 #define ZS_REGISTERS (ZS_CONSUMER_REGISTERS ? ZS_CONSUMER_REGISTERS : 65536 / ZS_THREADS)
 #define ZS_SPARE_REGISTERS (ZS_REGISTERS - ZS_N / 2 * ZS_PER_GROUP - 28)
 #define ZS_PIECES_AT_ONCE (ZS_SPARE_REGISTERS >= 72 ? 16 : ZS_SPARE_REGISTERS >= 32 ? 8 : ZS_SPARE_REGISTERS >= 16 ? 4 : 2)
-#define ZS_XBYTES (ZS_N * 128)            // of the activations of one column tile
+#define ZS_XBOX (ZS_N * 128)              // bytes of the activations of one column of tiles
+#define ZS_XBYTES (ZS_KW * ZS_XBOX)
 #define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
 
 // Shared memory: decoded tiles | activations | barriers (a full and an empty one a stage) | spare bytes of the decoders (Escapes::patch). The first two need
@@ -62,7 +63,8 @@
 // the ring ZS_DECODERS tiles ago, by the warpgroup that reads its tiles in order: that warpgroup has read all of its tiles up to ZS_DECODERS + ZS_STAGES
 // before this one, so the round is well past if that is no more than two rounds back.
 static_assert(ZS_MW % ZS_GROUPS == 0 && ZS_DECODERS % ZS_GROUPS == 0 && ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
-static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES > (ZS_LAG - 1) / ZS_PER_GROUP + 1, "the rings hold more than what is handed back late");
+
+static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES >= 2, "the rings hold more than what is handed back late");
 
 // A ring's stage and the parity of its present round.
 struct Stage {
@@ -147,13 +149,12 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
 ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Work& work, uint32_t smem) {
     Stage stage(0);
     for (Walk at(work, 0); at.left > 0; at.advance(work, ZS_PLACES)) {
-        for (uint32_t i = 0; i < ZS_KW; i++) {
-            const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16;
-            mbarrier_wait(full + 8, stage.parity ^ 1);
-            mbarrier_arrive_expect_tx(full, ZS_XBYTES);
-            tensor_copy<ZS_N>(smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
-            stage.advance(1, ZS_XSTAGES);
-        }
+        const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
+        mbarrier_wait(full + 8, stage.parity ^ 1);
+        mbarrier_arrive_expect_tx(full, ZS_XBYTES);
+#pragma unroll
+        for (uint32_t i = 0; i < ZS_KW; i++) tensor_copy<ZS_N>(to + i * ZS_XBOX, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
+        stage.advance(1, ZS_XSTAGES);
     }
 }
 
@@ -173,15 +174,15 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
             for (uint32_t j = 0; j < ZS_N / 2; j++) acc[i][j] = 0.0f;
         uint32_t busy[ZS_LAG] = {}, xbusy[ZS_LAG] = {};  // barriers of the tiles under way, and of the activations where a tile is the last to read them
         for (int32_t u = 0; u < units; u++) {
-            const uint32_t unit = bars + (stage.index + g) * 16, tiles = smem + (stage.index + g) * 8192;
+            const uint32_t unit = bars + (stage.index + g) * 16, xfull = xbars + xstage.index * 16;
+            const uint32_t tiles = smem + (stage.index + g) * 8192, xs = smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES;
+            mbarrier_wait(xfull, xstage.parity);
 #pragma unroll
             for (uint32_t t = 0; t < TILES; t++) {
                 constexpr uint32_t STEP = ZS_GROUPS;
                 const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
-                const uint32_t xfull = xbars + xstage.index * 16;
-                if (t % ZS_PER_GROUP == 0) mbarrier_wait(xfull, xstage.parity);
                 mbarrier_wait(unit + place * 16, stage.parity);
-                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES);
+                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(xs + t / ZS_PER_GROUP * ZS_XBOX);
                 wgmma_pin(acc[t % ZS_PER_GROUP]);
                 wgmma_fence();
 #pragma unroll
@@ -193,13 +194,10 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
                 if (signals && xbusy[0]) mbarrier_arrive(xbusy[0] + 8);
 #pragma unroll
                 for (uint32_t i = 1; i < ZS_LAG; i++) busy[i - 1] = busy[i], xbusy[i - 1] = xbusy[i];
-                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = 0;
-                if (t % ZS_PER_GROUP == ZS_PER_GROUP - 1) {
-                    xbusy[ZS_LAG - 1] = xfull;
-                    xstage.advance(1, ZS_XSTAGES);
-                }
+                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = t == TILES - 1 ? xfull : 0;
             }
             stage.advance(ZS_PLACES, ZS_STAGES);
+            xstage.advance(1, ZS_XSTAGES);
         }
         wgmma_wait<0>();
         __syncwarp();

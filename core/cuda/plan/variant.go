@@ -47,7 +47,7 @@ var wgmma = family{
 	},
 	smem: func(v variant, tokens uint64) int {
 		r := rolesOf(v, tokens)
-		return r.stages*tileData + r.xstages*int(tokens)*128 + (r.stages+r.xstages)*16 + r.decoders*spareBytes
+		return r.stages*tileData + r.xstages*v.kw*int(tokens)*128 + (r.stages+r.xstages)*16 + r.decoders*spareBytes
 	},
 	defines: func(v variant, tokens uint64) []string {
 		r := rolesOf(v, tokens)
@@ -63,20 +63,20 @@ type roles struct {
 	groups   int // consumer warpgroups
 	decoders int // warps
 	stages   int // decoded tiles in the ring
-	xstages  int // column tiles of activations in theirs
+	xstages  int // units of activations in theirs
 }
 
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
 func rolesOf(v variant, tokens uint64) roles {
 	switch {
 	case tokens <= 32:
-		return roles{1, 11, 12, 8}
+		return roles{1, 11, 12, 4}
 	case tokens <= 64:
-		return roles{1, 11, 12, 6}
+		return roles{1, 11, 12, 4}
 	case v.mw > 1:
 		return roles{2, 6, 8, 4}
 	}
-	return roles{1, 11, 12, 5}
+	return roles{1, 11, 12, 3}
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.
