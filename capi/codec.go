@@ -218,12 +218,13 @@ func zsgo_decode_rows(blob unsafe.Pointer, n, row0, row1 C.uint64_t, dst unsafe.
 	})
 }
 
-// linearPoll is how many bytes of products take about as long as decoding one.
-const linearPoll = 16
+// linearPoll: so many bytes of products take less time than decoding one.
+const linearPoll = 256
 
 //export zsgo_linear
 func zsgo_linear(blob unsafe.Pointer, n, m, k, row0, row1 C.uint64_t, x unsafe.Pointer, xStride, rows C.uint64_t, bias, y unsafe.Pointer, yStride C.uint64_t, threads C.int32_t) C.int32_t {
-	return guardLong(C.ZS_ERR_FORMAT, uint64(n)*(uint64(rows)/4+1)/linearPoll, func(ctx context.Context) error {
+	size := uint64(n) * (uint64(rows)/4 + 1) / linearPoll
+	return guardLong(C.ZS_ERR_FORMAT, size, func(ctx context.Context) error {
 		v, err := view(blob, n)
 		if err != nil {
 			return err
@@ -236,6 +237,9 @@ func zsgo_linear(blob unsafe.Pointer, n, m, k, row0, row1 C.uint64_t, x unsafe.P
 		}
 		p := codec.Product{
 			Row0: uint64(row0), Row1: uint64(row1), Tokens: uint64(rows), XStride: uint64(xStride), YStride: uint64(yStride), Threads: int(threads),
+		}
+		if size < pollFrom && threads > 1 { // else this is another thread than the caller's
+			p.Team = team
 		}
 		if rows == 0 || row0 == row1 {
 			return v.Linear(ctx, p)

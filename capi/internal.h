@@ -20,4 +20,7 @@ int32_t zs_call_poll(void);
 typedef struct { zs_poll_fn fn; void *user; } zs_poll_t;
 zs_poll_t zs_swap_poll(zs_poll_t next);
 
+// Runs zsgo_team_member(work) on that many threads of the program's OpenMP library at once; 0 where there is none (team.c).
+int32_t zs_team_run(uint32_t threads, uint64_t work);
+
 #endif

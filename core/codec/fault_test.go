@@ -36,6 +36,9 @@ func TestFaultReachesTheCaller(t *testing.T) {
 			for task, run := range map[string]func(){
 				"decode": func() { _ = v.Decode(ctx, out) },
 				"check":  func() { _ = Check(ctx, mapped, true) },
+				"linear": func() {
+					_ = v.Linear(ctx, Product{Row1: m, Tokens: 1, X: src[:2*k], XStride: k, Y: make([]byte, 2*m), YStride: m, Threads: 2})
+				},
 			} {
 				func() {
 					defer func() {

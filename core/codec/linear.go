@@ -20,7 +20,9 @@ type Product struct {
 	Y          []byte
 	YStride    uint64
 	Bias       []byte // 2 (Row1 - Row0) bytes, or nil
-	Threads    int    // most goroutines that work on it; below 1: GOMAXPROCS
+	Threads    int    // most threads that work on it; below 1: GOMAXPROCS
+	// Team runs member on so many threads at once and returns when all are done, or returns false at once; nil: goroutines.
+	Team func(threads int, member func()) bool
 }
 
 // products are the inner loops of View.Linear. The sums of a row of W and a token stand in `partials` places of that token's accumulator, which are
@@ -82,7 +84,7 @@ func (v *View) Linear(ctx context.Context, p Product) error {
 	grain := max(1, productGrain/v.grid.columns)
 	first := p.Row0 / tileRows
 	panels := (p.Row1+tileRows-1)/tileRows - first
-	return parallelOn(ctx, p.Threads, panels, grain, func(s *scratch, lo, hi uint64) error {
+	return parallelOn(ctx, p.Threads, p.Team, panels, grain, func(s *scratch, lo, hi uint64) error {
 		acc := accPool.Get().(*[]float32)
 		defer accPool.Put(acc)
 		for panel := lo; panel < hi; panel++ {

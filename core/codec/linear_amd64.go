@@ -9,13 +9,13 @@ import (
 )
 
 var (
-	avx2Products   = products{name: "avx2", partials: 8, few: 2, dot: dotAVX2Tile}
+	avx2Products   = products{name: "avx2", partials: 8, few: 8, dot: dotAVX2Tile}
 	avx512Products = products{
-		name: "avx512", partials: 4, few: 8, dot: dotTo4, exps: expsAVX512Tile, patch: patchExpsTile,
+		name: "avx512", partials: 4, few: 16, dot: dotTo4, exps: expsAVX512Tile, patch: patchExpsTile,
 		multiply: multiplyBlocks([]block4{{2, multiplyFP32x2}, {1, multiplyFP32x1}}),
 	}
 	bf16Products = products{
-		name: "avx512-bf16", partials: 4, few: 16, dot: dotTo4, exps: expsAVX512Tile, patch: patchExpsTile,
+		name: "avx512-bf16", partials: 4, few: 32, dot: dotTo4, exps: expsAVX512Tile, patch: patchExpsTile,
 		multiply: multiplyBlocks([]block4{{4, multiplyBF16x4}, {2, multiplyBF16x2}, {1, multiplyBF16x1}}),
 	}
 )

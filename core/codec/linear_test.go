@@ -8,6 +8,7 @@ import (
 	"math"
 	"math/rand/v2"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -125,6 +126,37 @@ func TestLinearInvariant(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// A team's threads do the work of the goroutines; where there is no team, goroutines do.
+func TestLinearTeam(t *testing.T) {
+	const m, k, threads = 1500, 700, 3
+	w, x := weights("gaussian", m*k), weights("gaussian", k)
+	blob := encodeBlob(t, w, format.BF16, m, k)
+	v, err := Parse(blob)
+	require.NoError(t, err)
+	want := linearOf(t, blob, x, nil, 1, m, k, 1)
+	for _, there := range []bool{true, false} {
+		called := 0
+		y := make([]byte, 2*m)
+		require.NoError(t, v.Linear(context.Background(), Product{
+			Row1: m, Tokens: 1, X: x, XStride: k, Y: y, YStride: m, Threads: threads,
+			Team: func(n int, member func()) bool {
+				called += n
+				if !there {
+					return false
+				}
+				var wg sync.WaitGroup
+				for range n {
+					wg.Go(member)
+				}
+				wg.Wait()
+				return true
+			},
+		}))
+		require.Equal(t, want, y)
+		require.Equal(t, threads, called)
 	}
 }
 

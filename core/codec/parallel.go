@@ -18,11 +18,11 @@ const tileGrain = 128
 // own. It returns the first error, or the context's. A panic of a worker, also that of a fault in memory (a mapped file that was cut short),
 // reaches the caller in its own goroutine, once no worker touches the memory any more.
 func parallel(ctx context.Context, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
-	return parallelOn(ctx, 0, n, grain, work)
+	return parallelOn(ctx, 0, nil, n, grain, work)
 }
 
-// parallelOn is parallel on up to `most` goroutines, GOMAXPROCS if most is below 1.
-func parallelOn(ctx context.Context, most int, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
+// parallelOn is parallel on up to `most` goroutines, GOMAXPROCS if most is below 1, or on a team's threads (Product.Team).
+func parallelOn(ctx context.Context, most int, team func(int, func()) bool, n, grain uint64, work func(s *scratch, lo, hi uint64) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -62,12 +62,15 @@ func parallelOn(ctx context.Context, most int, n, grain uint64, work func(s *scr
 		most = runtime.GOMAXPROCS(0)
 	}
 	workers := min(uint64(most), (n+grain-1)/grain)
-	var wg sync.WaitGroup
-	for range max(workers, 1) - 1 {
-		wg.Go(worker)
+	// A team always has all of its threads: one of another size would be made anew.
+	if workers < 2 || team == nil || !team(most, worker) {
+		var wg sync.WaitGroup
+		for range max(workers, 1) - 1 {
+			wg.Go(worker)
+		}
+		worker()
+		wg.Wait()
 	}
-	worker()
-	wg.Wait()
 	if failure != nil {
 		panic(failure)
 	}

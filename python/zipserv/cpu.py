@@ -52,7 +52,8 @@ def set_cpu_linear(mode: str) -> None:
     """Chooses how ``zipserv.linear`` and the layers multiply on the CPU, for the whole process.
 
     Args:
-        mode: ``"auto"`` (the default): fused for few tokens of BF16 (16 with AVX512-BF16), exact for more and for FP16. ``"exact"``: the bits of
+        mode: ``"auto"`` (the default): fused for few tokens of BF16 (up to 32 with AVX512-BF16, 16 with AVX-512,
+            8 with AVX2; portable code: none), exact for more and for FP16. ``"exact"``: the bits of
             ``F.linear`` with the uncompressed weight for any number of tokens. ``"fused"``: for any number of tokens of BF16, so that a token's bits
             never depend on what else is in the batch; slower than exact for many.
 
