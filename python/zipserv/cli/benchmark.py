@@ -12,7 +12,7 @@ import click
 import torch
 from rich.console import Console
 
-from ..bench import codec, gpu, machine, report, single
+from ..bench import codec, gpu, machine, report, single, transfer
 from ..bench.shapes import CPU_SHAPES, CPU_TOKENS, SHAPES, TOKENS, Shape, layers, models, select
 from ..bench.weights import KINDS
 from .folder import read_json
@@ -174,6 +174,30 @@ def _whole_model(
     return Code.OK
 
 
+def _transfer(device: torch.device, load: float | None, out: Path | None, as_json: bool) -> int:
+    """Weights on their way to the device: a file once (``load`` GB), or layers at each step."""
+    name = "offload" if load is None else "load"
+    try:
+        if load is not None:
+            result = transfer.loading(device, load)
+        elif device.type == "cpu":
+            result = transfer.streaming(device, layers=2, hidden=256, inner=512, rounds=2)
+        else:
+            result = transfer.streaming(device)
+    except gpu.WrongResult as error:
+        raise Failure(Code.FAILED_CHECK, str(error)) from error
+    document = {"about": machine.describe(device), name: result}
+    if out is not None:
+        report.write_json(document, out / f"{name}.json")
+    if as_json:
+        emit({"command": "bench", **document})
+    else:
+        _print_machine(document)
+        for line in transfer.loading_lines(result) if load is not None else transfer.streaming_lines(result):
+            click.echo(line)
+    return Code.OK
+
+
 def _read(path: Path, out: Path | None, plots: bool, as_json: bool) -> int:
     document = read_json(existing(path))
     if not all(isinstance(document.get(key), kind) for key, kind in _PARTS):
@@ -201,7 +225,8 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--batch", callback=_numbers, default="1", metavar="B,...", help="With --model: numbers of sequences.")
 @click.option("--prompt", type=click.IntRange(1), default=128, show_default=True, help="With --model: tokens of each prompt.")
 @click.option("--new-tokens", type=click.IntRange(1), default=64, show_default=True, help="With --model: decode steps that are timed.")
-@click.option("--offload", type=click.Choice(["cpu"]), help="With --model: weights stream from host memory.")
+@click.option("--offload", type=click.Choice(["cpu"]), help="Weights stream from host memory: of --model, or of a few layers.")
+@click.option("--load", type=click.FloatRange(0, min_open=True), metavar="GB", help="Loading speed, with a file of that size.")
 @click.option("--merge/--no-merge", default=True, show_default=True, help="With --model: layers that read the same input are one product.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: the GPU where there is one.")
 @click.option(
@@ -238,7 +263,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @json_option
 def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None,
-    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, merge: bool,
+    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, load: float | None, merge: bool,
     device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
     kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, first_call: bool,
@@ -251,13 +276,15 @@ def bench(
     by side. Without: a scoreboard over models' weight shapes and numbers of tokens; on a CPU a short one, after the
     codec's speed against memcpy. On a GPU calls are captured in CUDA graphs, weights rotate through copies well past
     the L2 cache, and both ways are timed in turns in both orders. With --model: tokens per second, time to the first token
-    and memory of a whole model.
+    and memory of a whole model. With --offload alone: layers that stream from host memory. With --load: a file to the device.
     """
     if read is not None:
         return _read(read, out, plots, as_json)
     target = _device(device)
     if model is not None:
         return _whole_model(model, target, batch, prompt, new_tokens, offload, merge, out, as_json)
+    if offload is not None or load is not None:
+        return _transfer(target, load, out, as_json)
     on_cpu = target.type == "cpu"
     settings = gpu.Settings(
         device=target,
