@@ -119,6 +119,9 @@ class _Step:
         self.taken = 0
 
 
+_OPEN = (None, None, False, 0)  # for a tracer: layers may share a product, there is none yet
+
+
 class _Open:
     """Before the holder's forward: from now on layers may share a product."""
 
@@ -126,9 +129,8 @@ class _Open:
         self.group = group
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            self.group.traced = (None, None, False, 0)
-        else:
+        self.group.traced = _OPEN  # outside of a tracer, too: it may begin at the holder's forward
+        if not torch.compiler.is_dynamo_compiling():
             self.group.step = _Step()
 
 
@@ -263,7 +265,7 @@ class MergedLinear(ZipLinear):
         else:
             y, taken = self._whole(x, blob)[0], bit
         if held is not None:
-            group.traced = (x, y, grad, taken)
+            group.traced = _OPEN if taken == (1 << len(group.parts)) - 1 else (x, y, grad, taken)
         return y[..., self._row0 : self._row0 + self.out_features]
 
     # --- moves and state dicts ------------------------------------------------------------------------------------

@@ -416,6 +416,26 @@ def test_compile_leaves_one_product(shared: Counter, mode: Any) -> None:
     assert made.attention.q_proj._group.traced is None
 
 
+@torch.no_grad()
+def test_compile_only_the_forward_of_a_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hooks then run outside of the tracer."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    monkeypatch.setattr(merged, "_SHARED_ON", frozenset({"cpu"}))
+    _, made = pair()
+    expected = made(X)
+    graphs = []
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=lambda graph, _: graphs.append(graph) or graph)
+    for holder in (made.mlp, made.attention):
+        holder.forward = torch.compile(holder.forward, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(made(X), expected, rtol=2e-2, atol=2e-2)
+        assert made.mlp.up_proj._group.traced is None and made.mlp.up_proj._group.step is None
+    counts = [[sum("zipserv.linear" in str(node.target) for node in g.graph.nodes), len(list(g.graph.output_node().args[0]))] for g in graphs]
+    assert counts == [[2, 1], [2, 1]]  # one product and the last layer; nothing but the result leaves the graph
+
+
 def test_compile_with_a_gradient(shared: Counter) -> None:
     _, made = pair()
     torch._dynamo.reset()

@@ -8,6 +8,7 @@ clock that has moved in between can be seen.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import statistics
@@ -21,6 +22,8 @@ import torch
 from zipserv.model import compress_model
 from zipserv.offload import Offload
 from zipserv.offload import apply as offload_model
+
+from .fused import fused
 
 #: Models by name; anything else is a config.json or a folder that holds one.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -53,6 +56,7 @@ def run(
     seed: int = 0,
     rounds: int = 5,
     merge: bool = True,
+    fuse: bool = False,
 ) -> dict[str, Any]:
     """Measure tokens/s, time to the first token and memory, uncompressed and compressed.
 
@@ -68,6 +72,8 @@ def run(
         seed: of the weights and the prompts.
         rounds: how often each figure is taken; the median counts.
         merge: compressed layers that read the same input are one product (:func:`zipserv.merged.merge_layers`).
+        fuse: in both phases, compile what lies between the products of a decode step, and attend without copies of keys
+            and values (:mod:`zipserv.bench.fused`).
 
     Returns:
         What can be written as JSON: ``model``, ``weights`` (bytes before and after), ``rows`` (one for each batch size).
@@ -84,7 +90,7 @@ def run(
     if offload not in (None, "cpu"):
         raise ValueError(f"offload is 'cpu' or None, not {offload!r}")
     graphs = graphs and where.type == "cuda" and offload is None
-    settings = {"batch": list(batch), "prompt": prompt, "new_tokens": new_tokens, "graphs": graphs, "rounds": rounds, "merge": merge}
+    settings = {"batch": list(batch), "prompt": prompt, "new_tokens": new_tokens, "graphs": graphs, "rounds": rounds, "merge": merge, "fuse": fuse}
     model, name, fits = _build_on(config, where, getattr(torch, dtype), seed)
     if offload:  # the device was only sooner at drawing the weights
         model.to("cpu")
@@ -107,7 +113,8 @@ def run(
         handle = offload_model(model, where) if offload else None
         phases[phase], tokens[phase] = [], []
         for size in batch:
-            row, ids = _measured(model, where, size, prompt, new_tokens, graphs, seed, rounds, handle)
+            with fused(model) if fuse else contextlib.nullcontext():
+                row, ids = _measured(model, where, size, prompt, new_tokens, graphs, seed, rounds, handle)
             phases[phase].append(row)
             tokens[phase].append(ids)
         if handle is not None:
@@ -144,6 +151,7 @@ def format_rows(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} on {result['device']}, {result['dtype']}, prompt {result['prompt']}, {result['new_tokens']} new tokens"
         f"{', CUDA graphs' if result['graphs'] else ''}{', layers merged' if result['merge'] else ''}"
+        f"{', decode step fused' if result['fuse'] else ''}"
         f"{', weights streamed from host memory' if result['offload'] else ''}",
         f"weights: {weights['plain'] / 1e9:.3f} GB -> {weights['zipserv'] / 1e9:.3f} GB ({weights['ratio']:.3f}x)",
         f"{'batch':>5} {'tokens/s':>20} {'speed-up':>8} {'first token, ms':>20} {'speed-up':>8} {'peak memory, GB':>16} {'same tokens':>11}",
@@ -256,7 +264,8 @@ def _measure(
         torch.cuda.reset_peak_memory_stats(device)
     generator = torch.Generator().manual_seed(seed + batch)
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
-    cache: Any = StaticCache(config=model.config, max_cache_len=prompt + new_tokens + 1)
+    length = -(-(prompt + new_tokens + 1) // 64) * 64  # attention copies masks of other lengths
+    cache: Any = StaticCache(config=model.config, max_cache_len=length)
     token = torch.zeros((batch, 1), dtype=torch.long, device=device)
 
     def rewind(length: int) -> None:

@@ -154,13 +154,14 @@ def _whole_model(
     new_tokens: int,
     offload: str | None,
     merge: bool,
+    fuse: bool,
     out: Path | None,
     as_json: bool,
 ) -> int:
     from ..bench import model  # needs transformers, which nothing else here does
 
     try:
-        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload=offload, merge=merge)
+        result = model.run(config, device=device, batch=batch, prompt=prompt, new_tokens=new_tokens, offload=offload, merge=merge, fuse=fuse)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
     result = {"about": machine.describe(device), **result}
@@ -228,6 +229,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--offload", type=click.Choice(["cpu"]), help="Weights stream from host memory: of --model, or of a few layers.")
 @click.option("--load", type=click.FloatRange(0, min_open=True), metavar="GB", help="Loading speed, with a file of that size.")
 @click.option("--merge/--no-merge", default=True, show_default=True, help="With --model: layers that read the same input are one product.")
+@click.option("--fuse", is_flag=True, help="With --model: compile what lies between the products of a decode step, in both phases.")
 @click.option("--device", metavar="NAME", help="cpu, cuda or cuda:1; default: the GPU where there is one.")
 @click.option(
     "--models",
@@ -263,7 +265,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @json_option
 def bench(
     m: int | None, k: int | None, n: int | None, split_k: int | None,
-    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, load: float | None, merge: bool,
+    model: str | None, batch: list[int], prompt: int, new_tokens: int, offload: str | None, load: float | None, merge: bool, fuse: bool,
     device: str | None,
     model_patterns: Sequence[str], layer_patterns: Sequence[str], shapes: Sequence[str], tokens: Sequence[int],
     kinds: Sequence[str], time_budget: float | None, point_budget: float, codec_mib: int, invariant: bool | None, first_call: bool,
@@ -282,7 +284,7 @@ def bench(
         return _read(read, out, plots, as_json)
     target = _device(device)
     if model is not None:
-        return _whole_model(model, target, batch, prompt, new_tokens, offload, merge, out, as_json)
+        return _whole_model(model, target, batch, prompt, new_tokens, offload, merge, fuse, out, as_json)
     if offload is not None or load is not None:
         return _transfer(target, load, out, as_json)
     on_cpu = target.type == "cpu"
