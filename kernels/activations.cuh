@@ -1,17 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the activations come into shared memory.
+// The mma kernel's walk through its work, and how activations come into its shared memory.
 #pragma once
 #include "gemm.cuh"
 
-// A row of 64 columns: swizzled for wgmma; for ldmatrix with 16 bytes more, so that it reads eight rows without bank conflicts.
-#ifdef ZS_WGMMA
-#define ZS_XROW 128
-#else
+// A walk through units from the end to the beginning, with the tile of one consumer.
+struct Cursor {
+    int32_t left, kstep, strip, ktile;  // units left; column step; row of tiles of this consumer; its column of tiles
+    const uint8_t *fixed, *header;      // of its tile
+    ZS_DEVICE Cursor(const Work& w, const Blob& b, uint32_t mw, uint32_t kw) {
+        left = w.end - w.begin;
+        const int32_t group = (w.end - 1) / w.ksteps;
+        kstep = (w.end - 1) - group * w.ksteps;
+        strip = group * ZS_MW + (int32_t)mw;
+        ktile = kstep * ZS_KW + (int32_t)kw;
+        locate(w, b);
+    }
+    ZS_DEVICE void locate(const Work& w, const Blob& b) {
+        const uint32_t tile = (uint32_t)(strip * w.col_tiles + ktile);
+        fixed = b.fixed + (uint64_t)tile * ZS_FIXED, header = b.headers + (uint64_t)tile * 8;
+    }
+    ZS_DEVICE void advance(const Work& w, const Blob& b) {
+        left--;
+        if (kstep > 0) {
+            kstep--;
+            ktile -= ZS_KW;
+            fixed -= ZS_KW * ZS_FIXED, header -= ZS_KW * 8;
+        } else {
+            kstep = w.ksteps - 1;
+            ktile += kstep * ZS_KW;
+            strip -= ZS_MW;
+            locate(w, b);
+        }
+    }
+    ZS_DEVICE bool exists(const Work& w) const { return left > 0 && ktile < w.col_tiles && strip < w.strips; }
+};
+
+// A row of 64 columns has 16 bytes more, so that ldmatrix reads eight rows without bank conflicts.
 #define ZS_XROW 144
-#endif
 #define ZS_XBYTES (ZS_N * ZS_XROW)  // one stage of one kw
 #define ZS_X_SMEM (ZS_KW * ZS_XSTAGES * ZS_XBYTES)
-#define ZS_XROWS (ZS_MW * ZS_TEAM / 8)  // rows that the teams copy at a time, eight threads a row
+#define ZS_XROWS (ZS_MW * 32 / 8)  // rows that the warps copy at a time, eight lanes a row
 
 // Eight columns from `col` on, which `src` points to, element by element; zero where the matrix ends.
 ZS_DEVICE Vec4 load_x(const uint16_t* src, uint32_t col, uint32_t k) {
@@ -22,12 +50,12 @@ ZS_DEVICE Vec4 load_x(const uint16_t* src, uint32_t col, uint32_t k) {
     return Vec4{v[0], v[1], v[2], v[3]};
 }
 
-// The activations of the teams (.., kw), tile by tile, each token a row of 64 columns. The ZS_MW teams copy together, ZS_XSTAGES - 1 tiles
-// ahead, and all read. A team is a warp or a warpgroup, ZS_TEAM threads.
+// The activations of the warps (.., kw), tile by tile, each token a row of 64 columns. The ZS_MW warps copy together, ZS_XSTAGES - 1 tiles
+// ahead, and all read.
 struct Activations {
     const uint8_t* src;           // this thread's chunk of 16 bytes of the next tile to copy
     uint64_t ldx;                 // bytes between tokens
-    uint32_t n, k, tid, row0;     // tokens, columns; thread of the team; its first row
+    uint32_t n, k, tid, row0;     // tokens, columns; lane; its first row
     uint32_t data, bars;          // shared addresses: stages; a full and an empty barrier a stage
     uint32_t use_stage, use_parity;
     uint32_t fill_stage, fill_parity, fill_to;
@@ -36,15 +64,11 @@ struct Activations {
 
     // xs: all stages; barriers: 16 bytes a stage and kw.
     ZS_DEVICE Activations(const uint16_t* x, uint64_t ldx_, uint32_t n_, uint32_t k_, uint32_t xs, uint32_t barriers, uint32_t mw, uint32_t kw, uint32_t tid_) {
-        ldx = ldx_ * 2, n = n_, k = k_, tid = tid_, row0 = (mw * ZS_TEAM + tid) / 8;
+        ldx = ldx_ * 2, n = n_, k = k_, tid = tid_, row0 = (mw * 32 + tid) / 8;
         src = (const uint8_t*)x + row0 * ldx + tid % 8 * 16;
         pin(src);
         data = xs + kw * (ZS_XSTAGES * ZS_XBYTES), bars = barriers + kw * (16 * ZS_XSTAGES);
-#ifdef ZS_WGMMA
-        fill_to = data + swizzle_chunk(row0, tid % 8);
-#else
         fill_to = data + row0 * ZS_XROW + tid % 8 * 16;
-#endif
         use_stage = use_parity = fill_stage = 0, fill_parity = 1;  // a fresh barrier's previous phase counts as complete
         whole = ldx % 16 == 0 && (uint64_t)x % 16 == 0 ? (int32_t)(k / 64) : 0;
     }
@@ -53,11 +77,11 @@ struct Activations {
         if (mw != 0) return;
         if (tid == 0) {
             for (uint32_t s = 0; s < ZS_XSTAGES; s++) {
-                mbarrier_init(bars + 16 * s, ZS_TEAM * ZS_MW);
+                mbarrier_init(bars + 16 * s, 32 * ZS_MW);
                 mbarrier_init(bars + 16 * s + 8, ZS_MW);
             }
         }
-        for (uint32_t i = tid * 16; i < ZS_XSTAGES * ZS_XBYTES; i += ZS_TEAM * 16) st_shared_v4(data + i, Vec4{0, 0, 0, 0});
+        for (uint32_t i = tid * 16; i < ZS_XSTAGES * ZS_XBYTES; i += 32 * 16) st_shared_v4(data + i, Vec4{0, 0, 0, 0});
     }
     // Starts the copies of the first stages.
     ZS_DEVICE void start(const Cursor& at, const Work& work) {
@@ -100,7 +124,7 @@ struct Activations {
         mbarrier_wait(bars + 16 * use_stage, use_parity);
         return data + use_stage * ZS_XBYTES;
     }
-    // On to the next tile; returns the barrier on which one thread of each team has to arrive when the team is through with this one.
+    // On to the next tile; returns the barrier on which one lane of each warp has to arrive when the warp is through with this one.
     ZS_DEVICE uint32_t next() {
         const uint32_t empty = bars + 16 * use_stage + 8;
         if (++use_stage == ZS_XSTAGES) use_stage = 0, use_parity ^= 1;

@@ -88,9 +88,6 @@ ZS_DEVICE Vec4 ld_global_v4(const void* p) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
-ZS_DEVICE void st_global_v4(void* p, Vec4 v) {
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
-}
 ZS_DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory"); }
 // Results that nobody reads soon.
 ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
@@ -114,11 +111,6 @@ ZS_DEVICE Vec4 ld_shared_v4(uint32_t addr) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(addr) : "memory");
     return v;
 }
-ZS_DEVICE uint32_t ld_shared_u32(uint32_t addr) {
-    uint32_t v;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
-    return v;
-}
 ZS_DEVICE uint32_t ld_shared_u16(uint32_t addr) {
     uint16_t v;
     asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(addr) : "memory");
@@ -127,7 +119,6 @@ ZS_DEVICE uint32_t ld_shared_u16(uint32_t addr) {
 ZS_DEVICE void st_shared_v4(uint32_t addr, Vec4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-ZS_DEVICE void st_shared_u32(uint32_t addr, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
 ZS_DEVICE void st_shared_u16(uint32_t addr, uint32_t v) {
     asm volatile("{ .reg .b16 h; cvt.u16.u32 h, %1; st.shared.b16 [%0], h; }" ::"r"(addr), "r"(v) : "memory");
 }
@@ -159,17 +150,6 @@ ZS_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 // ---- asynchronous copies, sm_80 -------------------------------------------------------------------------------------
 
 ZS_DEVICE void cp_async_16(uint32_t dst, const void* src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory"); }
-ZS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most N of this thread's groups are under way.
-template <int N>
-ZS_DEVICE void cp_async_wait() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
-
-// Copies the first `bytes` (0..16) and fills the rest of the 16 with zeros.
-ZS_DEVICE void cp_async_16_zfill(uint32_t dst, const void* src, uint32_t bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
 // Arrives on the barrier once all of this thread's earlier cp.async are complete; the thread goes on at once.
 ZS_DEVICE void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory"); }
 
@@ -206,11 +186,6 @@ ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 ZS_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Orders this thread's shared-memory accesses before later ones of the copy engine and of wgmma.
 ZS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// One run of bytes (16-byte aligned, a multiple of 16), global to shared; completes on the barrier.
-ZS_DEVICE void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar)
-                 : "memory");
-}
 // A matrix in global memory as the copy engine sees it (a CUtensorMap), and what it was made from.
 struct __align__(64) TensorMap {
     uint64_t opaque[16];
@@ -250,7 +225,6 @@ ZS_DEVICE void griddep_launch() {}
 
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
-ZS_DEVICE void named_barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Bytes that nobody reads: told to the emulator, nothing on a GPU.
 ZS_DEVICE void scratch_bytes(uint32_t addr, uint32_t bytes) {}

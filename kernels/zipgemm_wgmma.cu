@@ -158,6 +158,49 @@ ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint6
     }
 }
 
+// Adds up one strip of a strip group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them:
+// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7.
+ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Work& work, int32_t group, int32_t last, uint32_t mw, uint32_t tid, float* workspace) {
+    // Pieces, and helpers, whose sums are under way at once: as many as there are registers for.
+    constexpr uint32_t FLOATS = ZS_N / 2, AT_ONCE = ZS_PIECES_AT_ONCE, PIECES = FLOATS / 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
+    constexpr uint64_t BLOCK = (uint64_t)ZS_MW * FLOATS * 128;
+    const int32_t group_first = group * work.ksteps;
+    float* const slot = workspace + ((mw * PIECES) * 128 + tid) * 4;
+    if (last != group_first + work.ksteps - 1) {
+#pragma unroll
+        for (uint32_t q = 0; q < PIECES; q++) put_sum(slot + blockIdx.x * BLOCK + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
+        return;
+    }
+    uint32_t helpers = 0;  // lower blocks that hold the rest of the group
+    while (work.start_of(blockIdx.x - helpers) > group_first) helpers++;
+    for (uint32_t h0 = 0; h0 < helpers; h0 += HELPERS) {
+#pragma unroll
+        for (uint32_t q0 = 0; q0 < PIECES; q0 += ROUND) {
+            Vec4 p[HELPERS][ROUND];
+            float* const theirs = slot + (blockIdx.x - 1 - h0) * BLOCK + q0 * 512;
+#pragma unroll
+            for (uint32_t h = 0; h < HELPERS; h++)
+#pragma unroll
+                for (uint32_t i = 0; i < ROUND; i++)
+                    if (h0 + h < helpers) p[h][i] = ld_relaxed_v4(theirs - h * BLOCK + i * 512);
+#pragma unroll
+            for (uint32_t h = 0; h < HELPERS; h++)
+                if (h0 + h < helpers)
+#pragma unroll
+                    for (uint32_t i = 0; i < ROUND; i++) {
+                        float* const from = theirs - h * BLOCK + i * 512;
+                        while (is_empty(p[h][i])) p[h][i] = ld_relaxed_v4(from);
+                        float* const v = acc + 4 * (q0 + i);
+                        v[0] += as_float(p[h][i].x), v[1] += as_float(p[h][i].y), v[2] += as_float(p[h][i].z), v[3] += as_float(p[h][i].w);
+                        st_relaxed_v4(from, Vec4{ZS_EMPTY, ZS_EMPTY, ZS_EMPTY, ZS_EMPTY});
+                    }
+        }
+    }
+#pragma unroll
+    for (uint32_t q = 0; q < PIECES; q++)
+        out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)group * ZS_MW + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
+}
+
 // Consumer warpgroup g multiplies the tiles of strips g, g + ZS_GROUPS, .. of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
 ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     constexpr uint32_t TILES = ZS_PER_GROUP * ZS_KW;  // of this warpgroup in a unit
@@ -209,7 +252,7 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
 #pragma unroll
         for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
             wgmma_pin(acc[i]);
-            settle<ZS_N / 2, ZS_PIECES_AT_ONCE>(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
+            settle(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
         }
         at.advance(work, (uint32_t)units * ZS_PLACES);
     }
