@@ -33,6 +33,7 @@
 #pragma weak PyLong_AsLong
 #pragma weak PyLong_AsUnsignedLongLong
 #pragma weak PyLong_FromLong
+#pragma weak PyLong_FromLongLong
 #pragma weak PyLong_FromUnsignedLongLong
 #pragma weak PyFloat_AsDouble
 #pragma weak PyFloat_FromDouble

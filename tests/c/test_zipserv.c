@@ -58,6 +58,27 @@ static void round_trip(uint64_t m, uint64_t k) {
     CHECK(zs_decode(blob, size, back, 2 * m * k) == ZS_OK);
     CHECK(memcmp(w, back, 2 * m * k) == 0);
 
+    // Two rows of x, of which the second is zero, with a bias: 1 + x W^T in the first, 1 in the second.
+    uint16_t *x = calloc(2 * k, 2), *bias = malloc(2 * m), *y = malloc(2 * 2 * m);
+    for (uint64_t r = 0; r < m; r++) bias[r] = 0x3F80;
+    x[k - 1] = 0x4000; // 2.0 in the last column
+    CHECK(zs_linear(blob, size, m, k, 0, m, x, k, 2, bias, y, m, 2) == ZS_OK);
+    int right = 1;
+    for (uint64_t r = 0; r < m; r++) {
+        float weight, got, one;
+        uint32_t bits[3] = {(uint32_t)w[r * k + k - 1] << 16, (uint32_t)y[r] << 16, (uint32_t)y[m + r] << 16};
+        memcpy(&weight, &bits[0], 4), memcpy(&got, &bits[1], 4), memcpy(&one, &bits[2], 4);
+        float want = 1 + 2 * weight, off = got - want;
+        int finite = 1; // an infinity or a NaN in a row's other columns makes a NaN of its sums
+        for (uint64_t c = 0; c < k; c++) finite &= (w[r * k + c] >> 7 & 255) != 255;
+        if (finite) right &= one == 1 && (off < 0 ? -off : off) <= (want < 0 ? -want : want) / 256;
+    }
+    CHECK(right);
+    CHECK(zs_linear(blob, size, m, k + 1, 0, m, x, k + 1, 1, NULL, y, m, 1) == ZS_ERR_ARGUMENT);
+    CHECK(zs_linear(blob, size, m, k, 0, m + 1, x, k, 1, NULL, y, m + 1, 1) == ZS_ERR_ARGUMENT);
+    CHECK(zs_linear(blob, size, m, k, 0, m, NULL, k, 1, NULL, y, m, 1) == ZS_ERR_ARGUMENT);
+    free(x), free(bias), free(y);
+
     // Rows into a wider matrix: what lies between the rows stays.
     if (m > 2) {
         uint64_t stride = k + 3, rows = m - 2;
