@@ -22,7 +22,7 @@
 #endif
 #define ZS_PLAN_WARP (256 + (ZS_COUNTERS * 4 + 12) / 16 * 16)  // factors of 64 rows, counters
 #define ZS_PLAN_SMEM (ZS_WARPS * (ZS_PLAN_WARP + 16))
-#define ZS_WRITE_WARP (512 + 2 * ZS_LIST_STAGE)  // a bit for each position of the tile; positions of escapes
+#define ZS_WRITE_WARP (4096 + 512 + 2 * ZS_LIST_STAGE)  // the tile's exponents, a bit for each of its positions, positions of escapes
 #define ZS_WRITE_SMEM (ZS_WARPS * ZS_WRITE_WARP)
 #define ZS_SCAN_SMEM 256
 
@@ -226,19 +226,13 @@ ZS_DEVICE void load_pairs(const Matrix& x, uint32_t row0, uint32_t col0, uint32_
     }
 }
 
-// The exponents of eight weights, a byte each.
-ZS_DEVICE uint64_t exponents(const uint32_t* d) {
-    const uint32_t lo = byte_perm(d[0] << 1, d[1] << 1, 0x7531), up = byte_perm(d[2] << 1, d[3] << 1, 0x7531);
-    return (uint64_t)up << 32 | lo;
-}
-
 extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
 zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, const uint8_t* __restrict__ scratch, uint8_t* __restrict__ blob_ptr) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
     const Share share(x, (uint8_t*)scratch, gridDim.x - 1 - blockIdx.x);
     const uint32_t lane = share.lane, warp = share.warp;
-    uint8_t* const masks = smem + warp * ZS_WRITE_WARP;
+    uint8_t *const spread = smem + warp * ZS_WRITE_WARP, *const masks = spread + 4096;
     // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
     const uint64_t tiles = (uint64_t)((m + ZS_TILE - 1) / ZS_TILE) * x.col_tiles;
     uint8_t* const headers = blob_ptr + ZS_BLOB_HEADER;
@@ -260,7 +254,6 @@ zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uin
         const uint32_t next_base = __shfl_sync(0xFFFFFFFFu, (uint32_t)(next_plans >> 32), warp) >> 16 & 0xFFu;
         const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu, base2 = ZS_HALVES(base << 7);
         const bool dense = hi >> 24 & ZS_FLAG_DENSE;
-        const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
         const uint32_t next_row0 = next / x.col_tiles * ZS_TILE, next_col0 = next % x.col_tiles * ZS_TILE;
         uint8_t* const words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
         uint32_t* const planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
@@ -278,15 +271,17 @@ zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uin
                 const uint32_t escapes = escapes_by_column(e.escapes);
 #pragma unroll
                 for (uint32_t i = 0; i < 4; i++) {
-                    const uint32_t at = (w * 16 + 8 * (i / 2) + (lane & 7)) * 8 + 4 * (i & 1) + (lane >> 3);
-                    masks[at] = (uint8_t)(escapes >> 8 * i);
-                    if (dense) *(uint64_t*)(list + 8 * at) = exponents(d[w] + 4 * i);
+                    const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
+                    const uint64_t eight = exponents(d[w] + 4 * i);
+                    masks[8 * row + chunk] = (uint8_t)(escapes >> 8 * i);
+                    *(uint64_t*)(spread + exponent_chunk(row, chunk)) = eight;
+                    if (dense) *(uint64_t*)(list + 64 * row + 8 * chunk) = eight;
                 }
             }
             if (more) load_pairs(x, next_row0, next_col0, w, next_base, lane, d[w]);
         }
         __syncwarp();
-        if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), src + row0 * ld + col0, ld, base, count, (uint32_t)plan >> 16, list, lane);
+        if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
         if (!more) return;
         first -= ZS_WARPS, offset -= before, plans = next_plans;
     }

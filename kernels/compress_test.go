@@ -43,6 +43,8 @@ func windows(m, k int, seed uint64) matrix {
 			e = among(118, 125) * min(p%10, 1)
 		case 7:
 			e = among(118, 125) * (p % 2)
+		case 9: // zeros make the window, all else is literals: a list in several pieces
+			e = among(118, 125) * (min(rng.IntN(10), 7) / 7)
 		case 8: // ten steps: more than the exponents below may be missed
 			if e = among(105, 112); p%60 == 0 {
 				e = 112 + p%11
@@ -125,7 +127,7 @@ func TestCompress(t *testing.T) {
 			c := newCompressor(t, kernels.Sources, warps)
 			t.Run("windows", func(t *testing.T) {
 				for i, seed := range seeds(t, 2) {
-					for _, mk := range [][2]int{{64, 576}, {33, 570}} {
+					for _, mk := range [][2]int{{64, 640}, {33, 634}} {
 						in := compressCase{x: windows(mk[0], mk[1], seed), blocks: 1 + i, ld: mk[1] + mk[1]%8, spare: 8, seed: seed}
 						got, err := c.run(t, in)
 						require.NoError(t, err)
@@ -180,7 +182,7 @@ func TestCompressMistakesAreCaught(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			c := newCompressor(t, mutant(t, m[0], m[1], m[2]), 1)
-			for i, x := range []matrix{windows(70, 576, 0), newMatrix("outliers", 70, 200, 0), newMatrix("every position", 70, 200, 1)} {
+			for i, x := range []matrix{windows(70, 640, 0), newMatrix("outliers", 70, 200, 0), newMatrix("every position", 70, 200, 1)} {
 				for seed := range uint64(2) {
 					in := compressCase{x: x, blocks: 1 + i%2, ld: x.k, spare: 8, seed: seed}
 					got, err := c.run(t, in)

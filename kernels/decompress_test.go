@@ -57,7 +57,7 @@ func (c decompressCase) expected() []byte {
 }
 
 func TestDecompress(t *testing.T) {
-	for _, warps := range []int{1, 3} {
+	for _, warps := range []int{1, 4} {
 		t.Run(fmt.Sprintf("warps=%d", warps), func(t *testing.T) {
 			t.Parallel()
 			d := newDecompressor(t, kernels.Sources, warps)
@@ -91,6 +91,27 @@ func TestDecompressRows(t *testing.T) {
 			})
 			require.NoError(t, err)
 			requireSame(t, halves(x.w[64*r[0]*x.k:(64*r[0]+r[1])*x.k]), out.Data, x.k, fmt.Sprintf("%s rows %v", kind, r))
+		}
+	}
+}
+
+// Launched early, it touches the output only when the kernel ahead of it has ended.
+func TestDecompressEarly(t *testing.T) {
+	x := newMatrix("mixed", 130, 200, 3)
+	for name, files := range map[string]fs.FS{"right": kernels.Sources, "no wait": mutant(t, "decompress.cu", "if (t0 == block0) griddep_wait();", "")} {
+		d := newDecompressor(t, files, 2)
+		for _, blocks := range []int{1, 6, 8} {
+			out := &emu.Buffer{Name: "out", Data: make([]byte, 2*len(x.w)), Mode: emu.Out, Dependent: true}
+			_, err := d.program.Run(context.Background(), emu.Launch{
+				Kernel: "zs_decompress", Grid: [3]int{blocks}, Block: [3]int{64}, Shared: d.program.Constant("ZS_DECOMPRESS_SMEM"), PDL: true,
+				Args: []any{&emu.Buffer{Name: "blob", Data: encodeTiled(x), Mode: emu.In}, out, x.k, x.m, x.k, 0, x.m}, Seed: 5,
+			})
+			if name != "right" {
+				require.Equal(t, "dependency", faultKind(err))
+				continue
+			}
+			require.NoError(t, err)
+			requireSame(t, halves(x.w), out.Data, x.k, fmt.Sprintf("%d blocks", blocks))
 		}
 	}
 }

@@ -25,7 +25,7 @@ func (d *Device) decompressor(rows, k uint64) (*kernel, error) {
 }
 
 // Decompress queues the decoding of rows row0 .. row0 + rows - 1 of a tiled BF16 blob into out, whose rows start ld elements apart. row0 is
-// a multiple of 64.
+// a multiple of 64. As with Linear, a blob's first decoding waits for all work ahead of it, later ones fetch its weights earlier.
 func (d *Device) Decompress(s driver.Stream, blob driver.Pointer, m, k, row0, rows uint64, out driver.Pointer, ld uint64) error {
 	if m-1 >= maxSide || k-1 >= maxSide {
 		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
@@ -43,5 +43,12 @@ func (d *Device) Decompress(s driver.Stream, blob driver.Pointer, m, k, row0, ro
 	if err != nil {
 		return err
 	}
-	return d.launch(l, s, uint64(blob), uint64(out), ld, m, k, row0/tileRows, rows)
+	_, early := d.read.Load(blob)
+	if err := d.launchEarly(l, s, early, uint64(blob), uint64(out), ld, m, k, row0/tileRows, rows); err != nil {
+		return err
+	}
+	if !early {
+		d.read.Store(blob, struct{}{})
+	}
+	return nil
 }

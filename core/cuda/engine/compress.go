@@ -93,7 +93,7 @@ func (p *Compression) check() error {
 
 // CompressScratch is the bytes of device memory that a compression needs beside the blob.
 func (d *Device) CompressScratch(m, k uint64) uint64 {
-	return plan.CompressScratch(d.planDevice, m, k)
+	return plan.CompressScratch(m, k)
 }
 
 // CompressPlan reads the weights, waits for the result and fills in the header, whose Sections then tell the blob's size.

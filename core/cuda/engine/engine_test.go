@@ -219,14 +219,14 @@ func TestCompress(t *testing.T) {
 			assert.Equal(t, c.mode, p.Header.Mode)
 			assert.EqualValues(t, 0xC0FFEE, p.Header.Checksum)
 			require.Len(t, launches(f), 2)
-			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 52,1,1")
+			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 26,1,1")
 			assert.Contains(t, launches(f)[1], "zs_compress_scan grid 1,1,1 block 1024")
 			assert.Equal(t, []bool{false, true}, early(f))
 			assert.Equal(t, c.waiting, count(f, "synchronize"))
 			require.NoError(t, d.CompressWrite(&p, blob))
 			if c.mode == format.Tiled {
 				require.Len(t, launches(f), 3)
-				assert.Contains(t, launches(f)[2], "zs_compress_write grid 52,1,1")
+				assert.Contains(t, launches(f)[2], "zs_compress_write grid 26,1,1")
 			} else {
 				assert.Len(t, launches(f), 2)
 			}
@@ -285,6 +285,12 @@ func TestOnlyBlobsThatWereReadBeforeAreFetchedEarly(t *testing.T) {
 	linear()
 	linear()
 	assert.Equal(t, []bool{false, true, false, true, false, true}, early(f))
+	f.Reset()
+	for range 2 {
+		require.NoError(t, d.Decompress(0, 0x1000, 1000, 777, 0, 1000, 0x5000, 800))
+		require.NoError(t, d.Decompress(0, 0x3000, 1000, 777, 0, 1000, 0x5000, 800))
+	}
+	assert.Equal(t, []bool{true, false, true, true}, early(f), "decompression, of a blob that was multiplied before and of a new one")
 
 	// A blob that is written by the engine is new again.
 	f.Reset()

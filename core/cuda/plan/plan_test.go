@@ -77,7 +77,7 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 			}
 			assert.Equal(t, c.Blocks, c.Plan.Grid)
 			assert.Equal(t, c.Plan.Grid, c.Write.Grid)
-			assert.GreaterOrEqual(t, plan.CompressScratch(d, mk[0], mk[1]), 16+8*uint64(c.Blocks)+8*plan.Tiles(mk[0], mk[1]))
+			assert.GreaterOrEqual(t, plan.CompressScratch(mk[0], mk[1]), 16+8*uint64(c.Blocks)+8*plan.Tiles(mk[0], mk[1]))
 			assert.Less(t, uint64(c.Plan.Grid-1)*uint64(c.Plan.Block/32), plan.Tiles(mk[0], mk[1]), "no block without work")
 		}
 	}
