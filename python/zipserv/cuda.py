@@ -240,9 +240,9 @@ def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ..
 def set_batch_invariant(on: bool) -> None:
     """A token's result has the same bits whatever else is in the batch, for every number of tokens.
 
-    Without it that holds within 1 .. 16 tokens and within 17 .. 64, which have layouts of their own; more tokens may be multiplied by
-    cuBLAS. The environment variable ``VLLM_BATCH_INVARIANT=1`` switches it on at start. CUDA graphs that were captured before keep
-    what they have.
+    Without it that holds for the numbers of tokens that one fused kernel serves; more may be multiplied by cuBLAS, and choices of
+    ``zipserv tune`` are for classes of tokens. The environment variable ``VLLM_BATCH_INVARIANT=1`` switches it on at start. CUDA graphs that
+    were captured before keep what they have.
     """
     global _invariant
     _zipserv.cuda_set_batch_invariant(on)
