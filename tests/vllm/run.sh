@@ -12,10 +12,9 @@ cd "$(dirname "$0")/../.."
 version=${VLLM:-0.31.0}
 python=${PYTHON:-python3}
 venv=${VENV:-${XDG_CACHE_HOME:-$HOME/.cache}/zipserv-tests/vllm-$version}
-want=vllm==$version
+want="vllm==$version transformers==5.17.0"
 [ "$version" = newest ] && want=vllm
 packages="$want pytest==9.2.0 click rich tqdm safetensors numpy"
-stamp="$packages, $("$python" -c 'import platform; print("Python", platform.python_version())')"
 
 give_up() {
     echo "zipserv: the vLLM tests did not run: $1" >&2
@@ -27,6 +26,7 @@ give_up() {
 }
 
 # --- the environment ---
+stamp="$packages, $("$python" -c 'import platform; print("Python", platform.python_version())')" || give_up "$python is not a working Python; set PYTHON"
 mkdir -p "$(dirname "$venv")" || give_up "$(dirname "$venv") cannot be made; set VENV to a folder that can"
 if command -v flock >/dev/null; then
     exec 9>"$venv.lock"
@@ -39,11 +39,11 @@ if [ "$(cat "$venv/done" 2>/dev/null || true)" != "$stamp" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv" || give_up "$python cannot make a virtual environment (apt install python3-venv, or set PYTHON)"
     # shellcheck disable=SC2086
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir --progress-bar off $packages ||
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --progress-bar off $packages ||
         { rm -rf "$venv"; give_up "pip could not install $want (its message is above)"; }
     echo "$stamp" > "$venv/done"
 elif [ "$version" = newest ]; then
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --no-cache-dir --progress-bar off --upgrade vllm || give_up "pip could not look for a newer vLLM"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir --progress-bar off --upgrade vllm || give_up "pip could not look for a newer vLLM"
 fi
 command -v flock >/dev/null && flock -u 9
 
@@ -53,7 +53,7 @@ site='import sysconfig; print(sysconfig.get_path("purelib"))'
 rm -rf "$mine"
 "$venv/bin/python" -m venv --without-pip "$mine"
 echo "import site; site.addsitedir('$("$venv/bin/python" -c "$site")')" > "$("$mine/bin/python" -c "$site")/vllm.pth"
-"$venv/bin/pip" --python "$mine/bin/python" install --quiet --disable-pip-version-check --no-deps .
+"$venv/bin/python" -m pip --python "$mine/bin/python" install --quiet --disable-pip-version-check --no-deps .
 
 code=0
 VLLM_TARGET_DEVICE=cpu "$mine/bin/python" -m pytest tests/vllm "$@" || code=$?
