@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .experts import ZipExperts
     from .integrations.transformers import ZipServConfig
     from .layers import ZipLinear
+    from .merged import merge_layers, split_layers
     from .model import CompressionReport, LayerReport, compress_model, load_model, prepare_model
     from .tensor import ZipTensor, compress, decompress, linear
 
@@ -54,11 +55,13 @@ __all__ = [
     "linear",
     "load_file",
     "load_model",
+    "merge_layers",
     "open_file",
     "prepare_model",
     "save_file",
     "set_batch_invariant",
     "set_cpu_linear",
+    "split_layers",
 ]
 
 # Which module each name is in. Modules are imported at the first use of one of their names, so that the command line
@@ -73,6 +76,7 @@ _MODULES = {
     "experts": ("ZipExperts",),
     "integrations.transformers": ("ZipServConfig",),
     "layers": ("ZipLinear",),
+    "merged": ("merge_layers", "split_layers"),
     "model": ("CompressionReport", "LayerReport", "compress_model", "load_model", "prepare_model"),
     "tensor": ("ZipTensor", "compress", "decompress", "linear"),
 }
@@ -97,7 +101,8 @@ def __dir__() -> list[str]:
 # Where torch is in use already, its ops (zipserv::linear and others) are there from the import on, as programs saved
 # by torch.export expect.
 if "torch" in sys.modules:
-    importlib.import_module(".ops", __name__)
+    for _module in (".ops", ".rows", ".gather"):
+        importlib.import_module(_module, __name__)
 
 # Registers with transformers if and when that is imported; never imports it.
 _hooks.install()

@@ -289,7 +289,7 @@ class MergedLinear(ZipLinear):
 
     def _load_blob(self, name: str, value: object, *, is_plain: bool, assign: bool) -> None:
         if isinstance(value, torch.Tensor) and value.is_meta:
-            raise TypeError("weights on the meta device can't be put into merged layers: zipserv.merged.split_layers(model) first")
+            raise TypeError("weights on the meta device can't be put into merged layers: zipserv.split_layers(model) first")
         if not isinstance(value, torch.Tensor | ZipTensor):
             raise TypeError(f"expected a tensor, not {type(value).__name__}")
         if isinstance(value, torch.Tensor):
@@ -297,7 +297,7 @@ class MergedLinear(ZipLinear):
         header = value.header
         self._check_header(name, header)
         if header.raw:
-            raise ValueError("this weight does not shrink and can't be merged with others: zipserv.merged.split_layers(model) first")
+            raise ValueError("this weight does not shrink and can't be merged with others: zipserv.split_layers(model) first")
         old, group = self.merged_zipserv, self._group
         if old.is_meta:
             raise TypeError("merged layers on the meta device can't be loaded: load first, then merge")
