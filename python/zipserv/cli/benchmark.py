@@ -242,7 +242,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
 @click.option("--shapes", callback=_names, metavar="MxK,...", help="Such matrices instead of models'.")
 @click.option("--tokens", callback=_numbers, metavar="N,...", help="Only these numbers of tokens.")
 @click.option("--weights", "kinds", callback=_kinds, metavar="KINDS", help=f"Only these kinds of weights: {', '.join(KINDS)}.")
-@click.option("--time-budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Measure shorter to be done in this time; say what is left.")
+@click.option("--time-budget", type=click.FloatRange(0, min_open=True), metavar="SECONDS", help="Be done by then; say what is left out.")
 @click.option(
     "--point-budget",
     type=click.FloatRange(0, min_open=True),
