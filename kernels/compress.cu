@@ -3,7 +3,7 @@
 //
 //   zs_compress_plan   reads the weights: base exponent and list size of every tile, the checksum. Limit: bytes of the weights / bandwidth.
 //   zs_compress_scan   one block: where each block's lists start; totals for the host, which then knows the size and allocates.
-//   zs_compress_write  reads the weights again and writes everything but the blob's header (the host's work). Limit: (raw + compressed) bytes / bandwidth.
+//   zs_compress_write  reads the weights again and writes the blob, whose header (section 2) comes from the host. Limit: (raw + compressed) bytes / bandwidth.
 //
 // Block b has the tiles `tiles * b / blocks` on, its warps take them in turn: neighbouring tiles are read and written at about the same time. The writers
 // go backwards, from what the last readers have left in L2: block 0 of their grid is the last one here.
@@ -192,17 +192,24 @@ zs_compress_scan(uint32_t blocks, uint8_t* __restrict__ scratch, uint32_t* __res
     griddep_wait();
     uint32_t* const sums = (uint32_t*)(scratch + 16);
     uint32_t carry = 0, checksum = 0;
-    for (uint32_t first = 0; first < blocks; first += 1024) {
-        const uint32_t i = first + threadIdx.x;
-        const bool mine = i < blocks;
-        const uint32_t units = mine ? sums[i] : 0, check = mine ? sums[blocks + i] : 0;
-        uint32_t total;
-        const uint32_t before = block_scan(units, (uint32_t*)smem, &total);
-        if (mine) sums[i] = carry + before + units;
+    for (uint32_t first = 0; first < blocks; first += 4096) {
+        const uint32_t i = first + 4 * threadIdx.x;
+        uint32_t units[4], own = 0, total;
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) {
+            const bool mine = i + j < blocks;
+            own += units[j] = mine ? sums[i + j] : 0;
+            checksum += mine ? sums[blocks + i + j] : 0;
+        }
+        uint32_t sum = carry + block_scan(own, (uint32_t*)smem, &total);
+#pragma unroll
+        for (uint32_t j = 0; j < 4; j++) {
+            sum += units[j];
+            if (i + j < blocks) sums[i + j] = sum;
+        }
         carry += total;
-        block_scan(check, (uint32_t*)smem, &total);
-        checksum += total;
     }
+    block_scan(checksum, (uint32_t*)smem, &checksum);
     if (threadIdx.x == 0) {
         uint32_t* const totals = (uint32_t*)scratch;
         totals[0] = carry, totals[1] = 0, totals[2] = checksum, totals[3] = 0;
@@ -227,7 +234,9 @@ ZS_DEVICE void load_pairs(const Matrix& x, uint32_t row0, uint32_t col0, uint32_
 }
 
 extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
-zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, const uint8_t* __restrict__ scratch, uint8_t* __restrict__ blob_ptr) {
+zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, const uint8_t* __restrict__ scratch, uint8_t* __restrict__ blob_ptr,
+                  uint64_t h0, uint64_t h1, uint64_t h2, uint64_t h3, uint64_t h4, uint64_t h5, uint64_t h6, uint64_t h7,
+                  uint64_t h8, uint64_t h9, uint64_t h10, uint64_t h11, uint64_t h12, uint64_t h13, uint64_t h14, uint64_t h15) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
     const Share share(x, (uint8_t*)scratch, gridDim.x - 1 - blockIdx.x);
@@ -238,9 +247,14 @@ zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uin
     uint8_t* const headers = blob_ptr + ZS_BLOB_HEADER;
     uint8_t* const fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
     uint8_t* const lists = fixed + tiles * ZS_FIXED;
-    // The bytes between the tile headers and the fixed parts.
-    if (share.block == 0 && warp == 0)
+    // The header, and the bytes between the tile headers and the fixed parts.
+    if (share.block == 0 && warp == 0) {
+        const uint64_t header[16] = {h0, h1, h2, h3, h4, h5, h6, h7, h8, h9, h10, h11, h12, h13, h14, h15};
+#pragma unroll
+        for (uint32_t i = 0; i < 16; i++)
+            if (lane == i) ((uint64_t*)blob_ptr)[i] = header[i];
         for (uint8_t* gap = headers + tiles * 8 + lane; gap < fixed; gap += 32) *gap = 0;
+    }
     // Lane l knows the plan of tile first + l of the block's ZS_WARPS present ones, this warp's is at `warp`. The first round has none and only loads.
     uint32_t first = share.begin + (share.end - share.begin + ZS_WARPS - 1) / ZS_WARPS * ZS_WARPS, offset = share.sums[share.block];
     uint64_t plans = 0;

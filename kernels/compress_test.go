@@ -114,10 +114,14 @@ func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
 	head := h.Marshal()
 	blob := &emu.Buffer{Name: "blob", Data: make([]byte, 128+(8*tiles+127)/128*128+tiles*5632+int(h.EscapeBytes)), Mode: emu.Out}
 	scratch.Mode = emu.In
-	if err := launch("write", in.blocks, 32*c.warps, append(matrixArgs, scratch, blob)...); err != nil {
+	args := append(matrixArgs, scratch, blob)
+	for i := 0; i < len(head); i += 8 {
+		args = append(args, le.Uint64(head[i:]))
+	}
+	if err := launch("write", in.blocks, 32*c.warps, args...); err != nil {
 		return nil, err
 	}
-	return append(head[:], blob.Data[128:]...), nil
+	return blob.Data, nil
 }
 
 func TestCompress(t *testing.T) {

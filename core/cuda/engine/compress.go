@@ -156,9 +156,11 @@ func (d *Device) CompressWrite(p *Compression, blob driver.Pointer) error {
 			return err
 		}
 		d.Changed(blob)
-		if err := d.launch(c.last, p.Stream, uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch), uint64(blob)); err != nil {
-			return err
+		args := []uint64{uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch), uint64(blob)}
+		for head := h.Marshal(); len(args) < 6+format.HeaderSize/8; {
+			args = append(args, binary.LittleEndian.Uint64(head[8*(len(args)-6):]))
 		}
+		return d.launch(c.last, p.Stream, args...)
 	}
 	head := h.Marshal()
 	return d.ctx.Write(p.Stream, blob, head[:])
