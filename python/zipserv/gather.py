@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The op ``zipserv::embedding``: rows of a compressed matrix by index, of which only the rows asked for are decoded.
 
-On the CPU the native decoder does it row by row. On a GPU it is a handful of PyTorch gathers over the blob of
+On the CPU the native decoder does it row by row. On a GPU few rows are a series of PyTorch gathers over the blob of
 docs/format.md (no kernel of its own, no synchronisation, no allocation that depends on data): a lookup touches one row
-in 64 of each tile, so its cost is launches, which CUDA graphs and ``torch.compile`` remove.
+in 64 of each tile, so its cost is launches. For many rows (a long prompt) the table is decompressed piece by piece, and each
+piece is indexed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from .format import DTYPES, HEADER_BYTES, TILE
 
 #: Most weights that the GPU path works on at a time: bounds its index tensors to some 100 MB.
 CHUNK_WEIGHTS = 1 << 21
+
+#: From this many rows on, and if the table is not far larger, it is decompressed piece by piece; weights of a piece.
+MANY_ROWS, ROWS_OF_TABLE, PIECE_WEIGHTS = 512, 256, 1 << 26
 
 #: Bytes of a tile without its escapes, by dtype code (docs/format.md, section 5).
 FIXED_BYTES = {1: 5632, 2: 7168}
@@ -83,6 +87,29 @@ def _embedding_gather(
     for start in range(0, flat.numel(), step):
         part = flat[start : start + step].long()
         out[start : start + step] = _rows(part, blob, m, k, dtype_code, max_escapes)
+    return out.view(*ids.shape, k)
+
+
+def _embedding_cuda(
+    ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, max_escapes: int
+) -> torch.Tensor:
+    many = ids.numel() >= MANY_ROWS and ids.numel() * ROWS_OF_TABLE >= m
+    if many and DTYPES[dtype_code] == torch.bfloat16 and not _is_raw(blob, m, k):
+        return _embedding_pieces(ids, blob, m, k, dtype_code)
+    return _embedding_gather(ids, blob, m, k, dtype_code, max_escapes)
+
+
+def _embedding_pieces(ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
+    """The same from a table that exists decompressed piece by piece."""
+    flat = ids.reshape(-1).long()
+    torch._assert_async(((flat >= 0) & (flat < m)).all(), f"an index is not within 0 .. {m - 1}")
+    out = torch.empty((flat.numel(), k), dtype=DTYPES[dtype_code], device=blob.device)
+    step = max(TILE, PIECE_WEIGHTS // k // TILE * TILE)
+    for row0 in range(0, m, step):
+        piece = torch.ops.zipserv.decompress_rows(blob, m, k, dtype_code, row0, min(row0 + step, m))
+        index = flat - row0
+        found = F.embedding(index.clamp(0, piece.shape[0] - 1), piece)
+        out = torch.where(((index >= 0) & (index < piece.shape[0]))[:, None], found, out)
     return out.view(*ids.shape, k)
 
 
@@ -181,6 +208,6 @@ def _no_gradient(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
 
 
 _LIB.impl("embedding", _embedding_cpu, "CPU")
-_LIB.impl("embedding", _embedding_gather, "CUDA")
+_LIB.impl("embedding", _embedding_cuda, "CUDA")
 torch.library.register_fake("zipserv::embedding", _embedding_fake, lib=_LIB)
 torch.library.register_autograd("zipserv::embedding", _no_gradient, lib=_LIB)

@@ -56,6 +56,27 @@ def test_rows_are_exact_on_both_paths(kind: str, shape: tuple[int, int]) -> None
         assert rows.shape == (5, 7, shape[1]) and torch.equal(bits(rows), bits(w[ids]))
 
 
+def test_many_rows_come_from_pieces_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(5)
+    weight = (torch.randn(700, 96) * 0.02).to(torch.bfloat16)
+    z = zipserv.compress(weight)
+    ids = torch.randint(0, 700, (4, 200))
+    want = torch.nn.functional.embedding(ids, weight)
+    for size in (1, 128 * 96, 1 << 26):
+        monkeypatch.setattr(gather, "PIECE_WEIGHTS", size)
+        assert torch.equal(gather._embedding_pieces(ids, z.blob, z.m, z.k, 1), want)
+    assert torch.equal(gather._embedding_pieces(ids.int(), z.blob, z.m, z.k, 1), want)
+    for wrong in (-1, 700):
+        with pytest.raises(RuntimeError, match=r"0 \.\. 699"):
+            gather._embedding_pieces(torch.tensor([3, wrong]), z.blob, z.m, z.k, 1)
+    taken = []
+    monkeypatch.setattr(gather, "_embedding_pieces", lambda ids, *rest: taken.append(ids.numel()) or want)
+    longest = gather.max_escapes(z.blob, z.m, z.k)
+    for some in (ids, ids[:, :100], ids[:1, :1]):
+        gather._embedding_cuda(some, z.blob, z.m, z.k, 1, longest)
+    assert taken == [800]
+
+
 def test_gather_works_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "CHUNK_WEIGHTS", 1000)
     w = weights(320, 448)
