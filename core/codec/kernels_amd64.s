@@ -5544,177 +5544,160 @@ TEXT ·expsAVX512(SB), NOSPLIT, $0-32
 	MOVQ         exps+0(FP), AX
 	MOVQ         fixed+8(FP), CX
 	MOVL         base+16(FP), DX
-	MOVQ         planes+24(FP), BX
-	LEAQ         4096(CX), SI
-	MOVQ         $0x00000004, DI
+	ADDQ         $0x00001000, CX
+	MOVQ         $0x00000004, BX
+	MOVQ         planes+24(FP), SI
 	VMOVDQU8     onesF<>+0(SB), Z0
 	VMOVDQU8     twosF<>+0(SB), Z1
 	VMOVDQU8     foursF<>+0(SB), Z2
-	VPBROADCASTB DX, Z3
-	VPADDB       Z0, Z3, Z0
-	VMOVDQU8     blockMasks<>+0(SB), Z20
+	VMOVDQU8     blockMasks<>+0(SB), Z3
+	VPBROADCASTB DX, Z4
+	VPADDB       Z0, Z4, Z0
 
 warp:
-	VMOVDQU8   (SI), Z21
-	PREFETCHT1 22528(SI)
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, (BX)
-	VMOVDQU8   64(SI), Z21
-	PREFETCHT1 22592(SI)
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, 64(BX)
-	VMOVDQU8   128(SI), Z21
-	PREFETCHT1 22656(SI)
-	VPSHRDW    $0x01, Z21, Z21, Z21
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, 128(BX)
-	VMOVDQU8   192(SI), Z21
-	PREFETCHT1 22720(SI)
-	VPSHRDW    $0x01, Z21, Z21, Z21
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, 192(BX)
-	VMOVDQU8   256(SI), Z21
-	PREFETCHT1 22784(SI)
-	VPSHRDW    $0x02, Z21, Z21, Z21
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, 256(BX)
-	VMOVDQU8   320(SI), Z21
-	PREFETCHT1 22848(SI)
-	VPSHRDW    $0x02, Z21, Z21, Z21
-	VPERMB     Z21, Z20, Z21
-	VMOVDQU8   Z21, 320(BX)
-	KMOVQ      (BX), K1
-	KMOVQ      128(BX), K2
-	KMOVQ      256(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z4
-	VPADDB     Z1, Z4, K2, Z4
-	VPADDB     Z2, Z4, K3, Z4
-	VMOVDQU8   Z4, (AX)
 	PREFETCHT1 22528(CX)
-	KMOVQ      8(BX), K1
-	KMOVQ      136(BX), K2
-	KMOVQ      264(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z5
+	PREFETCHT1 22592(CX)
+	PREFETCHT1 22656(CX)
+	PREFETCHT1 22720(CX)
+	PREFETCHT1 22784(CX)
+	PREFETCHT1 22848(CX)
+	VMOVDQU8   (CX), Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, (SI)
+	VMOVDQU8   64(CX), Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, 64(SI)
+	VMOVDQU8   128(CX), Z21
+	VPSHRDW    $0x01, Z21, Z21, Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, 128(SI)
+	VMOVDQU8   192(CX), Z21
+	VPSHRDW    $0x01, Z21, Z21, Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, 192(SI)
+	VMOVDQU8   256(CX), Z21
+	VPSHRDW    $0x02, Z21, Z21, Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, 256(SI)
+	VMOVDQU8   320(CX), Z21
+	VPSHRDW    $0x02, Z21, Z21, Z21
+	VPERMB     Z21, Z3, Z21
+	VMOVDQU8   Z21, 320(SI)
+	KMOVQ      (SI), K1
+	KMOVQ      128(SI), K2
+	KMOVQ      256(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z5
 	VPADDB     Z1, Z5, K2, Z5
 	VPADDB     Z2, Z5, K3, Z5
-	VMOVDQU8   Z5, 512(AX)
-	PREFETCHT1 22592(CX)
-	KMOVQ      16(BX), K1
-	KMOVQ      144(BX), K2
-	KMOVQ      272(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z6
+	VMOVDQU8   Z5, (AX)
+	KMOVQ      8(SI), K1
+	KMOVQ      136(SI), K2
+	KMOVQ      264(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z6
 	VPADDB     Z1, Z6, K2, Z6
 	VPADDB     Z2, Z6, K3, Z6
-	VMOVDQU8   Z6, 256(AX)
-	PREFETCHT1 22656(CX)
-	KMOVQ      24(BX), K1
-	KMOVQ      152(BX), K2
-	KMOVQ      280(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z7
+	VMOVDQU8   Z6, 512(AX)
+	KMOVQ      16(SI), K1
+	KMOVQ      144(SI), K2
+	KMOVQ      272(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z7
 	VPADDB     Z1, Z7, K2, Z7
 	VPADDB     Z2, Z7, K3, Z7
-	VMOVDQU8   Z7, 768(AX)
-	PREFETCHT1 22720(CX)
-	KMOVQ      32(BX), K1
-	KMOVQ      160(BX), K2
-	KMOVQ      288(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z8
+	VMOVDQU8   Z7, 256(AX)
+	KMOVQ      24(SI), K1
+	KMOVQ      152(SI), K2
+	KMOVQ      280(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z8
 	VPADDB     Z1, Z8, K2, Z8
 	VPADDB     Z2, Z8, K3, Z8
-	VMOVDQU8   Z8, 64(AX)
-	PREFETCHT1 22784(CX)
-	KMOVQ      40(BX), K1
-	KMOVQ      168(BX), K2
-	KMOVQ      296(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z9
+	VMOVDQU8   Z8, 768(AX)
+	KMOVQ      32(SI), K1
+	KMOVQ      160(SI), K2
+	KMOVQ      288(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z9
 	VPADDB     Z1, Z9, K2, Z9
 	VPADDB     Z2, Z9, K3, Z9
-	VMOVDQU8   Z9, 576(AX)
-	PREFETCHT1 22848(CX)
-	KMOVQ      48(BX), K1
-	KMOVQ      176(BX), K2
-	KMOVQ      304(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z10
+	VMOVDQU8   Z9, 64(AX)
+	KMOVQ      40(SI), K1
+	KMOVQ      168(SI), K2
+	KMOVQ      296(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z10
 	VPADDB     Z1, Z10, K2, Z10
 	VPADDB     Z2, Z10, K3, Z10
-	VMOVDQU8   Z10, 320(AX)
-	PREFETCHT1 22912(CX)
-	KMOVQ      56(BX), K1
-	KMOVQ      184(BX), K2
-	KMOVQ      312(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z11
+	VMOVDQU8   Z10, 576(AX)
+	KMOVQ      48(SI), K1
+	KMOVQ      176(SI), K2
+	KMOVQ      304(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z11
 	VPADDB     Z1, Z11, K2, Z11
 	VPADDB     Z2, Z11, K3, Z11
-	VMOVDQU8   Z11, 832(AX)
-	PREFETCHT1 22976(CX)
-	KMOVQ      64(BX), K1
-	KMOVQ      192(BX), K2
-	KMOVQ      320(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z12
+	VMOVDQU8   Z11, 320(AX)
+	KMOVQ      56(SI), K1
+	KMOVQ      184(SI), K2
+	KMOVQ      312(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z12
 	VPADDB     Z1, Z12, K2, Z12
 	VPADDB     Z2, Z12, K3, Z12
-	VMOVDQU8   Z12, 128(AX)
-	PREFETCHT1 23040(CX)
-	KMOVQ      72(BX), K1
-	KMOVQ      200(BX), K2
-	KMOVQ      328(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z13
+	VMOVDQU8   Z12, 832(AX)
+	KMOVQ      64(SI), K1
+	KMOVQ      192(SI), K2
+	KMOVQ      320(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z13
 	VPADDB     Z1, Z13, K2, Z13
 	VPADDB     Z2, Z13, K3, Z13
-	VMOVDQU8   Z13, 640(AX)
-	PREFETCHT1 23104(CX)
-	KMOVQ      80(BX), K1
-	KMOVQ      208(BX), K2
-	KMOVQ      336(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z14
+	VMOVDQU8   Z13, 128(AX)
+	KMOVQ      72(SI), K1
+	KMOVQ      200(SI), K2
+	KMOVQ      328(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z14
 	VPADDB     Z1, Z14, K2, Z14
 	VPADDB     Z2, Z14, K3, Z14
-	VMOVDQU8   Z14, 384(AX)
-	PREFETCHT1 23168(CX)
-	KMOVQ      88(BX), K1
-	KMOVQ      216(BX), K2
-	KMOVQ      344(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z15
+	VMOVDQU8   Z14, 640(AX)
+	KMOVQ      80(SI), K1
+	KMOVQ      208(SI), K2
+	KMOVQ      336(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z15
 	VPADDB     Z1, Z15, K2, Z15
 	VPADDB     Z2, Z15, K3, Z15
-	VMOVDQU8   Z15, 896(AX)
-	PREFETCHT1 23232(CX)
-	KMOVQ      96(BX), K1
-	KMOVQ      224(BX), K2
-	KMOVQ      352(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z16
+	VMOVDQU8   Z15, 384(AX)
+	KMOVQ      88(SI), K1
+	KMOVQ      216(SI), K2
+	KMOVQ      344(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z16
 	VPADDB     Z1, Z16, K2, Z16
 	VPADDB     Z2, Z16, K3, Z16
-	VMOVDQU8   Z16, 192(AX)
-	PREFETCHT1 23296(CX)
-	KMOVQ      104(BX), K1
-	KMOVQ      232(BX), K2
-	KMOVQ      360(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z17
+	VMOVDQU8   Z16, 896(AX)
+	KMOVQ      96(SI), K1
+	KMOVQ      224(SI), K2
+	KMOVQ      352(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z17
 	VPADDB     Z1, Z17, K2, Z17
 	VPADDB     Z2, Z17, K3, Z17
-	VMOVDQU8   Z17, 704(AX)
-	PREFETCHT1 23360(CX)
-	KMOVQ      112(BX), K1
-	KMOVQ      240(BX), K2
-	KMOVQ      368(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z18
+	VMOVDQU8   Z17, 192(AX)
+	KMOVQ      104(SI), K1
+	KMOVQ      232(SI), K2
+	KMOVQ      360(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z18
 	VPADDB     Z1, Z18, K2, Z18
 	VPADDB     Z2, Z18, K3, Z18
-	VMOVDQU8   Z18, 448(AX)
-	PREFETCHT1 23424(CX)
-	KMOVQ      120(BX), K1
-	KMOVQ      248(BX), K2
-	KMOVQ      376(BX), K3
-	VPBLENDMB  Z0, Z3, K1, Z19
+	VMOVDQU8   Z18, 704(AX)
+	KMOVQ      112(SI), K1
+	KMOVQ      240(SI), K2
+	KMOVQ      368(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z19
 	VPADDB     Z1, Z19, K2, Z19
 	VPADDB     Z2, Z19, K3, Z19
-	VMOVDQU8   Z19, 960(AX)
-	PREFETCHT1 23488(CX)
-	ADDQ       $0x00000400, CX
-	ADDQ       $0x00000180, SI
+	VMOVDQU8   Z19, 448(AX)
+	KMOVQ      120(SI), K1
+	KMOVQ      248(SI), K2
+	KMOVQ      376(SI), K3
+	VPBLENDMB  Z0, Z4, K1, Z20
+	VPADDB     Z1, Z20, K2, Z20
+	VPADDB     Z2, Z20, K3, Z20
+	VMOVDQU8   Z20, 960(AX)
+	ADDQ       $0x00000180, CX
 	ADDQ       $0x00000400, AX
-	DECQ       DI
+	DECQ       BX
 	JNZ        warp
 	VZEROUPPER
 	RET
@@ -5982,6 +5965,313 @@ DATA blockMasks<>+61(SB)/1, $0x3b
 DATA blockMasks<>+62(SB)/1, $0x3d
 DATA blockMasks<>+63(SB)/1, $0x3f
 GLOBL blockMasks<>(SB), RODATA|NOPTR, $64
+
+// func expsGFNI(exps *byte, fixed *byte, base uint32, planes *uint64)
+// Requires: AVX, AVX512BW, AVX512F, AVX512VBMI, AVX512VBMI2, GFNI, MMX+
+TEXT ·expsGFNI(SB), NOSPLIT, $0-32
+	MOVQ         exps+0(FP), AX
+	MOVQ         fixed+8(FP), CX
+	MOVL         base+16(FP), DX
+	ADDQ         $0x00001000, CX
+	MOVQ         $0x00000004, BX
+	VMOVDQU8     codes<>+0(SB), Z0
+	VPBROADCASTB DX, Z1
+	VPADDB       Z0, Z1, Z1
+	VPXORQ       Z2, Z2, Z2
+	VMOVDQU8     identity<>+0(SB), Z0
+	VMOVDQU8     blockPairs<>+0(SB), Z3
+
+warp:
+	PREFETCHT1     22528(CX)
+	PREFETCHT1     22592(CX)
+	PREFETCHT1     22656(CX)
+	PREFETCHT1     22720(CX)
+	PREFETCHT1     22784(CX)
+	PREFETCHT1     22848(CX)
+	VMOVDQU8       (CX), Z4
+	VPERMB         Z4, Z3, Z4
+	VMOVDQU8       128(CX), Z5
+	VPSHRDW        $0x01, Z5, Z5, Z5
+	VPERMB         Z5, Z3, Z5
+	VMOVDQU8       256(CX), Z6
+	VPSHRDW        $0x02, Z6, Z6, Z6
+	VPERMB         Z6, Z3, Z6
+	VPUNPCKLBW     Z6, Z2, Z7
+	VPUNPCKLBW     Z4, Z5, Z8
+	VPUNPCKLWD     Z8, Z7, Z9
+	VGF2P8AFFINEQB $0x00, Z9, Z0, Z9
+	VPSHUFB        Z9, Z1, Z10
+	VMOVDQU8       Z10, 512(AX)
+	VPSRLW         $0x04, Z9, Z9
+	VPSHUFB        Z9, Z1, Z9
+	VMOVDQU8       Z9, (AX)
+	VPUNPCKHWD     Z8, Z7, Z7
+	VGF2P8AFFINEQB $0x00, Z7, Z0, Z7
+	VPSHUFB        Z7, Z1, Z8
+	VMOVDQU8       Z8, 768(AX)
+	VPSRLW         $0x04, Z7, Z7
+	VPSHUFB        Z7, Z1, Z7
+	VMOVDQU8       Z7, 256(AX)
+	VPUNPCKHBW     Z6, Z2, Z6
+	VPUNPCKHBW     Z4, Z5, Z4
+	VPUNPCKLWD     Z4, Z6, Z5
+	VGF2P8AFFINEQB $0x00, Z5, Z0, Z5
+	VPSHUFB        Z5, Z1, Z7
+	VMOVDQU8       Z7, 576(AX)
+	VPSRLW         $0x04, Z5, Z5
+	VPSHUFB        Z5, Z1, Z5
+	VMOVDQU8       Z5, 64(AX)
+	VPUNPCKHWD     Z4, Z6, Z4
+	VGF2P8AFFINEQB $0x00, Z4, Z0, Z4
+	VPSHUFB        Z4, Z1, Z5
+	VMOVDQU8       Z5, 832(AX)
+	VPSRLW         $0x04, Z4, Z4
+	VPSHUFB        Z4, Z1, Z4
+	VMOVDQU8       Z4, 320(AX)
+	VMOVDQU8       64(CX), Z4
+	VPERMB         Z4, Z3, Z4
+	VMOVDQU8       192(CX), Z5
+	VPSHRDW        $0x01, Z5, Z5, Z5
+	VPERMB         Z5, Z3, Z5
+	VMOVDQU8       320(CX), Z6
+	VPSHRDW        $0x02, Z6, Z6, Z6
+	VPERMB         Z6, Z3, Z6
+	VPUNPCKLBW     Z6, Z2, Z7
+	VPUNPCKLBW     Z4, Z5, Z8
+	VPUNPCKLWD     Z8, Z7, Z9
+	VGF2P8AFFINEQB $0x00, Z9, Z0, Z9
+	VPSHUFB        Z9, Z1, Z10
+	VMOVDQU8       Z10, 640(AX)
+	VPSRLW         $0x04, Z9, Z9
+	VPSHUFB        Z9, Z1, Z9
+	VMOVDQU8       Z9, 128(AX)
+	VPUNPCKHWD     Z8, Z7, Z7
+	VGF2P8AFFINEQB $0x00, Z7, Z0, Z7
+	VPSHUFB        Z7, Z1, Z8
+	VMOVDQU8       Z8, 896(AX)
+	VPSRLW         $0x04, Z7, Z7
+	VPSHUFB        Z7, Z1, Z7
+	VMOVDQU8       Z7, 384(AX)
+	VPUNPCKHBW     Z6, Z2, Z6
+	VPUNPCKHBW     Z4, Z5, Z4
+	VPUNPCKLWD     Z4, Z6, Z5
+	VGF2P8AFFINEQB $0x00, Z5, Z0, Z5
+	VPSHUFB        Z5, Z1, Z7
+	VMOVDQU8       Z7, 704(AX)
+	VPSRLW         $0x04, Z5, Z5
+	VPSHUFB        Z5, Z1, Z5
+	VMOVDQU8       Z5, 192(AX)
+	VPUNPCKHWD     Z4, Z6, Z4
+	VGF2P8AFFINEQB $0x00, Z4, Z0, Z4
+	VPSHUFB        Z4, Z1, Z5
+	VMOVDQU8       Z5, 960(AX)
+	VPSRLW         $0x04, Z4, Z4
+	VPSHUFB        Z4, Z1, Z4
+	VMOVDQU8       Z4, 448(AX)
+	ADDQ           $0x00000180, CX
+	ADDQ           $0x00000400, AX
+	DECQ           BX
+	JNZ            warp
+	VZEROUPPER
+	RET
+
+DATA codes<>+0(SB)/1, $0x00
+DATA codes<>+1(SB)/1, $0x01
+DATA codes<>+2(SB)/1, $0x02
+DATA codes<>+3(SB)/1, $0x03
+DATA codes<>+4(SB)/1, $0x04
+DATA codes<>+5(SB)/1, $0x05
+DATA codes<>+6(SB)/1, $0x06
+DATA codes<>+7(SB)/1, $0x07
+DATA codes<>+8(SB)/1, $0x00
+DATA codes<>+9(SB)/1, $0x01
+DATA codes<>+10(SB)/1, $0x02
+DATA codes<>+11(SB)/1, $0x03
+DATA codes<>+12(SB)/1, $0x04
+DATA codes<>+13(SB)/1, $0x05
+DATA codes<>+14(SB)/1, $0x06
+DATA codes<>+15(SB)/1, $0x07
+DATA codes<>+16(SB)/1, $0x00
+DATA codes<>+17(SB)/1, $0x01
+DATA codes<>+18(SB)/1, $0x02
+DATA codes<>+19(SB)/1, $0x03
+DATA codes<>+20(SB)/1, $0x04
+DATA codes<>+21(SB)/1, $0x05
+DATA codes<>+22(SB)/1, $0x06
+DATA codes<>+23(SB)/1, $0x07
+DATA codes<>+24(SB)/1, $0x00
+DATA codes<>+25(SB)/1, $0x01
+DATA codes<>+26(SB)/1, $0x02
+DATA codes<>+27(SB)/1, $0x03
+DATA codes<>+28(SB)/1, $0x04
+DATA codes<>+29(SB)/1, $0x05
+DATA codes<>+30(SB)/1, $0x06
+DATA codes<>+31(SB)/1, $0x07
+DATA codes<>+32(SB)/1, $0x00
+DATA codes<>+33(SB)/1, $0x01
+DATA codes<>+34(SB)/1, $0x02
+DATA codes<>+35(SB)/1, $0x03
+DATA codes<>+36(SB)/1, $0x04
+DATA codes<>+37(SB)/1, $0x05
+DATA codes<>+38(SB)/1, $0x06
+DATA codes<>+39(SB)/1, $0x07
+DATA codes<>+40(SB)/1, $0x00
+DATA codes<>+41(SB)/1, $0x01
+DATA codes<>+42(SB)/1, $0x02
+DATA codes<>+43(SB)/1, $0x03
+DATA codes<>+44(SB)/1, $0x04
+DATA codes<>+45(SB)/1, $0x05
+DATA codes<>+46(SB)/1, $0x06
+DATA codes<>+47(SB)/1, $0x07
+DATA codes<>+48(SB)/1, $0x00
+DATA codes<>+49(SB)/1, $0x01
+DATA codes<>+50(SB)/1, $0x02
+DATA codes<>+51(SB)/1, $0x03
+DATA codes<>+52(SB)/1, $0x04
+DATA codes<>+53(SB)/1, $0x05
+DATA codes<>+54(SB)/1, $0x06
+DATA codes<>+55(SB)/1, $0x07
+DATA codes<>+56(SB)/1, $0x00
+DATA codes<>+57(SB)/1, $0x01
+DATA codes<>+58(SB)/1, $0x02
+DATA codes<>+59(SB)/1, $0x03
+DATA codes<>+60(SB)/1, $0x04
+DATA codes<>+61(SB)/1, $0x05
+DATA codes<>+62(SB)/1, $0x06
+DATA codes<>+63(SB)/1, $0x07
+GLOBL codes<>(SB), RODATA|NOPTR, $64
+
+DATA identity<>+0(SB)/1, $0x01
+DATA identity<>+1(SB)/1, $0x02
+DATA identity<>+2(SB)/1, $0x04
+DATA identity<>+3(SB)/1, $0x08
+DATA identity<>+4(SB)/1, $0x10
+DATA identity<>+5(SB)/1, $0x20
+DATA identity<>+6(SB)/1, $0x40
+DATA identity<>+7(SB)/1, $0x80
+DATA identity<>+8(SB)/1, $0x01
+DATA identity<>+9(SB)/1, $0x02
+DATA identity<>+10(SB)/1, $0x04
+DATA identity<>+11(SB)/1, $0x08
+DATA identity<>+12(SB)/1, $0x10
+DATA identity<>+13(SB)/1, $0x20
+DATA identity<>+14(SB)/1, $0x40
+DATA identity<>+15(SB)/1, $0x80
+DATA identity<>+16(SB)/1, $0x01
+DATA identity<>+17(SB)/1, $0x02
+DATA identity<>+18(SB)/1, $0x04
+DATA identity<>+19(SB)/1, $0x08
+DATA identity<>+20(SB)/1, $0x10
+DATA identity<>+21(SB)/1, $0x20
+DATA identity<>+22(SB)/1, $0x40
+DATA identity<>+23(SB)/1, $0x80
+DATA identity<>+24(SB)/1, $0x01
+DATA identity<>+25(SB)/1, $0x02
+DATA identity<>+26(SB)/1, $0x04
+DATA identity<>+27(SB)/1, $0x08
+DATA identity<>+28(SB)/1, $0x10
+DATA identity<>+29(SB)/1, $0x20
+DATA identity<>+30(SB)/1, $0x40
+DATA identity<>+31(SB)/1, $0x80
+DATA identity<>+32(SB)/1, $0x01
+DATA identity<>+33(SB)/1, $0x02
+DATA identity<>+34(SB)/1, $0x04
+DATA identity<>+35(SB)/1, $0x08
+DATA identity<>+36(SB)/1, $0x10
+DATA identity<>+37(SB)/1, $0x20
+DATA identity<>+38(SB)/1, $0x40
+DATA identity<>+39(SB)/1, $0x80
+DATA identity<>+40(SB)/1, $0x01
+DATA identity<>+41(SB)/1, $0x02
+DATA identity<>+42(SB)/1, $0x04
+DATA identity<>+43(SB)/1, $0x08
+DATA identity<>+44(SB)/1, $0x10
+DATA identity<>+45(SB)/1, $0x20
+DATA identity<>+46(SB)/1, $0x40
+DATA identity<>+47(SB)/1, $0x80
+DATA identity<>+48(SB)/1, $0x01
+DATA identity<>+49(SB)/1, $0x02
+DATA identity<>+50(SB)/1, $0x04
+DATA identity<>+51(SB)/1, $0x08
+DATA identity<>+52(SB)/1, $0x10
+DATA identity<>+53(SB)/1, $0x20
+DATA identity<>+54(SB)/1, $0x40
+DATA identity<>+55(SB)/1, $0x80
+DATA identity<>+56(SB)/1, $0x01
+DATA identity<>+57(SB)/1, $0x02
+DATA identity<>+58(SB)/1, $0x04
+DATA identity<>+59(SB)/1, $0x08
+DATA identity<>+60(SB)/1, $0x10
+DATA identity<>+61(SB)/1, $0x20
+DATA identity<>+62(SB)/1, $0x40
+DATA identity<>+63(SB)/1, $0x80
+GLOBL identity<>(SB), RODATA|NOPTR, $64
+
+DATA blockPairs<>+0(SB)/1, $0x00
+DATA blockPairs<>+1(SB)/1, $0x01
+DATA blockPairs<>+2(SB)/1, $0x02
+DATA blockPairs<>+3(SB)/1, $0x03
+DATA blockPairs<>+4(SB)/1, $0x10
+DATA blockPairs<>+5(SB)/1, $0x11
+DATA blockPairs<>+6(SB)/1, $0x12
+DATA blockPairs<>+7(SB)/1, $0x13
+DATA blockPairs<>+8(SB)/1, $0x20
+DATA blockPairs<>+9(SB)/1, $0x21
+DATA blockPairs<>+10(SB)/1, $0x22
+DATA blockPairs<>+11(SB)/1, $0x23
+DATA blockPairs<>+12(SB)/1, $0x30
+DATA blockPairs<>+13(SB)/1, $0x31
+DATA blockPairs<>+14(SB)/1, $0x32
+DATA blockPairs<>+15(SB)/1, $0x33
+DATA blockPairs<>+16(SB)/1, $0x04
+DATA blockPairs<>+17(SB)/1, $0x05
+DATA blockPairs<>+18(SB)/1, $0x06
+DATA blockPairs<>+19(SB)/1, $0x07
+DATA blockPairs<>+20(SB)/1, $0x14
+DATA blockPairs<>+21(SB)/1, $0x15
+DATA blockPairs<>+22(SB)/1, $0x16
+DATA blockPairs<>+23(SB)/1, $0x17
+DATA blockPairs<>+24(SB)/1, $0x24
+DATA blockPairs<>+25(SB)/1, $0x25
+DATA blockPairs<>+26(SB)/1, $0x26
+DATA blockPairs<>+27(SB)/1, $0x27
+DATA blockPairs<>+28(SB)/1, $0x34
+DATA blockPairs<>+29(SB)/1, $0x35
+DATA blockPairs<>+30(SB)/1, $0x36
+DATA blockPairs<>+31(SB)/1, $0x37
+DATA blockPairs<>+32(SB)/1, $0x08
+DATA blockPairs<>+33(SB)/1, $0x09
+DATA blockPairs<>+34(SB)/1, $0x0a
+DATA blockPairs<>+35(SB)/1, $0x0b
+DATA blockPairs<>+36(SB)/1, $0x18
+DATA blockPairs<>+37(SB)/1, $0x19
+DATA blockPairs<>+38(SB)/1, $0x1a
+DATA blockPairs<>+39(SB)/1, $0x1b
+DATA blockPairs<>+40(SB)/1, $0x28
+DATA blockPairs<>+41(SB)/1, $0x29
+DATA blockPairs<>+42(SB)/1, $0x2a
+DATA blockPairs<>+43(SB)/1, $0x2b
+DATA blockPairs<>+44(SB)/1, $0x38
+DATA blockPairs<>+45(SB)/1, $0x39
+DATA blockPairs<>+46(SB)/1, $0x3a
+DATA blockPairs<>+47(SB)/1, $0x3b
+DATA blockPairs<>+48(SB)/1, $0x0c
+DATA blockPairs<>+49(SB)/1, $0x0d
+DATA blockPairs<>+50(SB)/1, $0x0e
+DATA blockPairs<>+51(SB)/1, $0x0f
+DATA blockPairs<>+52(SB)/1, $0x1c
+DATA blockPairs<>+53(SB)/1, $0x1d
+DATA blockPairs<>+54(SB)/1, $0x1e
+DATA blockPairs<>+55(SB)/1, $0x1f
+DATA blockPairs<>+56(SB)/1, $0x2c
+DATA blockPairs<>+57(SB)/1, $0x2d
+DATA blockPairs<>+58(SB)/1, $0x2e
+DATA blockPairs<>+59(SB)/1, $0x2f
+DATA blockPairs<>+60(SB)/1, $0x3c
+DATA blockPairs<>+61(SB)/1, $0x3d
+DATA blockPairs<>+62(SB)/1, $0x3e
+DATA blockPairs<>+63(SB)/1, $0x3f
+GLOBL blockPairs<>(SB), RODATA|NOPTR, $64
 
 // func patchExps(exps *byte, entries *byte, n int, literals *byte, literal int, base uint32, symbols *byte)
 // Requires: AVX, SSE2
@@ -6314,7 +6604,7 @@ DATA symbolExponents<>+15(SB)/1, $0x0b
 GLOBL symbolExponents<>(SB), RODATA|NOPTR, $16
 
 // func multiplyBF16x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
-// Requires: AVX, AVX512BW, AVX512F
+// Requires: AVX, AVX512BW, AVX512F, MMX+
 TEXT ·multiplyBF16x1(SB), NOSPLIT, $0-48
 	MOVQ      acc+0(FP), AX
 	MOVQ      accStride+8(FP), CX
@@ -6335,7 +6625,9 @@ warp:
 	VBROADCASTI32X4 (BX), Z7
 	VBROADCASTI32X4 64(BX), Z8
 	VMOVDQU8        (CX), Z9
+	PREFETCHT1      22528(CX)
 	VMOVDQU8        512(CX), Z10
+	PREFETCHT1      23040(CX)
 	VMOVDQU8        (DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6377,7 +6669,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xec
 	VMOVDQU8        64(CX), Z9
+	PREFETCHT1      22592(CX)
 	VMOVDQU8        576(CX), Z10
+	PREFETCHT1      23104(CX)
 	VMOVDQU8        256(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6421,7 +6715,9 @@ warp:
 	VBROADCASTI32X4 16(BX), Z7
 	VBROADCASTI32X4 80(BX), Z8
 	VMOVDQU8        128(CX), Z9
+	PREFETCHT1      22656(CX)
 	VMOVDQU8        640(CX), Z10
+	PREFETCHT1      23168(CX)
 	VMOVDQU8        64(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6463,7 +6759,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xec
 	VMOVDQU8        192(CX), Z9
+	PREFETCHT1      22720(CX)
 	VMOVDQU8        704(CX), Z10
+	PREFETCHT1      23232(CX)
 	VMOVDQU8        320(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6507,7 +6805,9 @@ warp:
 	VBROADCASTI32X4 32(BX), Z7
 	VBROADCASTI32X4 96(BX), Z8
 	VMOVDQU8        256(CX), Z9
+	PREFETCHT1      22784(CX)
 	VMOVDQU8        768(CX), Z10
+	PREFETCHT1      23296(CX)
 	VMOVDQU8        128(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6549,7 +6849,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xec
 	VMOVDQU8        320(CX), Z9
+	PREFETCHT1      22848(CX)
 	VMOVDQU8        832(CX), Z10
+	PREFETCHT1      23360(CX)
 	VMOVDQU8        384(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6593,7 +6895,9 @@ warp:
 	VBROADCASTI32X4 48(BX), Z7
 	VBROADCASTI32X4 112(BX), Z8
 	VMOVDQU8        384(CX), Z9
+	PREFETCHT1      22912(CX)
 	VMOVDQU8        896(CX), Z10
+	PREFETCHT1      23424(CX)
 	VMOVDQU8        192(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6635,7 +6939,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xec
 	VMOVDQU8        448(CX), Z9
+	PREFETCHT1      22976(CX)
 	VMOVDQU8        960(CX), Z10
+	PREFETCHT1      23488(CX)
 	VMOVDQU8        448(DX), Z11
 	VPSHUFB         Z1, Z11, Z12
 	VPSRLW          $0x01, Z12, Z12
@@ -6921,7 +7227,7 @@ DATA swapmultiplyBF16x1<>+63(SB)/1, $0x0e
 GLOBL swapmultiplyBF16x1<>(SB), RODATA|NOPTR, $64
 
 // func multiplyBF16x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
-// Requires: AVX, AVX512BW, AVX512F
+// Requires: AVX, AVX512BW, AVX512F, MMX+
 TEXT ·multiplyBF16x2(SB), NOSPLIT, $0-48
 	MOVQ      acc+0(FP), AX
 	MOVQ      accStride+8(FP), CX
@@ -6950,7 +7256,9 @@ warp:
 	VBROADCASTI32X4 64(SI), Z13
 	VBROADCASTI32X4 64(DI), Z14
 	VMOVDQU8        (DX), Z15
+	PREFETCHT1      22528(DX)
 	VMOVDQU8        512(DX), Z16
+	PREFETCHT1      23040(DX)
 	VMOVDQU8        (BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7016,7 +7324,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xc2
 	VMOVDQU8        64(DX), Z15
+	PREFETCHT1      22592(DX)
 	VMOVDQU8        576(DX), Z16
+	PREFETCHT1      23104(DX)
 	VMOVDQU8        256(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7086,7 +7396,9 @@ warp:
 	VBROADCASTI32X4 80(SI), Z13
 	VBROADCASTI32X4 80(DI), Z14
 	VMOVDQU8        128(DX), Z15
+	PREFETCHT1      22656(DX)
 	VMOVDQU8        640(DX), Z16
+	PREFETCHT1      23168(DX)
 	VMOVDQU8        64(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7152,7 +7464,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xc2
 	VMOVDQU8        192(DX), Z15
+	PREFETCHT1      22720(DX)
 	VMOVDQU8        704(DX), Z16
+	PREFETCHT1      23232(DX)
 	VMOVDQU8        320(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7222,7 +7536,9 @@ warp:
 	VBROADCASTI32X4 96(SI), Z13
 	VBROADCASTI32X4 96(DI), Z14
 	VMOVDQU8        256(DX), Z15
+	PREFETCHT1      22784(DX)
 	VMOVDQU8        768(DX), Z16
+	PREFETCHT1      23296(DX)
 	VMOVDQU8        128(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7288,7 +7604,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xc2
 	VMOVDQU8        320(DX), Z15
+	PREFETCHT1      22848(DX)
 	VMOVDQU8        832(DX), Z16
+	PREFETCHT1      23360(DX)
 	VMOVDQU8        384(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7358,7 +7676,9 @@ warp:
 	VBROADCASTI32X4 112(SI), Z13
 	VBROADCASTI32X4 112(DI), Z14
 	VMOVDQU8        384(DX), Z15
+	PREFETCHT1      22912(DX)
 	VMOVDQU8        896(DX), Z16
+	PREFETCHT1      23424(DX)
 	VMOVDQU8        192(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7424,7 +7744,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xc2
 	VMOVDQU8        448(DX), Z15
+	PREFETCHT1      22976(DX)
 	VMOVDQU8        960(DX), Z16
+	PREFETCHT1      23488(DX)
 	VMOVDQU8        448(BX), Z17
 	VPSHUFB         Z1, Z17, Z18
 	VPSRLW          $0x01, Z18, Z18
@@ -7739,7 +8061,7 @@ DATA swapmultiplyBF16x2<>+63(SB)/1, $0x0e
 GLOBL swapmultiplyBF16x2<>(SB), RODATA|NOPTR, $64
 
 // func multiplyBF16x4(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
-// Requires: AVX, AVX512BW, AVX512F
+// Requires: AVX, AVX512BW, AVX512F, MMX+
 TEXT ·multiplyBF16x4(SB), NOSPLIT, $0-48
 	MOVQ      acc+0(FP), AX
 	MOVQ      accStride+8(FP), CX
@@ -7784,7 +8106,9 @@ warp:
 	VBROADCASTI32X4 64(R11), Z25
 	VBROADCASTI32X4 64(DI), Z26
 	VMOVDQU8        (DX), Z27
+	PREFETCHT1      22528(DX)
 	VMOVDQU8        512(DX), Z28
+	PREFETCHT1      23040(DX)
 	VMOVDQU8        (BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -7898,7 +8222,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xf6
 	VMOVDQU8        64(DX), Z27
+	PREFETCHT1      22592(DX)
 	VMOVDQU8        576(DX), Z28
+	PREFETCHT1      23104(DX)
 	VMOVDQU8        256(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8020,7 +8346,9 @@ warp:
 	VBROADCASTI32X4 80(R11), Z25
 	VBROADCASTI32X4 80(DI), Z26
 	VMOVDQU8        128(DX), Z27
+	PREFETCHT1      22656(DX)
 	VMOVDQU8        640(DX), Z28
+	PREFETCHT1      23168(DX)
 	VMOVDQU8        64(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8134,7 +8462,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xf6
 	VMOVDQU8        192(DX), Z27
+	PREFETCHT1      22720(DX)
 	VMOVDQU8        704(DX), Z28
+	PREFETCHT1      23232(DX)
 	VMOVDQU8        320(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8256,7 +8586,9 @@ warp:
 	VBROADCASTI32X4 96(R11), Z25
 	VBROADCASTI32X4 96(DI), Z26
 	VMOVDQU8        256(DX), Z27
+	PREFETCHT1      22784(DX)
 	VMOVDQU8        768(DX), Z28
+	PREFETCHT1      23296(DX)
 	VMOVDQU8        128(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8370,7 +8702,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xf6
 	VMOVDQU8        320(DX), Z27
+	PREFETCHT1      22848(DX)
 	VMOVDQU8        832(DX), Z28
+	PREFETCHT1      23360(DX)
 	VMOVDQU8        384(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8492,7 +8826,9 @@ warp:
 	VBROADCASTI32X4 112(R11), Z25
 	VBROADCASTI32X4 112(DI), Z26
 	VMOVDQU8        384(DX), Z27
+	PREFETCHT1      22912(DX)
 	VMOVDQU8        896(DX), Z28
+	PREFETCHT1      23424(DX)
 	VMOVDQU8        192(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8606,7 +8942,9 @@ warp:
 	BYTE            $0x52
 	BYTE            $0xf6
 	VMOVDQU8        448(DX), Z27
+	PREFETCHT1      22976(DX)
 	VMOVDQU8        960(DX), Z28
+	PREFETCHT1      23488(DX)
 	VMOVDQU8        448(BX), Z29
 	VPSHUFB         Z1, Z29, Z30
 	VPSRLW          $0x01, Z30, Z30
@@ -8979,7 +9317,7 @@ DATA swapmultiplyBF16x4<>+63(SB)/1, $0x0e
 GLOBL swapmultiplyBF16x4<>(SB), RODATA|NOPTR, $64
 
 // func multiplyFP32x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
-// Requires: AVX, AVX512BW, AVX512F
+// Requires: AVX, AVX512BW, AVX512F, MMX+
 TEXT ·multiplyFP32x1(SB), NOSPLIT, $0-48
 	MOVQ       acc+0(FP), AX
 	MOVQ       accStride+8(FP), CX
@@ -9006,7 +9344,9 @@ warp:
 	VPANDD          Z3, Z10, Z11
 	VPSLLD          $0x10, Z10, Z10
 	VMOVDQU8        (CX), Z12
+	PREFETCHT1      22528(CX)
 	VMOVDQU8        512(CX), Z13
+	PREFETCHT1      23040(CX)
 	VMOVDQU8        (DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9040,7 +9380,9 @@ warp:
 	VFMADD231PS     Z15, Z10, Z6
 	VFMADD231PS     Z16, Z11, Z6
 	VMOVDQU8        64(CX), Z12
+	PREFETCHT1      22592(CX)
 	VMOVDQU8        576(CX), Z13
+	PREFETCHT1      23104(CX)
 	VMOVDQU8        256(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9080,7 +9422,9 @@ warp:
 	VPANDD          Z3, Z10, Z11
 	VPSLLD          $0x10, Z10, Z10
 	VMOVDQU8        128(CX), Z12
+	PREFETCHT1      22656(CX)
 	VMOVDQU8        640(CX), Z13
+	PREFETCHT1      23168(CX)
 	VMOVDQU8        64(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9114,7 +9458,9 @@ warp:
 	VFMADD231PS     Z15, Z10, Z6
 	VFMADD231PS     Z16, Z11, Z6
 	VMOVDQU8        192(CX), Z12
+	PREFETCHT1      22720(CX)
 	VMOVDQU8        704(CX), Z13
+	PREFETCHT1      23232(CX)
 	VMOVDQU8        320(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9154,7 +9500,9 @@ warp:
 	VPANDD          Z3, Z10, Z11
 	VPSLLD          $0x10, Z10, Z10
 	VMOVDQU8        256(CX), Z12
+	PREFETCHT1      22784(CX)
 	VMOVDQU8        768(CX), Z13
+	PREFETCHT1      23296(CX)
 	VMOVDQU8        128(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9188,7 +9536,9 @@ warp:
 	VFMADD231PS     Z15, Z10, Z6
 	VFMADD231PS     Z16, Z11, Z6
 	VMOVDQU8        320(CX), Z12
+	PREFETCHT1      22848(CX)
 	VMOVDQU8        832(CX), Z13
+	PREFETCHT1      23360(CX)
 	VMOVDQU8        384(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9228,7 +9578,9 @@ warp:
 	VPANDD          Z3, Z10, Z11
 	VPSLLD          $0x10, Z10, Z10
 	VMOVDQU8        384(CX), Z12
+	PREFETCHT1      22912(CX)
 	VMOVDQU8        896(CX), Z13
+	PREFETCHT1      23424(CX)
 	VMOVDQU8        192(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9262,7 +9614,9 @@ warp:
 	VFMADD231PS     Z15, Z10, Z6
 	VFMADD231PS     Z16, Z11, Z6
 	VMOVDQU8        448(CX), Z12
+	PREFETCHT1      22976(CX)
 	VMOVDQU8        960(CX), Z13
+	PREFETCHT1      23488(CX)
 	VMOVDQU8        448(DX), Z14
 	VPSHUFB         Z1, Z14, Z15
 	VPSRLW          $0x01, Z15, Z15
@@ -9540,7 +9894,7 @@ DATA swapmultiplyFP32x1<>+63(SB)/1, $0x0e
 GLOBL swapmultiplyFP32x1<>(SB), RODATA|NOPTR, $64
 
 // func multiplyFP32x2(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)
-// Requires: AVX, AVX512BW, AVX512F
+// Requires: AVX, AVX512BW, AVX512F, MMX+
 TEXT ·multiplyFP32x2(SB), NOSPLIT, $0-48
 	MOVQ       acc+0(FP), AX
 	MOVQ       accStride+8(FP), CX
@@ -9579,7 +9933,9 @@ warp:
 	VPANDD          Z3, Z18, Z19
 	VPSLLD          $0x10, Z18, Z18
 	VMOVDQU8        (DX), Z20
+	PREFETCHT1      22528(DX)
 	VMOVDQU8        512(DX), Z21
+	PREFETCHT1      23040(DX)
 	VMOVDQU8        (BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9621,7 +9977,9 @@ warp:
 	VFMADD231PS     Z24, Z17, Z8
 	VFMADD231PS     Z24, Z19, Z9
 	VMOVDQU8        64(DX), Z20
+	PREFETCHT1      22592(DX)
 	VMOVDQU8        576(DX), Z21
+	PREFETCHT1      23104(DX)
 	VMOVDQU8        256(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9675,7 +10033,9 @@ warp:
 	VPANDD          Z3, Z18, Z19
 	VPSLLD          $0x10, Z18, Z18
 	VMOVDQU8        128(DX), Z20
+	PREFETCHT1      22656(DX)
 	VMOVDQU8        640(DX), Z21
+	PREFETCHT1      23168(DX)
 	VMOVDQU8        64(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9717,7 +10077,9 @@ warp:
 	VFMADD231PS     Z24, Z17, Z8
 	VFMADD231PS     Z24, Z19, Z9
 	VMOVDQU8        192(DX), Z20
+	PREFETCHT1      22720(DX)
 	VMOVDQU8        704(DX), Z21
+	PREFETCHT1      23232(DX)
 	VMOVDQU8        320(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9771,7 +10133,9 @@ warp:
 	VPANDD          Z3, Z18, Z19
 	VPSLLD          $0x10, Z18, Z18
 	VMOVDQU8        256(DX), Z20
+	PREFETCHT1      22784(DX)
 	VMOVDQU8        768(DX), Z21
+	PREFETCHT1      23296(DX)
 	VMOVDQU8        128(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9813,7 +10177,9 @@ warp:
 	VFMADD231PS     Z24, Z17, Z8
 	VFMADD231PS     Z24, Z19, Z9
 	VMOVDQU8        320(DX), Z20
+	PREFETCHT1      22848(DX)
 	VMOVDQU8        832(DX), Z21
+	PREFETCHT1      23360(DX)
 	VMOVDQU8        384(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9867,7 +10233,9 @@ warp:
 	VPANDD          Z3, Z18, Z19
 	VPSLLD          $0x10, Z18, Z18
 	VMOVDQU8        384(DX), Z20
+	PREFETCHT1      22912(DX)
 	VMOVDQU8        896(DX), Z21
+	PREFETCHT1      23424(DX)
 	VMOVDQU8        192(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23
@@ -9909,7 +10277,9 @@ warp:
 	VFMADD231PS     Z24, Z17, Z8
 	VFMADD231PS     Z24, Z19, Z9
 	VMOVDQU8        448(DX), Z20
+	PREFETCHT1      22976(DX)
 	VMOVDQU8        960(DX), Z21
+	PREFETCHT1      23488(DX)
 	VMOVDQU8        448(BX), Z22
 	VPSHUFB         Z1, Z22, Z23
 	VPSRLW          $0x01, Z23, Z23

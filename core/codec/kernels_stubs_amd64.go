@@ -30,6 +30,8 @@ func dotAVX2(acc *float32, tile *byte, x *byte)
 
 func expsAVX512(exps *byte, fixed *byte, base uint32, planes *uint64)
 
+func expsGFNI(exps *byte, fixed *byte, base uint32, planes *uint64)
+
 func patchExps(exps *byte, entries *byte, n int, literals *byte, literal int, base uint32, symbols *byte)
 
 func multiplyBF16x1(acc *float32, accStride int, signMantissa *byte, exps *byte, x *byte, xStride int)

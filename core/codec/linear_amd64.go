@@ -18,10 +18,15 @@ var (
 		name: "avx512-bf16", partials: 4, few: 32, dot: dotTo4, exps: expsAVX512Tile, patch: patchExpsTile,
 		multiply: multiplyBlocks([]block4{{4, multiplyBF16x4}, {2, multiplyBF16x2}, {1, multiplyBF16x1}}),
 	}
+	gfniProducts = products{
+		name: "avx512-bf16-gfni", partials: 4, few: 32, dot: dotTo4, exps: expsGFNITile, patch: patchExpsTile, multiply: bf16Products.multiply,
+	}
 )
 
 func bestProducts() products {
 	switch {
+	case hasAVX512() && cpu.X86.HasAVX512BF16 && cpu.X86.HasAVX512GFNI:
+		return gfniProducts
 	case hasAVX512() && cpu.X86.HasAVX512BF16:
 		return bf16Products
 	case hasAVX512():
@@ -51,6 +56,11 @@ func dotTo4(acc []float32, tile *[tileBytes]byte, x []byte) {
 func expsAVX512Tile(s *scratch, fixed []byte, base uint8) {
 	_ = fixed[:fixedBytes]
 	expsAVX512(&s.exps[0], &fixed[0], uint32(base), &s.work.planes[0])
+}
+
+func expsGFNITile(s *scratch, fixed []byte, base uint8) {
+	_ = fixed[:fixedBytes]
+	expsGFNI(&s.exps[0], &fixed[0], uint32(base), &s.work.planes[0])
 }
 
 func patchExpsTile(s *scratch, l list, base uint8) {

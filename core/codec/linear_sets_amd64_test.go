@@ -16,5 +16,8 @@ func productSets() []products {
 	if hasAVX512() && cpu.X86.HasAVX512BF16 {
 		sets = append(sets, bf16Products)
 	}
+	if hasAVX512() && cpu.X86.HasAVX512BF16 && cpu.X86.HasAVX512GFNI {
+		sets = append(sets, gfniProducts)
+	}
 	return sets
 }

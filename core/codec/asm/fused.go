@@ -11,7 +11,8 @@ import (
 
 // The product with a compressed tile, without ever writing its weights. Three steps, of which only the last is done again for more tokens:
 //
-//	expsAVX512     bitmaps -> one exponent byte a weight, in `exps` (4096 bytes in the first-level cache)
+//	expsGFNI, expsAVX512
+//	               bitmaps -> one exponent byte a weight, in `exps` (4096 bytes in the first-level cache)
 //	patchExps      escapes -> their bytes there
 //	multiply...    sign and mantissa with exponents -> 32 weights in a register -> sums
 //
@@ -28,65 +29,137 @@ func expOrder(position int) int {
 	return position&0xF00 | c<<6 | r<<4 | h<<3 | g<<2 | p
 }
 
-// fusedAhead is how far in front of the tile in work the next ones are fetched.
+// fusedAhead is how far in front of the tile in work the next ones are fetched; a few lines at a time, or the wait for them is not hidden.
 const fusedAhead = 4 * fixedAhead
 
-func expsAVX512() {
-	TEXT("expsAVX512", NOSPLIT, "func(exps, fixed *byte, base uint32, planes *uint64)")
-	exps := Load(Param("exps"), GP64())
-	sm := Load(Param("fixed"), GP64())
-	b := Load(Param("base"), GP32())
-	planes := Load(Param("planes"), GP64())
-	bitmaps, warp := GP64(), GP64()
-	LEAQ(ptr(sm, bitmapOffset), bitmaps)
-	MOVQ(U32(warpTiles), warp)
-	one := constant64("onesF", func(int) int { return 1 })
-	two := constant64("twosF", func(int) int { return 2 })
-	four := constant64("foursF", func(int) int { return 4 })
-	base, next := ZMM(), ZMM()
-	VPBROADCASTB(b, base)
-	VPADDB(one, base, next)
-	// Byte 2 r + h of quadword 4 c + 2 rq + ih: byte 2 h + ih of lane 8 c + 4 rq + r; 16 lanes are two column groups.
-	order := constant64("blockMasks", func(i int) int {
-		q, r, h := i/8, i%8/2, i%2
-		return 4*(8*(q/4)+4*(q/2%2)+r) + 2*h + q%2
-	})
+// blockByte is where byte 2 r + h of the masks of block q = 4 c + 2 rq + ih stands in 16 lanes' words, which are two column groups: byte 2 h + ih of
+// lane 8 c + 4 rq + r.
+func blockByte(q, b int) int {
+	r, h := b/2, b%2
+	return 4*(8*(q/4)+4*(q/2%2)+r) + 2*h + q%2
+}
 
+// exponents is the frame of both: work makes the exponents of a warp tile from its bitmaps. Block (c, rq, ih) goes to blockAt.
+func exponents(name string, setup func(base reg.GPVirtual), work func(bitmaps, exps reg.Register)) {
+	TEXT(name, NOSPLIT, "func(exps, fixed *byte, base uint32, planes *uint64)")
+	exps := Load(Param("exps"), GP64())
+	bitmaps := Load(Param("fixed"), GP64())
+	b := Load(Param("base"), GP32()).(reg.GPVirtual)
+	warp := GP64()
+	ADDQ(U32(bitmapOffset), bitmaps)
+	MOVQ(U32(warpTiles), warp)
+	setup(b)
 	Label("warp")
-	for k := range 3 {
-		for i := range 2 {
-			w := ZMM()
-			VMOVDQU8(ptr(bitmaps, k*planeBytes+64*i), w)
-			PREFETCHT1(ptr(bitmaps, fusedAhead+k*planeBytes+64*i))
-			if k > 0 {
-				VPSHRDW(U8(k), w, w, w)
-			}
-			VPERMB(w, order, w)
-			VMOVDQU8(w, ptr(planes, k*planeWork+64*i))
-		}
+	for i := range warpBitmap / 64 {
+		PREFETCHT1(ptr(bitmaps, fusedAhead+64*i))
 	}
-	for c := range 4 {
-		for quad := range 4 { // 2 rq + ih
-			var set [3]reg.OpmaskVirtual
-			for k := range set {
-				set[k] = K()
-				KMOVQ(ptr(planes, k*planeWork+8*(4*c+quad)), set[k])
-			}
-			e := ZMM()
-			VPBLENDMB(next, base, set[0], e)
-			VPADDB(two, e, set[1], e)
-			VPADDB(four, e, set[2], e)
-			VMOVDQU8(e, ptr(exps, 64*(8*(quad%2)+4*(quad/2)+c)))
-			PREFETCHT1(ptr(sm, fusedAhead+64*(4*c+quad)))
-		}
-	}
-	ADDQ(U32(warpSM), sm)
+	work(bitmaps, exps)
 	ADDQ(U32(warpBitmap), bitmaps)
 	ADDQ(U32(16*64), exps)
 	DECQ(warp)
 	JNZ(LabelRef("warp"))
 	VZEROUPPER()
 	RET()
+}
+
+// blockAt is the offset of the exponents of block q = 4 c + 2 rq + ih of the column groups 2 half and 2 half + 1.
+func blockAt(half, q int) int { return 64 * (8*(q%2) + 4*(q/2%2) + 2*half + q/4) }
+
+// planeWords loads the words of 16 lanes and turns them back to the order of pairs.
+func planeWords(bitmaps reg.Register, k, half int) reg.VecVirtual {
+	w := ZMM()
+	VMOVDQU8(ptr(bitmaps, k*planeBytes+64*half), w)
+	if k > 0 {
+		VPSHRDW(U8(k), w, w, w)
+	}
+	return w
+}
+
+// expsAVX512 takes the bits as masks.
+func expsAVX512() {
+	var planes reg.Register
+	var base, next, two, four, order reg.VecVirtual
+	exponents("expsAVX512", func(b reg.GPVirtual) {
+		planes = Load(Param("planes"), GP64())
+		one := constant64("onesF", func(int) int { return 1 })
+		two = constant64("twosF", func(int) int { return 2 })
+		four = constant64("foursF", func(int) int { return 4 })
+		order = constant64("blockMasks", func(i int) int { return blockByte(i/8, i%8) })
+		base, next = ZMM(), ZMM()
+		VPBROADCASTB(b, base)
+		VPADDB(one, base, next)
+	}, func(bitmaps, exps reg.Register) {
+		for k := range 3 {
+			for half := range 2 {
+				w := planeWords(bitmaps, k, half)
+				VPERMB(w, order, w)
+				VMOVDQU8(w, ptr(planes, k*planeWork+64*half))
+			}
+		}
+		for half := range 2 {
+			for q := range 8 {
+				var set [3]reg.OpmaskVirtual
+				for k := range set {
+					set[k] = K()
+					KMOVQ(ptr(planes, k*planeWork+64*half+8*q), set[k])
+				}
+				e := ZMM()
+				VPBLENDMB(next, base, set[0], e)
+				VPADDB(two, e, set[1], e)
+				VPADDB(four, e, set[2], e)
+				VMOVDQU8(e, ptr(exps, blockAt(half, q)))
+			}
+		}
+	})
+}
+
+// expsGFNI transposes 8 x 8 bits at once: of two bytes of each plane and two zeros it makes 8 bytes with a code in each half.
+func expsGFNI() {
+	var table, identity, order, zero reg.VecVirtual
+	exponents("expsGFNI", func(b reg.GPVirtual) {
+		count := constant64("codes", func(i int) int { return i % 16 % 8 })
+		table, zero = ZMM(), ZMM()
+		VPBROADCASTB(b, table)
+		VPADDB(count, table, table)
+		VPXORQ(zero, zero, zero)
+		identity = constant64("identity", func(i int) int { return 1 << (i % 8) })
+		// Unpacked twice, bytes 4 i .. 4 i + 3 of each of the four parts of a register come to register i: the bytes 2 part, 2 part + 1 of the blocks
+		// 2 i and 2 i + 1, in turns.
+		order = constant64("blockPairs", func(i int) int { return blockByte(2*(i/4%4)+i%2, 2*(i/16)+i/2%2) })
+	}, func(bitmaps, exps reg.Register) {
+		for half := range 2 {
+			var p [3]reg.VecVirtual
+			for k := range p {
+				p[k] = planeWords(bitmaps, k, half)
+				VPERMB(p[k], order, p[k])
+			}
+			for side := range 2 {
+				upper, lower := ZMM(), ZMM() // words of planes 1, 0 and of 2, nothing
+				if side == 0 {
+					VPUNPCKLBW(p[2], zero, upper)
+					VPUNPCKLBW(p[0], p[1], lower)
+				} else {
+					VPUNPCKHBW(p[2], zero, upper)
+					VPUNPCKHBW(p[0], p[1], lower)
+				}
+				for i := range 2 {
+					m, e := ZMM(), ZMM()
+					if i == 0 {
+						VPUNPCKLWD(lower, upper, m)
+					} else {
+						VPUNPCKHWD(lower, upper, m)
+					}
+					q := 2 * (2*side + i)
+					VGF2P8AFFINEQB(U8(0), m, identity, m)
+					VPSHUFB(m, table, e) // the code in the lower half: the second byte of each pair
+					VMOVDQU8(e, ptr(exps, blockAt(half, q+1)))
+					VPSRLW(U8(4), m, m)
+					VPSHUFB(m, table, m)
+					VMOVDQU8(m, ptr(exps, blockAt(half, q)))
+				}
+			}
+		}
+	})
 }
 
 // patchExps writes the exponents of the escapes: first those with a literal byte each, then those whose symbol says it. Any entries are safe.
@@ -262,6 +335,7 @@ func multiply(name string, tokens int, bf16 bool) {
 		for rq := range 2 {
 			for g := range 2 {
 				VMOVDQU8(ptr(sm, (4*g+c)*chunkSM+64*rq), zmm[s[g]])
+				PREFETCHT1(ptr(sm, fusedAhead+(4*g+c)*chunkSM+64*rq))
 			}
 			for ih := range 2 {
 				VMOVDQU8(ptr(exps, 64*(8*ih+4*rq+c)), zmm[e])

@@ -41,6 +41,7 @@ func main() {
 	decodeAVX512()
 	dotAVX2()
 	expsAVX512()
+	expsGFNI()
 	patchExps()
 	for tokens := 1; tokens <= 4; tokens *= 2 {
 		multiply("multiplyBF16x"+string('0'+rune(tokens)), tokens, true)
