@@ -546,6 +546,34 @@ def test_state_dicts_that_do_not_fit() -> None:
         _ = made.to("meta").mlp.up_proj.ziptensor
 
 
+def test_bytes_that_were_just_written_are_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU engine reads a blob early from its second product on, by address: memory may have held another before."""
+    seen: list[int] = []
+    for module in (zipserv.layers, zipserv.tensor, stacked, merged):
+        monkeypatch.setattr(module, "mark_written", lambda blob: seen.append(blob.data_ptr()) or blob)
+
+    def marked(model: nn.Module) -> bool:
+        return all(buffer.data_ptr() in seen for buffer in model.buffers())
+
+    single, made = pair()
+    assert all(layer.merged_zipserv.data_ptr() in seen for layer in (made.mlp.up_proj, made.attention.q_proj))
+    for model in (single, made):
+        for change in (
+            copy.deepcopy,
+            lambda m: pickle.loads(pickle.dumps(m)),
+            lambda m: copy.deepcopy(m).to("meta").to_empty(device="cpu"),
+            lambda m: (m.load_state_dict(m.state_dict()), m)[1],
+            lambda m: (m.load_state_dict(net(4).state_dict()), m)[1],
+        ):
+            seen.clear()
+            assert marked(change(model))
+    seen.clear()
+    split_layers(made)
+    assert marked(made.attention.q_proj) and marked(made.mlp.up_proj)
+    seen.clear()
+    assert copy.deepcopy(single.mlp.up_proj.ziptensor).blob.data_ptr() in seen
+
+
 @torch.no_grad()
 def test_files(tmp_path: Path) -> None:
     single, made = pair()

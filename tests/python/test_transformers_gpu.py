@@ -53,6 +53,24 @@ def test_as_exact_as_the_uncompressed_model(folder: Path, tmp_path: Path) -> Non
     assert torch.equal(again.dequantize()(IDS.cuda()).logits, plain(IDS.cuda()).logits)
 
 
+@torch.no_grad()
+def test_embedding_of_a_long_prompt() -> None:
+    table = torch.nn.Embedding(3001, 192, device="cuda", dtype=torch.bfloat16)
+    made = ZipEmbedding.from_embedding(table)
+    for count in (1, 40, 511, 512, 3000):
+        ids = torch.randint(0, 3001, (count,), device="cuda")
+        assert torch.equal(made(ids), table(ids)), count
+    graph, ids = torch.cuda.CUDAGraph(), torch.randint(0, 3001, (600,), device="cuda")
+    made(ids)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        rows = made(ids)
+    for _ in range(3):
+        ids.copy_(torch.randint(0, 3001, (600,), device="cuda"))
+        graph.replay()
+        assert torch.equal(rows, table(ids))
+
+
 def test_memory_while_loading(folder: Path) -> None:
     torch.cuda.empty_cache()
     base = torch.cuda.memory_allocated()
