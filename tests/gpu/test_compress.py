@@ -30,13 +30,13 @@ def test_other_dimensions(shape: tuple[int, ...]) -> None:
 def test_every_way_to_choose_a_window() -> None:
     """Tiles whose best window starts at exponent 0, ends at 255, lies far below the largest weight, or ties with its neighbour."""
     w = trained(640, 640)
-    bits = w.view(torch.int16)
+    bits, position = w.view(torch.int16), torch.arange(4096).view(64, 64)
     tiles = {
         (0, 0): lambda e: torch.where(torch.rand(64, 64) < 0.3, e, 0),  # zeros fill the window, all else is an escape
         (1, 1): lambda e: torch.randint(0, 9, (64, 64)),
         (2, 2): lambda e: torch.randint(247, 256, (64, 64)),
-        (3, 3): lambda e: torch.where(torch.arange(4096).view(64, 64) % 60 == 0, torch.randint(112, 123, (64, 64)), torch.randint(105, 113, (64, 64))),
-        (4, 4): lambda e: torch.tensor([120, 128, 122, 123, 124, 125, 126, 127])[torch.arange(4096).view(64, 64) % 8],
+        (3, 3): lambda e: torch.where(position % 60 == 0, torch.randint(112, 123, (64, 64)), torch.randint(105, 113, (64, 64))),
+        (4, 4): lambda e: torch.tensor([120, 128, 122, 123, 124, 125, 126, 127])[position % 8],
         (5, 5): lambda e: torch.where(torch.rand(64, 64) < 0.01, torch.randint(0, 256, (64, 64)), e),
         (6, 6): lambda e: torch.randint(60, 100, (64, 64)),
         (7, 7): lambda e: torch.zeros(64, 64, dtype=torch.int64),
