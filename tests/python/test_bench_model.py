@@ -14,6 +14,7 @@ pytest.importorskip("transformers", minversion="5.0")
 
 from zipserv import ZipLinear  # noqa: E402
 from zipserv.bench import model as bench  # noqa: E402
+from zipserv.bench.fused import decode_attention  # noqa: E402
 from zipserv.merged import MergedLinear  # noqa: E402
 
 SMALL = {
@@ -81,6 +82,37 @@ def test_layers_are_merged_or_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ]
     assert seen == [0, 10, 0, 0]
     assert sizes[0] <= sizes[1] < 1.01 * sizes[0]  # one copy of the bytes
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "added"])
+def test_attention_of_one_token(kind: str) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 8, 1, 32), torch.randn(3, 2, 40, 32), torch.randn(3, 2, 40, 32)
+    mask = None if kind == "none" else torch.rand(3, 1, 1, 40) > 0.3
+    if kind == "added":
+        mask = torch.zeros(3, 1, 1, 40).masked_fill(~mask, float("-inf"))
+    wide = [part.repeat_interleave(4, 1) for part in (key, value)]
+    want = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=mask, scale=0.2)
+    torch.testing.assert_close(decode_attention(query, key, value, mask, 0.2), want.transpose(1, 2))
+
+
+def test_a_fused_step_gives_the_same_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama as llama
+
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call.__name__) or call)  # what is compiled, not how
+    before = (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb)
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    model, _ = bench._build(tmp_path, torch.device("cpu"), torch.bfloat16, 0)
+    arguments = (model, torch.device("cpu"), 2, 5, 6, False, 0, 1, None)
+    _, want = bench._measure(*arguments)
+    with bench.fused(model):
+        assert model.config._attn_implementation == "zipserv_bench"
+        _, got = bench._measure(*arguments)
+    assert torch.equal(got, want)
+    assert sorted(compiled) == ["_weights", "apply_rotary_pos_emb", "forward", "forward"]
+    assert before == (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb)
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_refusals(tmp_path: Path) -> None:
