@@ -12,6 +12,7 @@ from typing import Any
 
 # The zipserv library is not among them: it works in no forked child of a process that has loaded it.
 _PRELOAD = [
+    "compressed_tensors",
     "torch",
     "transformers",
     "vllm.engine.arg_utils",
@@ -19,6 +20,7 @@ _PRELOAD = [
     "vllm.model_executor.models.llama",
     "vllm.model_executor.models.mixtral",
     "vllm.model_executor.models.qwen2",
+    "vllm.v1.attention.backends.cpu_attn",
 ]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
