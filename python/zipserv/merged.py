@@ -98,6 +98,8 @@ class _Group:
             return
         if type(given[0].data) is not torch.Tensor or _adjacent(given):
             return
+        if torch.is_inference_mode_enabled() or any(bias.is_inference() for bias in given):
+            return  # such tensors can't take the place of others
         whole = torch.cat([bias.data for bias in given if bias is not None])
         for bias, part in zip(given, self.parts, strict=True):
             assert bias is not None
@@ -216,8 +218,9 @@ class MergedLinear(ZipLinear):
             return self._alone(input, blob)
         if input.numel() > _MANY_TOKENS * self.in_features and not _batch_invariant(blob):
             return self._alone(input, blob)
-        if self._group.is_sharded() or self._group.slots[self._index][0] is not self._parameters:
-            return self._alone(input, blob)  # the second: a replica with tensors of its own
+        own = self._group.slots[self._index][0]
+        if own is not self._parameters or own.get("bias") is not bias or self._group.is_sharded():
+            return self._alone(input, blob)  # a replica with tensors of its own, a parametrized bias, one in pieces
         step = self._group.step
         if step is None or step.thread != get_ident():
             y, _ = self._whole(input, blob)
@@ -236,7 +239,6 @@ class MergedLinear(ZipLinear):
         """The product with all rows, and the biases that are in it."""
         group = self._group
         biases = group.biases()
-        biases[self._index] = self.bias
         bias = group.bias(self.weight_dtype, blob.device, views=not torch.compiler.is_compiling())
         return linear_blob(x, blob, group.m, group.k, self.weight_dtype, bias), biases
 
@@ -256,7 +258,7 @@ class MergedLinear(ZipLinear):
     def _trace(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         """For torch.compile: the tracer follows the same rules, and leaves one product in its graph."""
         group, bit, grad = self._group, 1 << self._index, torch.is_grad_enabled()
-        if group.is_sharded():
+        if group.is_sharded() or (self.bias is None) != (group.slots[self._index][0].get("bias") is None):
             return self._alone(x, blob)
         held = group.traced
         y: torch.Tensor

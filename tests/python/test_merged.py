@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import zipserv
 from zipserv import ZipLinear, merged, stacked, tiles
@@ -635,6 +636,33 @@ def test_a_replica_with_tensors_of_its_own(shared: Counter) -> None:
     replica._parameters = {"bias": nn.Parameter(torch.zeros_like(layer.bias))}
     with torch.no_grad():
         assert torch.equal(replica(X), zipserv.linear(X, layer.ziptensor))
+
+
+class Doubled(nn.Module):
+    def forward(self, bias: torch.Tensor) -> torch.Tensor:
+        return 2 * bias
+
+
+@torch.no_grad()
+def test_a_parametrized_bias(shared: Counter) -> None:
+    """It is no parameter of the layer any more: the group does not know it."""
+    single, made = pair()
+    for model in (single, made):
+        parametrize.register_parametrization(model.mlp.up_proj, "bias", Doubled())
+        parametrize.register_parametrization(model.attention.q_proj, "bias", Doubled())
+    expected = single(X)
+    torch.testing.assert_close(made(X), expected, rtol=2e-2, atol=2e-2)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(made, backend="aot_eager")(X), expected, rtol=2e-2, atol=2e-2)
+
+
+def test_moves_in_inference_mode(shared: Counter) -> None:
+    _, made = pair()
+    with torch.inference_mode():
+        expected = made(X)
+        assert torch.equal(made.float().bfloat16()(X), expected)
+    with torch.no_grad():
+        assert torch.equal(made(X), expected)
 
 
 def test_autocast_and_wrong_inputs(shared: Counter) -> None:
