@@ -197,9 +197,9 @@ def _decode_on_host(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: i
 
 def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, Header]:
     """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device, and what its header says;
-    the bytes are the codec's.
+    the bytes are the codec's. Before it is returned it is decoded and compared with the weight, bit by bit.
 
-    Waits for the device once, between the two passes: the size is known only then.
+    Waits for the device twice: between the two passes, since the size is known only then, and for the comparison's result.
     """
     if weight.dtype is not _bf16:
         host = _compress_on_host(weight, m, k, shape, DTYPE_CODES[weight.dtype])
@@ -212,7 +212,27 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
     _zipserv.cuda_compress_write(*job, mode, escape_bytes, checksum, blob.data_ptr())
     if mode == _RAW:
         blob[HEADER_BYTES:].copy_(weight.view(-1).view(torch.uint8))
+    elif not _decodes_to(blob, weight.view(m, k), m, k):
+        raise _zipserv.Error(
+            f"the GPU's compression of a {m} x {k} matrix does not decode to the same bits: the device or this build is faulty; "
+            "zipserv.compress(weight.cpu()) compresses it on the CPU"
+        )
     return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
+
+
+_CHECKED_AT_A_TIME = 64 << 20  # bytes
+
+
+def _decodes_to(blob: torch.Tensor, weight: torch.Tensor, m: int, k: int) -> bool:
+    """Whether a blob decodes to the bits of a BF16 matrix. In pieces, so that it takes little memory."""
+    rows = max(64, _CHECKED_AT_A_TIME // (2 * k) // 64 * 64)
+    piece = torch.empty((min(rows, m), k), dtype=_bf16, device=weight.device)
+    same = []
+    for row in range(0, m, rows):
+        part = piece[: m - row]
+        decompress(blob, m, k, DTYPE_CODES[_bf16], row, part)
+        same.append((part.view(torch.int16) == weight[row : row + rows].view(torch.int16)).all())
+    return bool(torch.stack(same).all())
 
 
 def eager_compress(weight: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, Header] | None:

@@ -128,6 +128,24 @@ assert (header["m"], header["k"], header["shape"]) == (64, 192, (64, 8, 24))
 """, TENSORS)
 
 
+def test_a_compression_is_checked_before_it_is_returned(run) -> None:
+    run("""
+w = (torch.randn(256, 192) * 0.02).bfloat16()
+blob = zipserv.compress(w).blob
+right = cuda.decompress
+cuda.decompress = lambda blob, m, k, code, row, out: out.copy_(zipserv.ZipTensor(blob).decompress()[row : row + len(out)])
+for cuda._CHECKED_AT_A_TIME in (1, 2 * 192 * 128, 1 << 30):
+    assert cuda._decodes_to(blob, w, 256, 192)
+    wrong = w.clone()
+    wrong.view(torch.int16)[255, 191] ^= 1
+    assert not cuda._decodes_to(blob, wrong, 256, 192)
+cuda._decodes_to = lambda *a: False
+_zipserv.cuda_compress_plan = lambda *a: (1, blob.numel(), 0, 0)  # tiled
+_zipserv.cuda_compress_write = lambda *a: None
+raises(zipserv.Error, ["256 x 192", "does not decode to the same bits", "on the CPU"], cuda.compress, on_device(w), 256, 192, (256, 192))
+""", TENSORS)
+
+
 def test_warm_and_report(run) -> None:
     out = run("""
 cuda.warm(on_device(torch.zeros(1)), 256, 192, 8)
