@@ -20,12 +20,12 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import _zipserv
+from . import _zipserv, proof
 from .container import HEADER_KEY, Container, read_container
 from .errors import Error
 from .format import HEADER_BYTES, SUFFIX, Header, parse_header
 from .loader import Part, load, serves
-from .proof import LEAST_BYTES, Proofs
+from .proof import Proofs
 from .streams import forget
 from .tensor import ZipTensor, read_header
 from .writer import (
@@ -292,7 +292,7 @@ class TensorFile:
         return {name: self._checked(name, self._mapped(name)).to(self.device) for name in names}
 
     def _stage(self, names: list[str]) -> dict[str, Value]:
-        """Tensors on the device, read through page-locked buffers. Large blobs are checked there, all else in the file's pages."""
+        """Tensors on the device, read through page-locked buffers, checked in the file's pages, or (zipserv.proof) on the device."""
         device = self.device
         order = sorted(names, key=self._place)
         mapped = {name: self._mapped(name) for name in order}
@@ -324,7 +324,7 @@ class TensorFile:
     def _begin_proof(self, name: str, mapped: torch.Tensor, target: torch.Tensor, proofs: Proofs) -> Header | None:
         """The header of a blob whose full check the GPU has begun."""
         number, key = self._where[name]
-        if key == name or not self.verify or mapped.numel() < LEAST_BYTES:
+        if key == name or not self.verify or not proof.wanted() or mapped.numel() < proof.LEAST_BYTES:
             return None
         with _named(self.files[number], name):
             header = read_header(mapped)

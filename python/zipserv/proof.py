@@ -3,10 +3,12 @@
 
 A blob is decoded, the weights are compressed again, and all bytes are compared with the blob's. What the compressor writes is valid, checksum
 included, so a blob that is equal to it is valid too. One that is not may still be (another program may choose other windows), so the
-CPU has the last word on it.
+CPU has the last word on it. An experiment, switched on by the environment variable ``ZIPSERV_GPU_CHECK=1``.
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -16,6 +18,11 @@ from .format import Header
 #: Blobs below this are checked by the CPU sooner than kernels are launched; above, decoded weights would take too much of the GPU.
 LEAST_BYTES = 4 << 20
 MOST_WEIGHT_BYTES = 3 << 29
+
+
+def wanted() -> bool:
+    """Whether GPUs are to check."""
+    return os.environ.get("ZIPSERV_GPU_CHECK") == "1"
 
 
 class Proofs:

@@ -230,10 +230,16 @@ def test_a_file_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def checked_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ZIPSERV_GPU_CHECK", "1" if request.param == "gpu" else "0")
+    return str(request.param)
+
+
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("index", [0, 1])
-def test_to_a_gpu(tmp_path: Path, index: int) -> None:
+def test_to_a_gpu(tmp_path: Path, index: int, checked_by: str) -> None:
     if index >= torch.cuda.device_count():
         pytest.skip("needs two GPUs")
     device = f"cuda:{index}"
@@ -256,7 +262,7 @@ def test_to_a_gpu(tmp_path: Path, index: int) -> None:
 @pytest.mark.gpu
 @GPU
 @pytest.mark.parametrize("place", [200, 3_000_000, 7_000_000, -3])
-def test_damage_that_a_gpu_finds(tmp_path: Path, place: int) -> None:
+def test_damage_is_found(tmp_path: Path, place: int, checked_by: str) -> None:
     path = tmp_path / "m.safetensors"
     large = tensors()["large"]
     assert isinstance(large, ZipTensor)
@@ -277,6 +283,7 @@ def test_a_blob_that_another_program_made_is_the_cpus(tmp_path: Path, monkeypatc
     """Valid, but not as the compressor here writes it."""
     from zipserv.proof import Proofs
 
+    monkeypatch.setenv("ZIPSERV_GPU_CHECK", "1")
     expected = tensors()
     zipserv.save_file(expected, tmp_path / "m.safetensors")
     monkeypatch.setattr(Proofs, "open_questions", lambda self: [*self._others, *self._names])
