@@ -27,6 +27,7 @@
 #define ZS_WARPS (ZS_MW * ZS_KW)
 #define ZS_THREADS (32 * ZS_WARPS)
 #define ZS_NTILES (ZS_N / 8)
+#define ZS_UNROLL_K (ZS_N < 64 ? 4 : 2)  // with 64 tokens there are no registers for more
 #define ZS_QUADS (4 * ZS_NTILES)  // float4s a lane holds: one for each 16x8 piece of the result
 
 #include "activations.cuh"
@@ -39,7 +40,7 @@
 // acc += decoded tile (shared address `tile`) * activations (`x`: ZS_N rows of 64 columns).
 ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, uint32_t lane) {
     const uint32_t a_row = lane & 15, a_chunk = lane >> 4, b_row = lane & 7, b_matrix = lane >> 3;
-#pragma unroll
+#pragma unroll ZS_UNROLL_K
     for (uint32_t j = 0; j < 4; j++) {  // 16 columns each
         uint32_t b[ZS_NTILES][2];
 #if ZS_N == 8
@@ -146,8 +147,7 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
     // Consumer warp (mw, kw). Weights do not depend on the kernel before this one: start their loads before anything else. Of the tile after the present one
     // the words and escapes are under way, of the one after that the header.
     const uint32_t mw = warp / ZS_KW, kw = warp % ZS_KW, tile = tiles + warp * 8192;
-    const uint8_t* lane_escapes = blob.escapes + 4 * lane;
-    pin(lane_escapes);
+    const uint8_t* const lane_escapes = blob.escapes + 4 * lane;
     Cursor at(work, blob, mw, kw), ahead = at;  // ahead: two tiles further on, in the loop
     TileStream stream;
     uint64_t head = 0, next_head = 0;
@@ -176,8 +176,7 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
         const int32_t units = min(at.kstep + 1, at.left);
         for (int32_t u = 0; u < units; u++) {
             const bool exists = at.exists(work);
-            Escapes next;
-            next.load(lane_escapes, next_head, lane);
+            const uint64_t head_after = next_head;
             const uint8_t* const fixed = next_fixed;
             next_fixed = 0, next_head = 0;
             if (ahead.exists(work)) next_fixed = ahead.fixed, next_head = ld_stream_u64(ahead.header);
@@ -193,7 +192,7 @@ zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict_
                 if (fixed) stream.load(fixed, lane);
                 acts.wait();
             }
-            now = next;
+            now.load(lane_escapes, head_after, lane);
             __syncwarp();
             const uint32_t through = acts.next();
             if (lane == 0) mbarrier_arrive(through);

@@ -69,7 +69,7 @@ func main() {
 			add(c.Scan)
 			add(c.Write)
 			for n := uint64(1); n <= 1024; n = next(n) {
-				for _, p := range []plan.Problem{{Invariant: true}, {}} {
+				for _, p := range []plan.Problem{{Invariant: true}, {}, {Unaligned: true}} {
 					p.M, p.K, p.N = m, k, n
 					l, err := plan.ForLinear(t.device, p)
 					if err != nil {
