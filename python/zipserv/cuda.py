@@ -96,8 +96,9 @@ def linear(
             rows = rows.contiguous()
         ldx = rows.stride(0)
     rows_ptr = rows.data_ptr()
-    if (rows_ptr | 2 * ldx) & 15 and not k & 7:
+    if ((rows_ptr | 2 * ldx) & 15 or ldx < k) and not k & 7:
         # Rows that could begin at multiples of 16 bytes: then they shall, so that one kernel, and one order of sums, serves them all.
+        # Nor may they overlap.
         rows = rows.clone(memory_format=torch.contiguous_format)
         rows_ptr, ldx = rows.data_ptr(), k
     y = x.new_empty((*shape[:-1], m))
@@ -177,7 +178,9 @@ def decompress(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, o
         decompress(blob, m, k, dtype_code, row0 - row0 % TILE, more)
         out.copy_(more[row0 % TILE :])
     elif rows:
-        blob = blob if blob.data_ptr() % 16 == 0 else blob.clone()
+        if blob.data_ptr() % 16:
+            blob = blob.clone()
+            _zipserv.cuda_changed(blob.get_device(), blob.data_ptr())
         index = blob.get_device()
         ld = out.stride(0) if rows > 1 else k
         _zipserv.cuda_decompress(index, _stream(index), blob.data_ptr(), m, k, row0, rows, out.data_ptr(), ld)

@@ -26,9 +26,11 @@ from .format import DTYPE_CODES, SUFFIX, TILE, parse_header
 from .layers import ZipLinear, take_over
 from .lazy import LazyWeight
 from .rows import linear_rows
-from .siblings import same_input
+from .siblings import proven, same_input
 from .stacked import Part, mark_written, stack, take
 from .tensor import ZipTensor, check_blob, compress, linear_blob
+
+_transform = torch._C._functorch.peek_interpreter_stack  # vmap and its like
 
 __all__ = ["NAMES", "MergedLinear", "apart", "merge_layers", "split_layers"]
 
@@ -65,6 +67,7 @@ class _Group:
         self.m = sum(part.rows for part in parts)
         self.k = k
         self.slots: list[Slots] = []  # each layer's own dicts of parameters and buffers
+        self.proven = False  # that nothing writes into their input between them, where no counter would tell
         self.step: _Step | None = None
         # The same under torch.compile, whose tracer follows plain tuples: x, y, gradients recorded, taken.
         self.traced: tuple[Any, Any, bool, int] | None = None
@@ -109,7 +112,7 @@ class _Group:
 class _Step:
     """The product of one call of the holder, from the first layer that is called to the last."""
 
-    __slots__ = ("biases", "blob", "key", "taken", "thread", "x", "y")
+    __slots__ = ("biases", "blob", "key", "taken", "thread", "written", "x", "y")
 
     def __init__(self) -> None:
         self.thread = get_ident()
@@ -117,6 +120,7 @@ class _Step:
         self.y: torch.Tensor | None = None
         self.blob: torch.Tensor | None = None
         self.biases: list[Any] = []
+        self.written: tuple[Any, ...] = ()
         self.key: tuple[Any, ...] = ()
         self.taken = 0
 
@@ -216,6 +220,10 @@ class MergedLinear(ZipLinear):
         bias = self.bias
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             return self._alone(input, blob)
+        if (input.is_inference() and not self._group.proven) or self._forward_pre_hooks or self._forward_hooks:
+            return self._alone(input, blob)  # somebody may write into the input between the layers, and nothing counts it
+        if _transform() is not None:
+            return self._alone(input, blob)
         if input.numel() > _MANY_TOKENS * self.in_features and not _batch_invariant(blob):
             return self._alone(input, blob)
         own = self._group.slots[self._index][0]
@@ -226,7 +234,9 @@ class MergedLinear(ZipLinear):
             y, _ = self._whole(input, blob)
         else:
             y = self._shared(step, input, blob)
-        return y.narrow(-1, self._row0, self.out_features)
+        part = y.narrow(-1, self._row0, self.out_features)
+        # To whoever changes it in place it is a tensor of its own: no view, and with a counter of its own.
+        return part.data if part.__class__ is torch.Tensor and not part.is_inference() else part
 
     def _alone(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor | None = self.bias
@@ -244,12 +254,14 @@ class MergedLinear(ZipLinear):
 
     def _shared(self, step: _Step, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         key, bit = _key(x), 1 << self._index
-        if step.x is x and step.blob is blob and step.key == key and not step.taken & bit and step.biases[self._index] is self.bias:
+        same = step.x is x and step.blob is blob and step.key == key and not step.taken & bit
+        if same and step.biases[self._index] is self.bias and step.written == _written(step.biases):
             y = step.y
             assert y is not None
             step.taken |= bit
         else:
             y, step.biases = self._whole(x, blob)
+            step.written = _written(step.biases)
             step.x, step.y, step.blob, step.key, step.taken = x, y, blob, key, bit
         if step.taken == (1 << len(self._group.parts)) - 1:
             step.x = step.y = step.blob = None
@@ -258,6 +270,8 @@ class MergedLinear(ZipLinear):
     def _trace(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         """For torch.compile: the tracer follows the same rules, and leaves one product in its graph."""
         group, bit, grad = self._group, 1 << self._index, torch.is_grad_enabled()
+        if not group.proven or self._forward_pre_hooks or self._forward_hooks:
+            return self._alone(x, blob)
         if group.is_sharded() or (self.bias is None) != (group.slots[self._index][0].get("bias") is None):
             return self._alone(x, blob)
         held = group.traced
@@ -308,6 +322,8 @@ class MergedLinear(ZipLinear):
         ]
         new, parts = stack(blobs)
         group.parts[:] = parts
+        if group.step is not None:
+            group.step.x = group.step.y = group.step.blob = None  # of the weights before
         if new.numel() == old.numel():
             with torch.no_grad():
                 old.copy_(new)  # captured CUDA graphs stay valid
@@ -324,6 +340,11 @@ class MergedLinear(ZipLinear):
 
 def _batch_invariant(blob: torch.Tensor) -> bool:
     return blob.is_cuda and bool(ops.cuda_module().batch_invariant())
+
+
+def _written(biases: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    """How often each was written to."""
+    return tuple(None if bias is None or bias.is_inference() else bias._version for bias in biases)
 
 
 def _key(x: torch.Tensor) -> tuple[Any, ...]:
@@ -473,6 +494,7 @@ def _alike(layers: dict[str, ZipLinear]) -> Iterator[dict[str, ZipLinear]]:
 def _merge(parent: nn.Module, layers: dict[str, ZipLinear]) -> None:
     blob, parts = stack([layer.weight_zipserv for layer in layers.values()])
     group = _Group(parts, next(iter(layers.values())).in_features)
+    group.proven = proven(parent, tuple(layers))
     for name, layer in layers.items():
         new = MergedLinear(layer, group, blob).train(layer.training)
         take_over(layer, new)

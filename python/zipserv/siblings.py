@@ -9,7 +9,7 @@ import textwrap
 
 from torch import nn
 
-__all__ = ["same_input"]
+__all__ = ["proven", "same_input"]
 
 
 def same_input(parent: nn.Module, names: tuple[str, ...]) -> bool:
@@ -28,6 +28,85 @@ def same_input(parent: nn.Module, names: tuple[str, ...]) -> bool:
             if isinstance(node.func.value, ast.Name) and node.func.value.id == "self" and isinstance(node.args[0], ast.Name):
                 uses.setdefault(node.args[0].id, []).append(node.lineno)
     return not any(_writes(tree, name, min(lines), max(lines)) for name, lines in uses.items())
+
+
+# What can be asked of a tensor without getting hold of its memory.
+_HARMLESS = {"device", "dtype", "ndim", "shape"}
+
+
+def proven(parent: nn.Module, names: tuple[str, ...]) -> bool:
+    """True where the source of ``parent.forward`` shows that nothing can write into the layers' input between them.
+
+    Needed where tensors count no writes: in inference mode, and while torch.compile traces. All calls of the layers stand in ``forward``
+    itself, and from the first of them to the last neither their inputs nor anything made from these goes anywhere else, nothing is
+    changed in place, and no ``out=``, ``inplace=`` or ``.data`` stands there.
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_layer(node, names)]
+    inputs = {call.args[0].id for call in calls if len(call.args) == 1 and isinstance(call.args[0], ast.Name) and not call.keywords}
+    plain = all(len(call.args) == 1 and isinstance(call.args[0], ast.Name) and not call.keywords for call in calls)
+    if not plain or {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)} != set(names):
+        return False
+    while True:  # and whatever is made from them, anywhere in the function
+        made = {
+            name.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr | ast.For) and _reaches(_source(node), inputs, names)
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            for name in ast.walk(target)
+            if isinstance(name, ast.Name)
+        }
+        if made <= inputs:
+            break
+        inputs |= made
+    first, last = min(call.lineno for call in calls), max(call.end_lineno or call.lineno for call in calls)
+    return not any(_harms(node, inputs, names) for node in ast.walk(tree) if first <= getattr(node, "lineno", -1) <= last)
+
+
+def _is_layer(node: ast.AST, names: tuple[str, ...]) -> bool:
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in names
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "self"
+    )
+
+
+def _source(node: ast.AST) -> ast.AST | None:
+    return node.iter if isinstance(node, ast.For) else getattr(node, "value", None)
+
+
+def _reaches(node: ast.AST | None, inputs: set[str], names: tuple[str, ...]) -> bool:
+    """Whether one of the inputs, or a view of it, can be what an expression gives or passes on."""
+    if node is None or _is_layer(node, names):
+        return False
+    if isinstance(node, ast.Attribute) and node.attr in _HARMLESS:
+        return False
+    if isinstance(node, ast.Name):
+        return node.id in inputs
+    return any(_reaches(child, inputs, names) for child in ast.iter_child_nodes(node))
+
+
+def _harms(node: ast.AST, inputs: set[str], names: tuple[str, ...]) -> bool:
+    if isinstance(node, ast.AugAssign | ast.Delete | ast.With | ast.Try):
+        return True
+    if isinstance(node, ast.Assign) and any(isinstance(target, ast.Subscript | ast.Attribute) for target in node.targets):
+        return True
+    if isinstance(node, ast.Attribute) and node.attr == "data":
+        return True
+    if not isinstance(node, ast.Call) or _is_layer(node, names):
+        return False
+    called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+    if called.endswith("_") and not called.endswith("__"):
+        return True
+    if any(keyword.arg in ("inplace", "out", None) for keyword in node.keywords):
+        return True
+    given = [*node.args, *(keyword.value for keyword in node.keywords)]
+    return any(_reaches(value, inputs, names) for value in given)
 
 
 def _writes(tree: ast.AST, name: str, first: int, last: int) -> bool:

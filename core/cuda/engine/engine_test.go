@@ -137,7 +137,7 @@ func TestUnalignedActivations(t *testing.T) {
 	f.Reset()
 	_, err := d.Linear(&p)
 	require.NoError(t, err)
-	assert.Contains(t, f.Log(), "tensor 1x512 ld 520 box 8x64")
+	assert.Contains(t, f.Log(), "tensor 1x512 ld 512 box 8x64")
 }
 
 func TestDevicesHaveTheirOwnState(t *testing.T) {

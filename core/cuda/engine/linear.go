@@ -62,7 +62,11 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 		launch := d.prepared(l.kernel, p.Stream, early, uint64(p.Blob), uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY,
 			p.M, p.K, n, uint64(ws))
 		if box := l.plan.TensorRows; box != 0 {
-			launch.Tensor = driver.Tensor{Data: x, Ld: (p.LdX + 7) &^ 7, Rows: uint32(n), Columns: uint32(p.K), Box: box}
+			ld := p.LdX
+			if p.N == 1 { // the distance to a next row means nothing then
+				ld = p.K
+			}
+			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: box}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
 			return false, err

@@ -69,8 +69,6 @@ type roles struct {
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
 func rolesOf(v variant, tokens uint64) roles {
 	switch {
-	case tokens <= 32:
-		return roles{1, 11, 12, 4}
 	case tokens <= 64:
 		return roles{1, 11, 12, 4}
 	case v.mw > 1:
