@@ -150,9 +150,9 @@ ZS_DEVICE void patch_entry(const uint8_t* list, const TileHeader& head, uint32_t
     patch_exponent(tile + swizzle_position(entry & 0xFFFu), e);
 }
 
-// All exponents of a dense tile; `threads` threads, this one is `tid`.
-ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t tid, uint32_t threads) {
-    for (uint32_t p = tid * 4; p < 4096; p += 4 * threads) {
+// All exponents of a dense tile, by one warp.
+ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t lane) {
+    for (uint32_t p = lane * 4; p < 4096; p += 4 * 32) {
         const uint32_t e = ld_stream_u32(list + p);
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) patch_exponent(tile + swizzle_position(p + i), e >> 8 * i & 0xFFu);
@@ -183,7 +183,7 @@ struct Escapes {
         const TileHeader head(header);
         const uint8_t* list = escapes + (uint64_t)head.offset * 16;
         if (head.dense) {
-            patch_dense(list, tile, lane, 32);
+            patch_dense(list, tile, lane);
             return;
         }
         scratch_bytes(spare + 4 * lane, 4);

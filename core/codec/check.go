@@ -109,11 +109,7 @@ func (l list) checkLiterals() error {
 // listOf finds a tile's list. Each list ends where the next begins, the first begins at 0, the last ends the section: so no two overlap and
 // nothing is hidden between.
 func (v *View) listOf(t uint64) (format.TileHeader, list, error) {
-	h, err := v.tileHeader(t)
-	if err != nil {
-		return h, list{}, err
-	}
-	l, err := readList(v.escapes(), h)
+	h, l, err := v.tileList(t)
 	if err != nil {
 		return h, l, err
 	}
@@ -327,11 +323,7 @@ func (v *View) Stats(ctx context.Context) (Stats, error) {
 	var escapes, literals, dense atomic.Uint64
 	err := parallel(ctx, v.sec.Tiles, 8*tileGrain, func(_ *scratch, lo, hi uint64) error {
 		for t := lo; t < hi; t++ {
-			h, err := v.tileHeader(t)
-			if err != nil {
-				return format.InTile(t, err)
-			}
-			l, err := readList(v.escapes(), h)
+			h, l, err := v.tileList(t)
 			if err != nil {
 				return format.InTile(t, err)
 			}

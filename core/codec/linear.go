@@ -146,11 +146,7 @@ func (v *View) linearPanel(s *scratch, room *[]float32, p *Product, x []byte, xS
 		from := x[kb*tileStride:]
 		t := panel*v.grid.columns + kb
 		if prod.multiply != nil && !raw {
-			h, err := v.tileHeader(t)
-			if err != nil {
-				return format.InTile(t, err)
-			}
-			l, err := readList(v.escapes(), h)
+			h, l, err := v.tileList(t)
 			if err != nil {
 				return format.InTile(t, err)
 			}

@@ -96,13 +96,19 @@ type rows struct {
 	stream     bool // whole tiles go past the caches
 }
 
-// decodeTile decodes the part of tile t that lies in out's rows.
-func (v *View) decodeTile(s *scratch, t uint64, out rows) error {
+// tileList is a tile's header and escape list.
+func (v *View) tileList(t uint64) (format.TileHeader, list, error) {
 	h, err := v.tileHeader(t)
 	if err != nil {
-		return format.InTile(t, err)
+		return h, list{}, err
 	}
 	l, err := readList(v.escapes(), h)
+	return h, l, err
+}
+
+// decodeTile decodes the part of tile t that lies in out's rows.
+func (v *View) decodeTile(s *scratch, t uint64, out rows) error {
+	h, l, err := v.tileList(t)
 	if err != nil {
 		return format.InTile(t, err)
 	}

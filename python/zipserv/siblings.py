@@ -18,15 +18,13 @@ def same_input(parent: nn.Module, names: tuple[str, ...]) -> bool:
     Training would refuse such code (a linear layer keeps its input for the gradient), so it is hardly ever met, and code
     without a source is taken to be sound. The counter of writes that every tensor has does not exist in inference mode.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _forward(parent)
+    if tree is None:
         return True
     uses: dict[str, list[int]] = {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in names and node.args:
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "self" and isinstance(node.args[0], ast.Name):
-                uses.setdefault(node.args[0].id, []).append(node.lineno)
+        if isinstance(node, ast.Call) and _is_layer(node, names) and node.args and isinstance(node.args[0], ast.Name):
+            uses.setdefault(node.args[0].id, []).append(node.lineno)
     return not any(_writes(tree, name, min(lines), max(lines)) for name, lines in uses.items())
 
 
@@ -41,14 +39,15 @@ def proven(parent: nn.Module, names: tuple[str, ...]) -> bool:
     itself, and from the first of them to the last neither their inputs nor anything made from these goes anywhere else, nothing is
     changed in place, and no ``out=``, ``inplace=`` or ``.data`` stands there.
     """
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
-    except (OSError, TypeError, SyntaxError):
+    tree = _forward(parent)
+    if tree is None:
         return False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_layer(node, names)]
-    inputs = {call.args[0].id for call in calls if len(call.args) == 1 and isinstance(call.args[0], ast.Name) and not call.keywords}
-    plain = all(len(call.args) == 1 and isinstance(call.args[0], ast.Name) and not call.keywords for call in calls)
-    if not plain or {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)} != set(names):
+    given = [call.args[0] for call in calls if len(call.args) == 1 and not call.keywords]
+    inputs = {value.id for value in given if isinstance(value, ast.Name)}
+    if len(given) < len(calls) or not all(isinstance(value, ast.Name) for value in given):
+        return False
+    if {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)} != set(names):
         return False
     while True:  # and whatever is made from them, anywhere in the function
         made = {
@@ -64,6 +63,14 @@ def proven(parent: nn.Module, names: tuple[str, ...]) -> bool:
         inputs |= made
     first, last = min(call.lineno for call in calls), max(call.end_lineno or call.lineno for call in calls)
     return not any(_harms(node, inputs, names) for node in ast.walk(tree) if first <= getattr(node, "lineno", -1) <= last)
+
+
+def _forward(parent: nn.Module) -> ast.AST | None:
+    """The source of its ``forward``, where there is one."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
 
 
 def _is_layer(node: ast.AST, names: tuple[str, ...]) -> bool:

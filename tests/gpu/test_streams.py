@@ -12,10 +12,12 @@ import zipserv
 
 def test_work_goes_to_the_current_stream() -> None:
     z = on_gpu(trained(2048, 2048))
+    x = torch.ones(4, 2048, device="cuda").bfloat16()
+    zipserv.linear(x, z)  # a first call compiles, which may take longer than the sleep
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
-        x = torch.ones(4, 2048, device="cuda").bfloat16()
         y = zipserv.linear(x, z)
         done = torch.cuda.Event()
         done.record()

@@ -67,8 +67,8 @@ func variants(d Device, p Problem, kernel string) []variant {
 func launchTokens(p Problem, kernel string) uint64 { return min(Class(p.N), families[kernel].tokens) }
 
 // resident is the most blocks of a layout that are of use and all on the device at once, which the kernels need.
-func (v variant) resident(d Device, p Problem) uint32 {
-	return uint32(min(uint64(d.SMs*blocksPerSM), v.units(p.M, p.K)))
+func (v variant) resident(d Device, m, k uint64) uint32 {
+	return uint32(min(uint64(d.SMs*blocksPerSM), v.units(m, k)))
 }
 
 // Chosen plans a product as a choice says, after checking that it can be solved so.
@@ -86,7 +86,7 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 	if !slices.Contains(variants(d, p, c.Kernel), v) {
 		return Linear{}, fmt.Errorf("%s is no layout for %d tokens on compute capability %d.%d", c, p.N, d.Capability/10, d.Capability%10)
 	}
-	if most := v.resident(d, p); c.Blocks < 1 || c.Blocks > most {
+	if most := v.resident(d, p.M, p.K); c.Blocks < 1 || c.Blocks > most {
 		return Linear{}, fmt.Errorf("%s: a %d x %d weight can be shared by 1 to %d blocks", c, p.M, p.K, most)
 	}
 	l := families[c.Kernel].launch(d, v, p.M, p.K, launchTokens(p, c.Kernel))
@@ -140,10 +140,10 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 	}
 	for _, kernel := range []string{"mma", "wgmma"} {
 		for _, v := range variants(d, p, kernel) {
-			most := v.resident(d, p)
+			most := v.resident(d, p.M, p.K)
 			add(Choice{kernel, v.mw, v.kw, most})
 			// Runs that end with strips need fewer partial sums and less waiting.
-			if even := v.even(d, p); float64(even) >= leastShare*float64(most) {
+			if even := v.even(d, p.M, p.K); float64(even) >= leastShare*float64(most) {
 				add(Choice{kernel, v.mw, v.kw, even})
 			}
 		}
@@ -155,15 +155,15 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 }
 
 // even is the largest grid whose blocks all have whole strip groups, or equal shares of one.
-func (v variant) even(d Device, p Problem) uint32 {
-	groups, most := v.groups(p), uint64(v.resident(d, p))
+func (v variant) even(d Device, m, k uint64) uint32 {
+	groups, most := v.groups(m), uint64(v.resident(d, m, k))
 	if groups <= most {
 		return uint32(groups * (most / groups))
 	}
 	return uint32(largestDivisor(groups, most))
 }
 
-func (v variant) groups(p Problem) uint64 { return ceilDiv(ceilDiv(p.M, tileSide), uint64(v.mw)) }
+func (v variant) groups(m uint64) uint64 { return ceilDiv(ceilDiv(m, tileSide), uint64(v.mw)) }
 
 func largestDivisor(n, most uint64) uint64 {
 	for most > 1 && n%most != 0 {
@@ -185,7 +185,7 @@ func Split(d Device, p Problem, shares uint64) (Choice, error) {
 	least, most := uint64(0), uint64(0)
 	for _, kernel := range []string{"wgmma", "mma"} { // in ForLinear's order; the second has layouts for more shares
 		for _, v := range variants(d, p, kernel) {
-			groups, steps := v.groups(p), v.units(p.M, p.K)/v.groups(p)
+			groups, steps := v.groups(p.M), v.units(p.M, p.K)/v.groups(p.M)
 			possible := max(1, min(uint64(d.SMs*blocksPerSM)/groups, steps))
 			most = max(most, possible)
 			if shares > possible {

@@ -89,14 +89,13 @@ func (f family) fits(d Device, v variant, tokens uint64) bool {
 
 // units is the work of a problem in steps of a block: mw strips of 64 rows by kw column tiles.
 func (v variant) units(m, k uint64) uint64 {
-	return ceilDiv(ceilDiv(m, tileSide), uint64(v.mw)) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
+	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
 // grid is the number of blocks: all that fit, or fewer if their runs then end with strips, at the cost of runs longer by 2 % at most. Then fewer
 // partial sums travel.
 func (v variant) grid(d Device, m, k uint64) uint32 {
-	p := Problem{M: m, K: k}
-	all, even := v.resident(d, p), v.even(d, p)
+	all, even := v.resident(d, m, k), v.even(d, m, k)
 	if units := v.units(m, k); 100*ceilDiv(units, uint64(even)) <= 102*ceilDiv(units, uint64(all)) {
 		return even
 	}

@@ -12,7 +12,6 @@ import contextlib
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from zipserv.offload import Offload
 from zipserv.offload import apply as offload_model
 
 from .fused import fused
+from .machine import bus_bandwidth
+from .timing import call_seconds
 
 #: Models by name; anything else is a config.json or a folder that holds one.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -258,7 +259,7 @@ def _measure(
 
     gpu = device.type == "cuda"
     copy_seconds = _copy_seconds(device)
-    bus = _bus_rate(device) if gpu and handle is not None else None
+    bus = bus_bandwidth(device) if handle is not None else None
     if gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -283,7 +284,7 @@ def _measure(
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     prefill()
-    first = [_seconds(prefill, device) for _ in range(rounds)]
+    first = [call_seconds(prefill, device) for _ in range(rounds)]
     replay: Callable[[], object] = step
     if graphs:
         replay = _captured(step, lambda: rewind(prompt)).replay
@@ -303,7 +304,7 @@ def _measure(
     seconds = []
     for _ in range(rounds):
         prefill()
-        seconds.append(_seconds(decode, device))
+        seconds.append(call_seconds(decode, device))
     row = {
         "first_token_seconds": statistics.median(first),
         "decode_tokens_per_second": batch * new_tokens / statistics.median(seconds),
@@ -331,25 +332,8 @@ def _captured(step: Callable[[], object], rewind: Callable[[], object]) -> Any:
     return graph
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
-
-
-def _bus_rate(device: torch.device) -> float:
-    """Bytes a second from pinned host memory to the GPU: 256 MiB, the best of five."""
-    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=device)
-    return source.numel() / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
-
-
 def _copy_seconds(device: torch.device) -> float:
     """A copy of 256 MiB (CPU: 64), the best of five: the same in both phases, or the figures are not comparable."""
     source = torch.ones((256 if device.type == "cuda" else 64) << 20, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return min(_seconds(lambda: target.copy_(source), device) for _ in range(5))
+    return min(call_seconds(lambda: target.copy_(source), device) for _ in range(5))

@@ -22,6 +22,17 @@ Call = Callable[[], object]
 _CUDA: Any = torch.cuda  # torch's streams and events are not typed
 
 
+def call_seconds(call: Call, device: torch.device) -> float:
+    """One call from start to end on a clock, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 @dataclass(frozen=True)
 class Sample:
     """Seconds for one call: the median over rounds, and the spread between the 10th and 90th percentile."""

@@ -21,6 +21,8 @@ import zipserv
 from zipserv import offload
 
 from .gpu import WrongResult
+from .machine import bus_bandwidth
+from .timing import call_seconds
 
 PIECE = 4 << 20
 
@@ -90,7 +92,7 @@ def streaming(
     for n in tokens:
         plain, small = phases["plain"][n], phases["zipserv"][n]
         rows.append({"tokens": n, "plain": plain, "zipserv": small, "speedup": plain["seconds"] / small["seconds"]})
-    return {"layers": layers, "hidden": hidden, "inner": inner, "bus_bytes_per_second": _bus(device), "rows": rows}
+    return {"layers": layers, "hidden": hidden, "inner": inner, "bus_bytes_per_second": bus_bandwidth(device), "rows": rows}
 
 
 def _stream(model: nn.Module, device: torch.device, x: dict[int, torch.Tensor], expected: dict[int, torch.Tensor], rounds: int) -> dict[int, Any]:
@@ -104,7 +106,7 @@ def _stream(model: nn.Module, device: torch.device, x: dict[int, torch.Tensor], 
     for n, ids in x.items():
         if not torch.equal(model(ids), expected[n]):
             raise WrongResult(f"layers that stream compute something else than layers that do not, with {n} tokens")
-        seconds = min(_seconds(lambda ids=ids: [model(ids) for _ in range(3)], device) for _ in range(rounds)) / 3  # type: ignore[misc]
+        seconds = min(call_seconds(lambda ids=ids: [model(ids) for _ in range(3)], device) for _ in range(rounds)) / 3  # type: ignore[misc]
         told[n] = {
             "seconds": seconds,
             "tokens_per_second": n / seconds,
@@ -148,12 +150,12 @@ def loading(device: torch.device, gigabytes: float, folder: Path | None = None, 
         del value, tensors
 
         def rate(call: Callable[[], object]) -> float:
-            return nbytes / min(_seconds(call, device) for _ in range(rounds))
+            return nbytes / min(call_seconds(call, device) for _ in range(rounds))
 
         return {
             "bytes": nbytes,
             "page_cache": nbytes / min(_read_seconds(path, nbytes, device) for _ in range(rounds)),
-            "bus": _bus(device),
+            "bus": bus_bandwidth(device),
             "load": rate(lambda: zipserv.load_file(path, device=device)),
             "load_unverified": rate(lambda: zipserv.load_file(path, device=device, verify=False)),
             "safetensors": rate(lambda: _plain(path, device)),
@@ -188,24 +190,6 @@ def _read_seconds(path: Path, nbytes: int, device: torch.device) -> float:
     seconds = time.perf_counter() - start
     os.close(file)
     return seconds
-
-
-def _bus(device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
-    source = torch.empty(256 << 20, dtype=torch.uint8, pin_memory=True)
-    target = torch.empty_like(source, device=device)
-    return source.numel() / min(_seconds(lambda: target.copy_(source, non_blocking=True), device) for _ in range(5))
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def streaming_lines(result: dict[str, Any]) -> list[str]:
