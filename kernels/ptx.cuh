@@ -202,6 +202,38 @@ ZS_DEVICE void tensor_copy(uint32_t dst, const TensorMap& map, const TensorRows&
                  "r"(bar)
                  : "memory");
 }
+// ---- thread-block clusters: shared addresses are of the block's own memory, and name the same place in every block of its cluster ----
+
+ZS_DEVICE uint32_t cluster_rank() {
+    uint32_t d;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(d));
+    return d;
+}
+// A barrier of all threads of the cluster, in whole warps; those that have ended count as arrived. What was written before is seen by the others after:
+// it waits for that, and empties the L1 cache.
+ZS_DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// The same in two steps, without waiting for what was written: of that the others see mbarriers that were initialised before a fence_mbarrier_init, no more.
+ZS_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+ZS_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Arrives at the barrier in the block of that rank, which must not have ended. It says that this thread, and those that it has synchronised with, have
+// read what they have read of their shared memory, so that copies may land there; what they have written it does not publish. (.release.cluster would,
+// and an .acquire.cluster in the wait: a MEMBAR.GPU before each arrival and an L1 cache emptied after each wait.)
+ZS_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
+    asm volatile(
+        "{ .reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(bar),
+        "r"(rank)
+        : "memory");
+}
+// tensor_copy into every block whose rank is a bit of the mask: to dst in its memory, completing on its own barrier at bar.
+template <int ROWS>
+ZS_DEVICE void tensor_copy_multicast(uint32_t dst, const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(&map),
+                 "r"(column), "r"(row), "r"(bar), "h"(mask)
+                 : "memory");
+}
+
 // A whole warpgroup's registers a thread, more or fewer than it was launched with.
 template <int N>
 ZS_DEVICE void setmaxnreg_inc() {

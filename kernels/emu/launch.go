@@ -49,6 +49,7 @@ type Launch struct {
 	Args        []any
 	Seed        uint64 // of the schedule; the same seed gives the same run
 	Resident    int    // blocks alive at once; 0 = all
+	Cluster     int    // blocks along x that run together; 0 = 1. Grid[0] and Resident are multiples of it
 	PDL         bool
 	// AllowUninitialised lets code read shared memory that was never written (it reads as NaN) without a fault.
 	AllowUninitialised bool
@@ -62,7 +63,7 @@ type Stats struct {
 }
 
 // Fault is what the emulator found wrong. Kind is one word: race, in-flight, bounds, alignment, uninitialised, deadlock, divergence,
-// barrier, mbarrier, proxy, dependency, wgmma, argument, trap, crash, setup.
+// barrier, mbarrier, cluster, proxy, dependency, wgmma, argument, trap, crash, setup.
 type Fault struct {
 	Kind string
 	Seed uint64
@@ -111,8 +112,8 @@ func describe(w io.Writer, l Launch) ([]*Buffer, error) {
 	for i := range 3 {
 		l.Grid[i], l.Block[i] = max(l.Grid[i], 1), max(l.Block[i], 1)
 	}
-	fmt.Fprintf(w, "kernel %s\nseed %d\ngrid %d %d %d\nblock %d %d %d\nshared %d\nresident %d\n", l.Kernel, l.Seed,
-		l.Grid[0], l.Grid[1], l.Grid[2], l.Block[0], l.Block[1], l.Block[2], l.Shared, l.Resident)
+	fmt.Fprintf(w, "kernel %s\nseed %d\ngrid %d %d %d\nblock %d %d %d\nshared %d\nresident %d\ncluster %d\n", l.Kernel, l.Seed,
+		l.Grid[0], l.Grid[1], l.Grid[2], l.Block[0], l.Block[1], l.Block[2], l.Shared, l.Resident, max(l.Cluster, 1))
 	flags := []struct {
 		on   bool
 		name string

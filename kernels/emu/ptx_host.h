@@ -131,6 +131,10 @@ template <int ROWS>
 inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar) {
   zsemu::tensor_g2s(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, ROWS, bar);
 }
+template <int ROWS>
+inline void tensor_copy_multicast(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
+  zsemu::tensor_multicast(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, ROWS, bar, mask);
+}
 
 // ---- barriers
 inline void mbarrier_init(uint32_t bar, uint32_t count) { zsemu::mbarrier_init(bar, count); }
@@ -145,5 +149,12 @@ inline void fence_mbarrier_init() { zsemu::fence_mbarrier_init(); }
 inline void fence_proxy_async() { zsemu::fence_proxy_async(); }
 inline void named_barrier_sync(uint32_t id, uint32_t threads) { zsemu::barrier_sync(id, threads); }
 inline void named_barrier_arrive(uint32_t id, uint32_t threads) { zsemu::barrier_arrive(id, threads); }
+// ---- thread-block clusters
+inline uint32_t cluster_rank() { return zsemu::cluster_rank(); }
+inline void cluster_sync() { zsemu::cluster_sync(); }
+inline void cluster_arrive_relaxed() { zsemu::cluster_arrive_relaxed(); }
+inline void cluster_wait() { zsemu::cluster_wait(); }
+inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) { zsemu::mbarrier_arrive_cluster(bar, rank); }
+
 inline void griddep_wait() { zsemu::griddep_wait(); }
 inline void griddep_launch() { zsemu::griddep_launch(); }

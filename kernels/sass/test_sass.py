@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import check
+import nvrtc
 import sass
 
 
@@ -50,3 +53,48 @@ def test_pipes() -> None:
         "IMAD.SHL.U32": "fma", "FFMA": "fma", "LDS.128": "memory", "STG.E.128": "memory", "POPC": "other", "EXIT": "control", "UMOV": "uniform",
     }.items():
         assert sass.pipe(opcode) == pipe, opcode
+
+
+CLUSTER = """
+#define ZS_WGMMA 1
+#include "ptx.cuh"
+extern "C" __global__ void probe(const __grid_constant__ TensorMap map, float* y) {
+    ZS_SMEM(smem_ptr);
+    const uint32_t smem = smem_addr(smem_ptr), bar = smem + 65536;
+    if (threadIdx.x == 0) mbarrier_init(bar, 1), mbarrier_init(bar + 8, 2), fence_mbarrier_init();
+    cluster_arrive_relaxed();
+    cluster_wait();
+    if (threadIdx.x == 0) {
+        mbarrier_wait(bar + 8, 1);
+        mbarrier_arrive_expect_tx(bar, 65536);
+        tensor_copy_multicast<256>(smem + cluster_rank() * 32768, map, TensorRows{}, 0, cluster_rank() * 256, bar, 3);
+    }
+    mbarrier_wait(bar, 0);
+    float acc[128] = {};
+    wgmma_pin(acc);
+    wgmma_fence();
+    wgmma_m64k16_bf16<256>(acc, wgmma_descriptor(smem), wgmma_descriptor(smem + 32768));
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_pin(acc);
+    if (threadIdx.x < 2) mbarrier_arrive_cluster(bar + 8, threadIdx.x);
+    for (int i = 0; i < 128; i++) y[threadIdx.x * 128 + i] = acc[i];
+    cluster_sync();
+}
+"""
+
+
+def test_cluster_instructions() -> None:
+    """What ptx.cuh and wgmma.cuh have for clusters and wide products becomes the instructions that it names."""
+    compiled = sass.nvrtc().compile("probe.cu", CLUSTER, sass.headers(), [*sass.OPTIONS, "-arch=sm_90a"])
+    assert "warning" not in compiled.log, compiled.log
+    text = nvrtc.disassemble(compiled.cubin)
+
+    def count(instruction: str) -> int:
+        return len(re.findall(instruction, text))
+
+    assert count(r"UCGABAR_ARV") == count(r"UCGABAR_WAIT") == 2
+    assert count(r"UTMALDG\.2D\.MULTICAST") == 1 and count(r"HGMMA\.64x256x16\.F32\.BF16") == 1
+    assert count(r"SYNCS\.ARRIVE\.TRANS64\.RED") == 1
+    # Only the last cluster_sync waits for all of memory, not an arrival at another block.
+    assert count(r"MEMBAR\.ALL\.GPU") == 1

@@ -63,6 +63,15 @@ void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
 // A box of `box` rows of 64 16-bit columns of a matrix whose rows are ld bytes apart, in the 128-byte swizzle, zeros beyond the matrix.
 void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar);
 
+// Thread-block clusters.
+uint32_t cluster_rank();
+void cluster_sync();
+void cluster_arrive_relaxed();
+void cluster_wait();
+void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank);
+// tensor_g2s into each block of the cluster whose rank is in mask; what lands in one does not wait for what lands in another.
+void tensor_multicast(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar, uint32_t mask);
+
 // Warpgroup matrix multiply. a == nullptr: A comes from desc_a, else from registers (four words a lane).
 void wgmma_fence();
 void wgmma_commit();

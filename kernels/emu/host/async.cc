@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous copies. The bytes arrive at a random later point, in pieces and in any order; until somebody has properly waited for
+// Asynchronous copies, also those into several blocks of a cluster. The bytes arrive at a random later point, in pieces and in any order; until somebody has properly waited for
 // them, every access to the destination is a fault, landed or not, so a missing wait is seen whatever the schedule.
 #include <algorithm>
 #include <cstring>
@@ -126,7 +126,7 @@ void cp_async_then_arrive(uint32_t mbar_off) {
   c->gid = cur->gid;
   c->clock = cur->clock;
   c->pc = cur->pc;
-  c->knowledge.assign(2 * size_t(g.gids), 0);
+  c->knowledge.assign(view_size(), 0);
   release_into(c->knowledge, cur);
   for (CopyGroup& group : cur->groups)
     for (auto& before : group.copies)
@@ -140,9 +140,10 @@ namespace {
 // The mbarrier that a copy names, which must be ready for the copy engine.
 Mbarrier& copy_barrier(Block* b, uint32_t mbar, const char* what) {
   auto it = b->mbars.find(mbar - kSharedOrigin);
-  if (it == b->mbars.end()) fault("mbarrier", "%s names shared address %u, where no mbarrier was initialised", what, mbar - kSharedOrigin);
+  if (it == b->mbars.end())
+    fault("mbarrier", "%s names shared address %u%s, where no mbarrier was initialised", what, mbar - kSharedOrigin, b == cur->block ? "" : " of another block of the cluster");
   Mbarrier& m = it->second;
-  if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
+  if (g.opt.races && !knows_init(cur->view.get(), cur->gid, m))
     fault("race", "%s is not ordered after the mbarrier_init by %s [pc %x]", what, thread_name(m.init.gid).c_str(), m.init.pc);
   if (!m.fenced)
     fault("proxy", "%s uses the mbarrier at shared address %u, initialised with no fence_mbarrier_init since", what, mbar - kSharedOrigin);
@@ -189,27 +190,50 @@ void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
   yield();
 }
 
-void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar) {
-  ZS_ENTER();
-  const char* what = "a tensor copy";
+namespace {
+void tensor_to(const std::vector<Block*>& to, const char* what, uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column,
+               uint32_t box, uint32_t mbar) {
   if (uintptr_t(matrix) % 16 || ld % 16) fault("alignment", "%s of a matrix at %p with rows %llu bytes apart: both must be multiples of 16", what, matrix, (unsigned long long)ld);
   if (box == 0 || box > 256) fault("argument", "%s with a box of %u rows", what, box);
   size_t off = shared_offset(dst, box * 128, 1024, what);
-  Block* b = cur->block;
-  Mbarrier& m = copy_barrier(b, mbar, what);
-  check_write(here(), *b->smem, off, box * 128, Access::async);
-  g.bulk_bytes += box * 128;
-  uint32_t gid = mbar_gid(b, m.index), clock = engine_clock(gid);
+  struct Account {
+    Block* b;
+    uint32_t gid, clock;
+  };
+  std::vector<Account> accounts;
+  for (Block* b : to) {
+    Mbarrier& m = copy_barrier(b, mbar, what);
+    check_write(here(), *b->smem, off, box * 128, Access::async);
+    uint32_t gid = mbar_gid(b, m.index);
+    accounts.push_back({b, gid, engine_clock(gid)});
+    if (b != cur->block) note_foreign(*b, gid, accounts.back().clock, what);
+    g.bulk_bytes += box * 128;
+  }
   for (uint32_t r = 0; r < box; r++) {
     uint32_t there = row + r < rows && column < columns ? std::min(64u, columns - column) : 0;
     const uint8_t* src = (const uint8_t*)matrix + (row + r) * ld + uint64_t(column) * 2;
     if (there) checked(src, there * 2, 2, false, Access::async, what);
     for (uint32_t c = 0; c < 8; c++) {
       uint32_t bytes = 2 * std::min(8u, there > 8 * c ? there - 8 * c : 0);
-      send(b, off + r * 128 + ((c ^ (r & 7)) << 4), src + 16 * c, bytes, 16 - bytes, mbar, gid, clock);
+      for (const Account& a : accounts) send(a.b, off + r * 128 + ((c ^ (r & 7)) << 4), src + 16 * c, bytes, 16 - bytes, mbar, a.gid, a.clock);
     }
   }
   yield();
+}
+}  // namespace
+
+void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar) {
+  ZS_ENTER();
+  tensor_to({cur->block}, "a tensor copy", dst, matrix, ld, rows, columns, row, column, box, mbar);
+}
+
+void tensor_multicast(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar, uint32_t mask) {
+  ZS_ENTER();
+  if (!mask || mask >> g.opt.cluster) fault("argument", "a multicast to the blocks %04x of a cluster of %u", mask, g.opt.cluster);
+  std::vector<Block*> to;
+  for (uint32_t rank = 0; rank < g.opt.cluster; rank++)
+    if (mask >> rank & 1) to.push_back(&block_of_cluster(rank, "a multicast copy"));
+  tensor_to(to, "a multicast copy", dst, matrix, ld, rows, columns, row, column, box, mbar);
 }
 
 }  // namespace zsemu

@@ -36,16 +36,17 @@ bool arrive_at(uint32_t id, uint32_t threads, bool waits) {
   return true;
 }
 
-Mbarrier& find_mbarrier(uint32_t addr, const char* what) {
-  Block* b = cur->block;
-  uint32_t off = addr - kSharedOrigin;
+Mbarrier& mbarrier_of(Block* b, uint32_t off, const char* what) {
   auto it = b->mbars.find(off);
-  if (it == b->mbars.end()) fault("mbarrier", "%s at shared address %u, where no mbarrier was initialised", what, off);
+  if (it == b->mbars.end())
+    fault("mbarrier", "%s at shared address %u%s, where no mbarrier was initialised", what, off, b == cur->block ? "" : " of another block of the cluster");
   Mbarrier& m = it->second;
-  if (g.opt.races && !knows(cur->view.get(), cur->gid, m.init.gid, m.init.clock))
+  if (g.opt.races && !knows_init(cur->view.get(), cur->gid, m))
     fault("race", "%s at shared address %u is not ordered after its mbarrier_init by %s [pc %x]", what, off, thread_name(m.init.gid).c_str(), m.init.pc);
   return m;
 }
+
+Mbarrier& find_mbarrier(uint32_t addr, const char* what) { return mbarrier_of(cur->block, addr - kSharedOrigin, what); }
 
 void try_complete(Block* b, Mbarrier& m) {
   (void)b;
@@ -140,6 +141,14 @@ void mbarrier_arrive(uint32_t addr, uint32_t count) {
   yield();
 }
 
+void arrive_in(Block& b, uint32_t off) {
+  Mbarrier& m = mbarrier_of(&b, off, "mbarrier_arrive_cluster");
+  if (!m.pending) fault("mbarrier", "an arrival too many at shared address %u of block (%u,%u,%u): its count is %u, phase %u", off, b.idx.x, b.idx.y, b.idx.z, m.count, m.phase);
+  if (g.opt.races) (&b == cur->block ? release_into : release_reads_into)(m.gathered, cur);
+  m.pending--;
+  try_complete(&b, m);
+}
+
 void arrive_for(Block* b, uint32_t off, const Gathered& knowledge) {
   Mbarrier& m = b->mbars[off];
   if (!m.pending) fault("mbarrier", "an arrival too many at shared address %u: its count is %u, phase %u", off, m.count, m.phase);
@@ -155,7 +164,7 @@ void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t 
   m.tx -= bytes;
   if (m.tx <= -(1 << 20)) fault("mbarrier", "the transaction count at shared address %u passes -2^20", off);
   if (g.opt.races) {
-    if (m.gathered.empty()) m.gathered.assign(2 * size_t(g.gids), 0);
+    if (m.gathered.empty()) m.gathered.assign(view_size(), 0);
     m.gathered[gid] = std::max(m.gathered[gid], clock);
   }
   try_complete(b, m);

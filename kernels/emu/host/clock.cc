@@ -21,6 +21,15 @@ void release_into(Gathered& into, Fiber* f) {
   f->clock++;
 }
 
+void release_reads_into(Gathered& into, Fiber* f) {
+  const std::vector<uint32_t>& c = f->view->c;
+  const size_t n = g.gids;
+  if (into.empty()) into.assign(view_size(), 0);
+  for (size_t i = 0; i < n; i++) into[2 * n + i] = std::max({into[2 * n + i], c[i], c[2 * n + i]});
+  into[2 * n + f->gid] = std::max(into[2 * n + f->gid], f->clock);
+  f->clock++;
+}
+
 void acquire(Fiber* f, const Gathered& from) {
   if (from.empty()) return;
   // Lanes of a warp mostly hold the same view and wait for the same thing: remember the last few results.
@@ -70,6 +79,9 @@ void note_proxy_fence(Fiber* f) {
 }
 
 bool knows(const View* v, uint32_t self, uint32_t gid, uint32_t clock) { return gid == self || v->c[gid] >= clock; }
+bool is_over(const View* v, uint32_t self, uint32_t gid, uint32_t clock) {
+  return knows(v, self, gid, clock) || (g.opt.cluster > 1 && v->c[2 * size_t(g.gids) + gid] >= clock);
+}
 bool fenced(const View* v, uint32_t gid, uint32_t clock) { return v->c[g.gids + gid] >= clock; }
 
 }  // namespace zsemu

@@ -15,6 +15,7 @@ namespace zsemu {
 constexpr uint32_t kNone = 0xFFFFFFFFu;
 constexpr uint32_t kSharedOrigin = 1024;   // shared addresses start here, so that 0 is never one
 constexpr uint32_t kMaxMbarriers = 96;     // of one block
+constexpr uint32_t kMaxCluster = 8;        // blocks: more need leave of the driver
 constexpr uint8_t kPoison = 0xFF;          // NaN as BF16, FP16 and FP32; an absurd index as an integer
 
 struct Block;
@@ -96,6 +97,7 @@ struct Mbarrier {
 };
 void fence_own_mbarriers();
 void arrive_for(Block* b, uint32_t off, const Gathered& knowledge);
+void arrive_in(Block& b, uint32_t off);   // the running thread's, in any block of its cluster
 void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t clock);
 
 struct Barrier {
@@ -147,14 +149,31 @@ struct Fiber {
   Gathered release_fence, acquire_pending;   // what the last __threadfence released; what relaxed reads saw, until the next
   uint32_t pc = 0;
   bool done = false, wgmma_fenced = false;
+  bool at_cluster = false;    // has arrived at the cluster's barrier, in this phase, and not waited yet
+  uint32_t cluster_phase = 0;
   std::string waits;          // for the deadlock report
   std::vector<CopyGroup> groups;
   CopyGroup open;
   uint32_t votes[2] = {};
   uint32_t polls = 0;         // atomic loads in a row
 };
+// Something that another block of the cluster did to this one's shared memory, which must be known to be over before this one ends.
+struct Foreign {
+  uint32_t gid, clock, by, pc;   // its account, who asked for it
+  const char* what;
+};
+// The blocks that run together. Without clusters every block is one.
+struct Cluster {
+  std::vector<Block*> blocks;    // by rank; null: ended
+  uint32_t live = 0, arrived = 0, phase = 0;   // threads; of its barrier
+  Gathered gathered, released;
+  std::vector<Fiber*> waiting;
+};
 struct Block {
   Idx idx{};
+  Cluster* cluster = nullptr;
+  uint32_t rank = 0;
+  std::vector<Foreign> foreign;
   uint32_t slot = 0, live = 0, copies = 0;
   Region* smem = nullptr;
   std::vector<Fiber> threads;
@@ -168,7 +187,7 @@ struct Options {
   uint64_t seed = 1;
   Idx grid{1, 1, 1}, block{32, 1, 1};
   size_t shared = 0;
-  uint32_t resident = 0;
+  uint32_t resident = 0, cluster = 1;   // blocks
   bool races = true, strict_init = true, pdl = false;
 };
 struct Launch {
@@ -182,6 +201,12 @@ extern Launch g;
 extern Fiber* cur;
 inline uint32_t mbar_gid(const Block* b, uint32_t index) { return g.resident * g.threads + b->slot * kMaxMbarriers + index; }
 inline uint32_t previous_grid_gid() { return g.gids - 1; }
+Block& block_of_cluster(uint32_t rank, const char* what);   // a fault where there is none
+void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what);
+void cluster_thread_ended(Fiber& f);
+void leave_cluster(Block& b);   // with the checks of what others did to it
+inline size_t view_size() { return (g.opt.cluster > 1 ? 3 : 2) * size_t(g.gids); }
+bool knows_init(const View* v, uint32_t self, const Mbarrier& m);
 inline Actor here() { return Actor{cur->gid, cur->clock, cur->view.get(), cur->pc}; }
 std::string thread_name(uint32_t gid);
 

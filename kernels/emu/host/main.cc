@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The program around the kernels: one launch a process. A description comes on standard input, as lines:
-//   kernel NAME | seed N | grid X Y Z | block X Y Z | shared BYTES | resident N | seconds N (of the processor) | flag NAME
+//   kernel NAME | seed N | grid X Y Z | block X Y Z | shared BYTES | resident N | cluster N | seconds N (of the processor) | flag NAME
 //   buffer NAME BYTES ALIGN in|out|inout [dependent]
 //   arg ptr BUFFER OFFSET | arg val HEX
 //   data
@@ -73,6 +73,8 @@ int main(int argc, char** argv) {
       setrlimit(RLIMIT_CPU, &limit);
     } else if (sscanf(line, "resident %llu", &a) == 1) {
       o.resident = uint32_t(a);
+    } else if (sscanf(line, "cluster %llu", &a) == 1) {
+      o.cluster = uint32_t(a);
     } else if (sscanf(line, "flag %127s", word) == 1) {
       std::string f = word;
       if (f == "no-races")
@@ -109,6 +111,8 @@ int main(int argc, char** argv) {
   if (g.args.size() > 64) usage("more than 64 parameters");
   if (o.shared > 227 << 10) usage("more shared memory than a block can have (227 KiB)");
   size_t threads = size_t(o.block.x) * o.block.y * o.block.z, blocks = size_t(o.grid.x) * o.grid.y * o.grid.z;
+  if (!o.cluster || o.cluster > kMaxCluster) usage(format("a cluster has 1 .. %u blocks", kMaxCluster));
+  if (o.grid.x % o.cluster || o.resident % o.cluster) usage(format("the grid along x, and the resident blocks, must be multiples of the cluster of %u blocks", o.cluster));
   if (!threads || threads > 1024 || !blocks) usage("a block has 1 .. 1024 threads, a grid at least one block");
   size_t alive = o.resident && o.resident < blocks ? o.resident : blocks;
   if (alive * (threads + kMaxMbarriers) + 1 >= kNobody) usage("too many threads alive at once: set resident");

@@ -149,11 +149,14 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
     if (c.flags & (kFlight | kMbar)) check_state(who, r, i, n, c, true);
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
-    if (c.wgid != kNobody && !both_atomic && !knows(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "write", "write", c.wgid, c.wpc);
-    if (c.rgid != kNobody && !knows(who.view, who.gid, c.rgid, c.rclk)) race(who, r, i, n, "write", "read", c.rgid, c.rpc);
+    // A copy into shared memory may follow reads, and copies, that are over; whatever else follows must be ordered.
+    auto after_reads = kind == Access::async && r.shared ? is_over : knows;
+    auto after_write = c.flags & kAsync ? after_reads : knows;
+    if (c.wgid != kNobody && !both_atomic && !after_write(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "write", "write", c.wgid, c.wpc);
+    if (c.rgid != kNobody && !after_reads(who.view, who.gid, c.rgid, c.rclk)) race(who, r, i, n, "write", "read", c.rgid, c.rpc);
     if (c.more)
       for (const Reader& rd : read_sets[c.more])
-        if (!knows(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
+        if (!after_reads(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
     if (kind == Access::async && c.wgid != kNobody && !(c.flags & kAsync) && !fenced(who.view, c.wgid, c.wclk)) {
       if (cur) cur->pc = who.pc;
       fault("proxy", "the async proxy overwrites %s, written by %s [pc %x] with no fence_proxy_async since", at(r, i, n).c_str(), thread_name(c.wgid).c_str(), c.wpc);

@@ -115,7 +115,7 @@ void fence_proxy_async() {
 void griddep_wait() {
   ZS_ENTER();
   if (g.opt.races) {
-    Gathered v(2 * size_t(g.gids), 0);
+    Gathered v(view_size(), 0);
     v[previous_grid_gid()] = v[g.gids + previous_grid_gid()] = 1;
     acquire(cur, v);
   }

@@ -19,7 +19,7 @@ namespace {
 void* main_sp;
 std::vector<Warp*> runnable;
 std::vector<Block*> blocks;          // by slot
-std::vector<uint32_t> waiting_blocks;
+std::vector<uint32_t> waiting_clusters;
 std::vector<std::vector<uint32_t>> clocks;   // of each slot's threads, kept across the blocks that use it
 ViewRef root;
 uint32_t finished;
@@ -60,13 +60,8 @@ void clear_ready(Fiber* f) {
 
 [[noreturn]] void thread_main();
 
-bool start_block() {
-  if (waiting_blocks.empty()) return false;
-  size_t slot = 0;
-  while (slot < blocks.size() && blocks[slot]) slot++;
-  if (slot == blocks.size()) return false;
-  uint32_t n = waiting_blocks.back();
-  waiting_blocks.pop_back();
+// Block n of the grid begins in a free slot.
+Block* start_block(size_t slot, uint32_t n) {
   auto* b = new Block;
   blocks[slot] = b;
   const Idx gd = g.opt.grid, bd = g.opt.block;
@@ -76,7 +71,7 @@ bool start_block() {
   b->threads.resize(g.threads);
   b->warps.resize((g.threads + 31) / 32);
   Region r;
-  r.name = "shared memory";
+  r.name = g.opt.cluster > 1 ? format("shared memory of block (%u,%u,%u)", b->idx.x, b->idx.y, b->idx.z) : "shared memory";
   r.size = g.opt.shared;
   r.writable = r.shared = true;
   r.base = map_guarded(r.size, 1024, false);
@@ -103,10 +98,36 @@ bool start_block() {
     f.warp->live |= 1u << f.lane;
     set_ready(&f);
   }
+  return b;
+}
+
+// The blocks of a cluster begin together, in slots that stand together.
+bool start_cluster() {
+  if (waiting_clusters.empty()) return false;
+  const uint32_t size = g.opt.cluster;
+  size_t slot = 0;
+  auto busy = [&] {
+    for (uint32_t i = 0; i < size; i++)
+      if (blocks[slot + i]) return true;
+    return false;
+  };
+  while (slot < blocks.size() && busy()) slot += size;
+  if (slot >= blocks.size()) return false;
+  uint32_t n = waiting_clusters.back();
+  waiting_clusters.pop_back();
+  auto* c = new Cluster;
+  c->live = size * g.threads;
+  for (uint32_t i = 0; i < size; i++) {
+    Block* b = start_block(slot + i, n * size + i);
+    b->cluster = c;
+    b->rank = i;
+    c->blocks.push_back(b);
+  }
   return true;
 }
 
 void end_block(Block* b) {
+  leave_cluster(*b);
   if (block_has_flight(b)) fault("in-flight", "block (%u,%u,%u) ended while a bulk copy of its shared memory was in flight", b->idx.x, b->idx.y, b->idx.z);
   forget_copies(b);
   for (uint32_t t = 0; t < g.threads; t++) {
@@ -182,6 +203,7 @@ void switch_to(Fiber* next) {
   f->block->live--;
   if (!f->warp->open.empty() || !f->warp->groups.empty()) fault("wgmma", "a warp ended before it waited for its wgmma groups");
   clear_ready(f);
+  cluster_thread_ended(*f);
   cur = nullptr;
   void* unused;
   switch_stack(&unused, main_sp);
@@ -240,15 +262,16 @@ void run_launch() {
   g.threads = o.block.x * o.block.y * o.block.z;
   g.resident = o.resident ? std::min(o.resident, total) : total;
   g.gids = g.resident * (g.threads + kMaxMbarriers) + 1;
-  auto v = std::make_shared<View>(2 * size_t(g.gids));
+  auto v = std::make_shared<View>(view_size());
   if (!o.pdl) v->c[previous_grid_gid()] = v->c[g.gids + previous_grid_gid()] = 1;
   root = v;
   draw_policy();
   blocks.assign(g.resident, nullptr);
   clocks.assign(g.resident, std::vector<uint32_t>(g.threads, 0));
-  for (uint32_t i = 0; i < total; i++) waiting_blocks.push_back(i);
-  for (uint32_t i = total; i > 1; i--) std::swap(waiting_blocks[i - 1], waiting_blocks[rnd() % i]);
-  while (start_block()) {
+  const uint32_t clusters = total / o.cluster;   // ranks count along x, of which the grid has a multiple
+  for (uint32_t i = 0; i < clusters; i++) waiting_clusters.push_back(i);
+  for (uint32_t i = clusters; i > 1; i--) std::swap(waiting_clusters[i - 1], waiting_clusters[rnd() % i]);
+  while (start_cluster()) {
   }
   while (finished < total) {
     Fiber* next = pick();
@@ -258,7 +281,7 @@ void run_launch() {
     for (Block* b : blocks)
       if (b && !b->live) {
         end_block(b);
-        start_block();
+        start_cluster();
       }
   }
 }

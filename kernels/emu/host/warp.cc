@@ -6,7 +6,7 @@
 
 namespace zsemu {
 
-static const char* const names[] = {"", "__syncwarp", "a shuffle", "a vote", "a reduce", "a match", "ldmatrix", "mma", "wgmma", "wgmma_commit", "wgmma_wait"};
+static const char* const names[] = {"", "__syncwarp", "a shuffle", "a vote", "a reduce", "a match", "ldmatrix", "mma", "wgmma", "wgmma_commit", "wgmma_wait", "an arrival at the cluster's barrier", "cluster_wait"};
 
 void meet(Meeting kind, uint32_t mask, void* data, Work work, bool whole_warp) {
   Fiber* f = cur;
