@@ -83,6 +83,14 @@ func (c *Context) Occupancy(f Function, block, smem uint32) (int, error) {
 	return int(n), err
 }
 
+// ClusterOccupancy is the number of clusters of so many blocks of a kernel that the whole device holds at a time. The blocks of a cluster share a GPC,
+// so these may be fewer blocks than Occupancy times the SMs.
+func (c *Context) ClusterOccupancy(f Function, block, smem, cluster uint32) (int, error) {
+	var n C.int
+	err := c.d.check(C.zs_cluster_occupancy(c.d.cu, c.ctx, C.uint64_t(f), C.uint32_t(block), C.uint32_t(smem), C.uint32_t(cluster), &n))
+	return int(n), err
+}
+
 // MaxArgs is the largest number of parameters of a kernel.
 const MaxArgs = C.ZS_MAX_ARGS
 
@@ -93,8 +101,8 @@ type Launch struct {
 	Grid         [3]uint32
 	Block        uint32
 	Smem         uint32
-	Cluster      uint32
-	Programmatic bool // programmatic dependent launch
+	Cluster      uint32 // blocks along x that share a cluster, of which Grid[0] is a multiple; 0 or 1: none
+	Programmatic bool   // programmatic dependent launch
 	Args         [MaxArgs]uint64
 	NumArgs      int
 	Tensor       Tensor

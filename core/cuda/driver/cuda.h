@@ -80,6 +80,7 @@ enum {
   X(cuFuncSetAttribute, (CUfunction, int, int))                                                              \
   X(cuFuncGetAttribute, (int *, int, CUfunction))                                                            \
   X(cuOccupancyMaxActiveBlocksPerMultiprocessor, (int *, CUfunction, int, size_t))                           \
+  X(cuOccupancyMaxActiveClusters, (int *, CUfunction, const CUlaunchConfig *))                               \
   X(cuLaunchKernelEx, (const CUlaunchConfig *, CUfunction, void **, void **))                                \
   X(cuTensorMapEncodeTiled, (CUtensorMap *, int, uint32_t, void *, const uint64_t *, const uint64_t *, const uint32_t *, const uint32_t *, int, int, int, int)) \
   X(cuStreamCreateWithPriority, (CUstream *, unsigned, int))                                                 \

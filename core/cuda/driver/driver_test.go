@@ -107,6 +107,14 @@ func TestEveryErrorCarriesCallCodeAndText(t *testing.T) {
 		{"cuModuleGetFunction", func(_ *driver.Driver, c *driver.Context) error { _, err := fn(c); return err }},
 		{"cuFuncSetAttribute", func(_ *driver.Driver, c *driver.Context) error { _, err := fn(c); return err }},
 		{"cuOccupancyMaxActiveBlocksPerMultiprocessor", func(_ *driver.Driver, c *driver.Context) error { _, err := c.Occupancy(1, 32, 0); return err }},
+		{"cuOccupancyMaxActiveClusters", func(_ *driver.Driver, c *driver.Context) error {
+			f, err := fn(c)
+			if err != nil {
+				return err
+			}
+			_, err = c.ClusterOccupancy(f, 32, 0, 2)
+			return err
+		}},
 		{"cuLaunchKernelEx", func(_ *driver.Driver, c *driver.Context) error {
 			f, err := fn(c)
 			if err != nil {
@@ -172,8 +180,39 @@ func TestLaunchPassesEverythingOn(t *testing.T) {
 	copy(l.Args[:], []uint64{0xAB, 1 << 40, 3, 1<<64 - 1})
 	require.NoError(t, c.Launch(&l))
 	assert.Equal(t, []string{"launch 1 kernel grid 7,2,1 block 96 smem 204800 stream 55 pdl 1 args ab 10000000000 3 ffffffffffffffff"}, f.Log())
+	l.Cluster, l.Grid = 2, [3]uint32{8, 2, 1}
+	f.Reset()
+	require.NoError(t, c.Launch(&l))
+	assert.Equal(t, []string{"launch 1 kernel grid 8,2,1 block 96 smem 204800 stream 55 pdl 1 cluster 2 args ab 10000000000 3 ffffffffffffffff"}, f.Log())
+	l.Programmatic = false
+	f.Reset()
+	require.NoError(t, c.Launch(&l))
+	assert.Contains(t, f.Log()[0], " pdl 0 cluster 2 args")
+	for _, wrong := range [][2]uint32{{2, 7}, {16, 16}} {
+		l.Cluster, l.Grid[0] = wrong[0], wrong[1]
+		assert.ErrorContains(t, c.Launch(&l), "CUDA_ERROR_INVALID_CLUSTER_SIZE (912)")
+	}
+	l.Cluster = 0
 	l.Block = 0
 	assert.ErrorContains(t, c.Launch(&l), "cuLaunchKernelEx: CUDA_ERROR_INVALID_VALUE (1): invalid argument")
+}
+
+// The fake has GPCs of 18 SMs, and device 1 has 100 SMs.
+func TestClustersThatFit(t *testing.T) {
+	f := drivertest.New(t)
+	c, err := f.Open().PrimaryContext(1)
+	require.NoError(t, err)
+	m, err := c.Load([]byte("\x7fELF............................"))
+	require.NoError(t, err)
+	fn, err := c.Function(m, "kernel", 200<<10)
+	require.NoError(t, err)
+	for cluster, want := range map[uint32]int{1: 100, 2: 50, 4: 5*4 + 2, 8: 5*2 + 1} {
+		n, err := c.ClusterOccupancy(fn, 96, 200<<10, cluster)
+		require.NoError(t, err)
+		assert.Equal(t, want, n, "clusters of %d", cluster)
+	}
+	_, err = c.ClusterOccupancy(fn, 96, 200<<10, 16)
+	require.ErrorContains(t, err, "cuOccupancyMaxActiveClusters: CUDA_ERROR_INVALID_CLUSTER_SIZE (912)")
 }
 
 func TestMemory(t *testing.T) {

@@ -161,6 +161,26 @@ zs_result zs_occupancy(zs_cu *cu, uint64_t ctx, uint64_t function, int block, si
   LEAVE;
 }
 
+static CUlaunchAttribute cluster_attribute(uint32_t blocks) {
+  CUlaunchAttribute a;
+  memset(&a, 0, sizeof a);
+  a.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  a.value.cluster.x = blocks;
+  a.value.cluster.y = a.value.cluster.z = 1;
+  return a;
+}
+
+zs_result zs_cluster_occupancy(zs_cu *cu, uint64_t ctx, uint64_t function, uint32_t block, uint32_t smem, uint32_t cluster, int *clusters) {
+  CUlaunchAttribute attr = cluster_attribute(cluster);
+  CUlaunchConfig config = {
+      .gridDimX = cluster, .gridDimY = 1, .gridDimZ = 1, .blockDimX = block, .blockDimY = 1, .blockDimZ = 1,
+      .sharedMemBytes = smem, .attrs = &attr, .numAttrs = 1,
+  };
+  ENTER(ctx);
+  TRY(cuOccupancyMaxActiveClusters, clusters, P(CUfunction, function), &config);
+  LEAVE;
+}
+
 zs_result zs_launch(zs_cu *cu, const zs_launch_args *a) {
   void *params[ZS_MAX_ARGS + 1];
   CUtensorMap map;
@@ -172,13 +192,7 @@ zs_result zs_launch(zs_cu *cu, const zs_launch_args *a) {
     attrs[n].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attrs[n++].value.programmatic_stream_serialization = 1;
   }
-  if (a->cluster > 1) {
-    memset(&attrs[n], 0, sizeof attrs[n]);
-    attrs[n].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-    attrs[n].value.cluster.x = a->cluster;
-    attrs[n].value.cluster.y = attrs[n].value.cluster.z = 1;
-    n++;
-  }
+  if (a->cluster > 1) attrs[n++] = cluster_attribute(a->cluster);
   CUlaunchConfig config = {
       .gridDimX = a->grid[0], .gridDimY = a->grid[1], .gridDimZ = a->grid[2],
       .blockDimX = a->block, .blockDimY = 1, .blockDimZ = 1,

@@ -58,6 +58,7 @@ zs_result zs_unload(zs_cu *cu, uint64_t ctx, uint64_t module);
 zs_result zs_function(zs_cu *cu, uint64_t ctx, uint64_t module, const char *name, uint32_t smem, uint64_t *function);
 zs_result zs_function_attribute(zs_cu *cu, uint64_t ctx, uint64_t function, int attribute, int *value);
 zs_result zs_occupancy(zs_cu *cu, uint64_t ctx, uint64_t function, int block, size_t smem, int *blocks);
+zs_result zs_cluster_occupancy(zs_cu *cu, uint64_t ctx, uint64_t function, uint32_t block, uint32_t smem, uint32_t cluster, int *clusters);
 zs_result zs_launch(zs_cu *cu, const zs_launch_args *a);
 zs_result zs_stream_create(zs_cu *cu, uint64_t ctx, uint64_t *stream);
 zs_result zs_stream_destroy(zs_cu *cu, uint64_t ctx, uint64_t stream);

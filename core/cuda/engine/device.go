@@ -135,7 +135,32 @@ func (d *Device) prepare(k plan.Kernel) (*kernel, error) {
 	if k.PerSM > 0 {
 		out.grid = min(k.Grid, uint32(d.props.SMs)*min(k.PerSM, uint32(resident)))
 	}
+	if k.Cluster > 1 {
+		if out.grid, err = d.clustered(out, k); err != nil {
+			return nil, err
+		}
+	}
 	return out, nil
+}
+
+// clustered is the grid of a kernel in clusters: whole ones, and where its blocks have to be on the device all at once, no more than that holds, which may
+// be less than what its SMs hold.
+func (d *Device) clustered(l *kernel, k plan.Kernel) (uint32, error) {
+	grid := l.grid / k.Cluster * k.Cluster
+	if k.Grid%k.Cluster != 0 || grid == 0 {
+		return 0, fmt.Errorf("%s: a grid of %d blocks is not of clusters of %d", k.Source, l.grid, k.Cluster)
+	}
+	clusters, err := d.ctx.ClusterOccupancy(l.fn, k.Block, k.Smem, k.Cluster)
+	if err != nil {
+		return 0, err
+	}
+	if clusters == 0 {
+		return 0, fmt.Errorf("%s: no cluster of %d blocks of %d threads and %d bytes of shared memory fits on %s", k.Source, k.Cluster, k.Block, k.Smem, d.props.Name)
+	}
+	if k.Resident > 0 || k.PerSM > 0 {
+		grid = min(grid, uint32(clusters)*k.Cluster)
+	}
+	return grid, nil
 }
 
 // launch queues a kernel that waits for all work before it.
@@ -151,7 +176,7 @@ func (d *Device) launchEarly(k *kernel, s driver.Stream, early bool, args ...uin
 
 func (d *Device) prepared(k *kernel, s driver.Stream, early bool, args ...uint64) driver.Launch {
 	l := driver.Launch{
-		Function: k.fn, Stream: s, Grid: [3]uint32{k.grid, 1, 1}, Block: k.plan.Block, Smem: k.plan.Smem,
+		Function: k.fn, Stream: s, Grid: [3]uint32{k.grid, 1, 1}, Block: k.plan.Block, Smem: k.plan.Smem, Cluster: k.plan.Cluster,
 		Programmatic: early && k.plan.Programmatic && d.early, NumArgs: len(args),
 	}
 	copy(l.Args[:], args)

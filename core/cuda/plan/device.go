@@ -50,6 +50,7 @@ type Kernel struct {
 	Entry        string
 	Defines      []string // NAME=VALUE
 	Grid         uint32   // blocks along x
+	Cluster      uint32   // blocks along x that share a cluster, 8 at most; 0 or 1: none. Grid is a multiple of it
 	PerSM        uint32   // where not 0: the grid is this many blocks an SM, or fewer if fewer fit, and Grid is the most that are of use
 	Block        uint32   // threads
 	Resident     uint32   // where not 0: so many blocks must fit on an SM at a time

@@ -15,7 +15,7 @@
 #define EXPORT __attribute__((visibility("default")))
 
 enum { OK = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500,
-       CAPTURE_UNSUPPORTED = 900 };
+       CAPTURE_UNSUPPORTED = 900, INVALID_CLUSTER_SIZE = 912 };
 
 static pthread_mutex_t mu = PTHREAD_MUTEX_INITIALIZER;
 static char log_text[1 << 20];
@@ -104,6 +104,7 @@ EXPORT CUresult cuGetErrorName(CUresult code, const char **s) {
   case INVALID_IMAGE: *s = "CUDA_ERROR_INVALID_IMAGE"; return OK;
   case INVALID_CONTEXT: *s = "CUDA_ERROR_INVALID_CONTEXT"; return OK;
   case NOT_FOUND: *s = "CUDA_ERROR_NOT_FOUND"; return OK;
+  case INVALID_CLUSTER_SIZE: *s = "CUDA_ERROR_INVALID_CLUSTER_SIZE"; return OK;
   case CAPTURE_UNSUPPORTED: *s = "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"; return OK;
   }
   return INVALID_VALUE;
@@ -208,12 +209,40 @@ EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n, CUfunction f
   return OK;
 }
 
+// The cluster that a launch asks for; 0: one that the device does not have. More than 8 blocks need an attribute of the function.
+static unsigned cluster_of(const CUlaunchConfig *c) {
+  unsigned x = 1;
+  for (unsigned i = 0; i < c->numAttrs; i++) {
+    const CUlaunchAttribute *a = &c->attrs[i];
+    if (a->id != CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION) continue;
+    x = a->value.cluster.x;
+    if (a->value.cluster.y != 1 || a->value.cluster.z != 1 || x > 8) return 0;
+  }
+  return x == 0 || c->gridDimX % x != 0 || (x > 1 && env_int("FAKECUDA_CC", 90) < 90) ? 0 : x;
+}
+// A cluster stays in one of the GPCs, which have 18 SMs each, the last one what is left.
+EXPORT CUresult cuOccupancyMaxActiveClusters(int *n, CUfunction f, const CUlaunchConfig *c) {
+  START_CTX(cuOccupancyMaxActiveClusters);
+  struct function *fn = f;
+  unsigned size = cluster_of(c);
+  if (size == 0) return INVALID_CLUSTER_SIZE;
+  if (fn->device != current() || (int)c->sharedMemBytes > fn->smem) return INVALID_VALUE;
+  int per_sm = c->sharedMemBytes == 0 ? 8 : (int)(233472 / (c->sharedMemBytes + 1024));
+  *n = 0;
+  for (int sms = 132 - 32 * fn->device; sms > 0; sms -= 18) *n += (sms < 18 ? sms : 18) * per_sm / (int)size;
+  return OK;
+}
+
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **params, void **extra) {
   START_CTX(cuLaunchKernelEx);
   struct function *fn = f;
   if (extra != NULL || fn->device != current()) return INVALID_CONTEXT;
   if (c->gridDimX == 0 || c->gridDimY == 0 || c->gridDimZ == 0 || c->gridDimY > 65535 || c->gridDimZ > 65535) return INVALID_VALUE;
   if (c->blockDimX == 0 || c->blockDimX > 1024 || (int)c->sharedMemBytes > fn->smem) return INVALID_VALUE;
+  unsigned cluster = cluster_of(c);
+  if (cluster == 0) return INVALID_CLUSTER_SIZE;
+  char together[32] = "";
+  if (cluster > 1) snprintf(together, sizeof together, " cluster %u", cluster);
   int pdl = 0;
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
@@ -222,8 +251,8 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
   int scan = strcmp(fn->name, "zs_compress_scan") == 0;
   int count = (int)strlen(fn->name) == 0 ? 0 : scan ? 3 : 4; // the first parameters are enough to see that they arrive
   for (int i = 0; i < count; i++) n += (size_t)snprintf(args + n, sizeof args - n, " %llx", (unsigned long long)*(uint64_t *)params[i]);
-  note("launch %d %s grid %u,%u,%u block %u smem %u stream %llx pdl %d args%s\n", fn->device, fn->name, c->gridDimX, c->gridDimY, c->gridDimZ,
-       c->blockDimX, c->sharedMemBytes, (unsigned long long)(uintptr_t)c->hStream, pdl, args);
+  note("launch %d %s grid %u,%u,%u block %u smem %u stream %llx pdl %d%s args%s\n", fn->device, fn->name, c->gridDimX, c->gridDimY, c->gridDimZ,
+       c->blockDimX, c->sharedMemBytes, (unsigned long long)(uintptr_t)c->hStream, pdl, together, args);
   if (strcmp(fn->name, "zs_compress_write") == 0) // of what it writes, the header comes from the host
     for (int i = 0; i < 16; i++) (*(uint64_t **)params[5])[i] = *(uint64_t *)params[6 + i];
   // The one kernel that the host waits for: its totals are in the scratch memory already, the mail is what is left to do. A test that lets "mail" or
