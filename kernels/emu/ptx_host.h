@@ -147,3 +147,6 @@ inline void named_barrier_sync(uint32_t id, uint32_t threads) { zsemu::barrier_s
 inline void named_barrier_arrive(uint32_t id, uint32_t threads) { zsemu::barrier_arrive(id, threads); }
 inline void griddep_wait() { zsemu::griddep_wait(); }
 inline void griddep_launch() { zsemu::griddep_launch(); }
+
+// ---- errors
+inline void fail_index() { zsemu::trap("an index is not a row of the table"); }
