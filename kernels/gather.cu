@@ -7,7 +7,7 @@
 //
 // Launch: block ZS_THREADS, dynamic shared memory ZS_GATHER_SMEM, a block for each ZS_THREADS / 4 pieces; a piece is (token, column of tiles), and there are
 // `pieces` = tokens * ceil(k / 64) of them, below 2^32. Limit: few tokens wait for three reads one after the other (number, header, escapes); many for memory, which
-// gives 32-byte sectors: 792 bytes for a piece of Gaussian weights.
+// gives 32-byte sectors: 776 bytes for a piece of Gaussian weights (docs/performance.md).
 // It may be launched early (programmatic dependent launch); it reads nothing before the kernel ahead of it has ended.
 #include "format.cuh"
 
