@@ -97,6 +97,16 @@ func zsgo_cuda_decompress(device C.int32_t, stream, blob, m, k, row0, rows, out,
 	})
 }
 
+//export zsgo_cuda_gather
+func zsgo_cuda_gather(device C.int32_t, job *C.zs_cuda_gather_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		return d.Gather(&engine.Lookup{
+			Stream: driver.Stream(job.stream), Blob: driver.Pointer(job.blob), DType: format.DType(job.dtype), M: uint64(job.m), K: uint64(job.k),
+			N: uint64(job.n), IDs: driver.Pointer(job.ids), IDBytes: uint64(uint32(job.id_bytes)), Out: driver.Pointer(job.out),
+		})
+	})
+}
+
 //export zsgo_cuda_compress_scratch
 func zsgo_cuda_compress_scratch(device C.int32_t, m, k C.uint64_t, bytes *C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {

@@ -64,6 +64,12 @@ int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint6
     return zsgo_cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld);
 }
 
+int32_t zs_cuda_gather(int32_t device, const zs_cuda_gather_t *job) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_gather(device, (zs_cuda_gather_t *)job);
+}
+
 int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes) {
     REFUSE_IN_CHILD();
     REQUIRE(bytes);

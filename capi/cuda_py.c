@@ -134,6 +134,25 @@ static PyObject *py_decompress(PyObject *self, PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+static PyObject *py_gather(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_gather", 10);
+    ARG(0, device);
+    zs_cuda_gather_t job;
+    uint64_t dtype, id_bytes;
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"stream", &job.stream}, {"blob", &job.blob}, {"dtype", &dtype}, {"m", &job.m}, {"k", &job.k}, {"ids", &job.ids}, {"id_bytes", &id_bytes},
+        {"n", &job.n}, {"out", &job.out},
+    };
+    for (int i = 0; i < 9; i++)
+        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    job.dtype = (int32_t)(dtype & 0xFF), job.id_bytes = (int32_t)(id_bytes & 0xFF);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_gather(device_number(device), &job));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_compress_scratch(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
     ARGS("cuda_compress_scratch", 3);
@@ -293,6 +312,7 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
     FUNCTION(changed, "cuda_changed(device, blob) -> None: the blob has new content, written by work in a stream"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
+    FUNCTION(gather, "cuda_gather(device, stream, blob, dtype, m, k, ids, id_bytes, n, out) -> None"),
     FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, mode, escape_bytes, checksum, blob) -> None"),

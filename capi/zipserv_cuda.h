@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * zipserv_cuda.h - the GPU side of the library, for BF16 weights on CUDA devices of compute capability 8.0 or newer.
+ * zipserv_cuda.h - the GPU side of the library, for BF16 weights (zs_cuda_gather: FP16 too) on CUDA devices of compute capability 8.0 or newer.
  *
  * Addresses are device addresses in the primary context of the device, streams are CUstream handles (0: the legacy default stream). Calls
  * queue work on the stream and do not wait for it, unless they say so; zs_last_error() tells more when one fails. A failure of the
@@ -52,6 +52,19 @@ ZS_API int32_t zs_cuda_changed(int32_t device, uint64_t blob);
  * multiple of 64. */
 ZS_API int32_t zs_cuda_decompress(int32_t device, uint64_t stream, uint64_t blob, uint64_t m, uint64_t k, uint64_t row0, uint64_t rows,
                                   uint64_t out, uint64_t ld);
+
+typedef struct zs_cuda_gather_t {
+    uint64_t stream;
+    uint64_t blob; /* a tiled blob of m x k weights, 16-byte aligned */
+    uint64_t m, k;
+    uint64_t ids, n; /* n signed integers in device memory, numbers of rows */
+    uint64_t out;    /* [n, k], without gaps */
+    int32_t dtype;   /* of the blob: ZS_BF16 or ZS_FP16 */
+    int32_t id_bytes; /* 4 or 8 */
+} zs_cuda_gather_t;
+
+/* out[i] = row ids[i] of the blob. A number that is no row is a failed assertion of the device, after which its context is lost. */
+ZS_API int32_t zs_cuda_gather(int32_t device, const zs_cuda_gather_t *job);
 
 /* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory, zs_cuda_compress_plan reads the weights, waits and
  * tells the blob's size, the caller allocates the blob (16-byte aligned) and zs_cuda_compress_write writes it. Of a raw blob (mode

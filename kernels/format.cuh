@@ -20,13 +20,13 @@ struct Blob {
     const uint8_t* fixed;
     const uint8_t* escapes;
     uint32_t row_tiles, col_tiles;
-    ZS_DEVICE Blob(const uint8_t* blob, uint32_t m, uint32_t k) {
+    ZS_DEVICE Blob(const uint8_t* blob, uint32_t m, uint32_t k, uint32_t fixed_bytes = ZS_FIXED) {
         row_tiles = (m + ZS_TILE - 1) / ZS_TILE;
         col_tiles = (k + ZS_TILE - 1) / ZS_TILE;
         uint64_t tiles = (uint64_t)row_tiles * col_tiles;
         headers = blob + ZS_BLOB_HEADER;
         fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
-        escapes = fixed + tiles * ZS_FIXED;
+        escapes = fixed + tiles * fixed_bytes;
         pin(headers), pin(fixed), pin(escapes);
     }
 };

@@ -29,6 +29,12 @@ var mutations = []struct {
 	{"lost escapes of one lane", "decompress", "format.cuh", `2 \* lane < h\.count \?`, 0, "lane != 7 && 2 * lane < h.count ?", "wrong"},
 	{"swapped index bits", "decompress", "format.cuh", `\(pos >> 2\) & 0x70`, 0, "(pos >> 3) & 0x70", "wrong"},
 	{"mask of the wrong plane", "decompress", "format.cuh", `\(p1, p2, M1\), p0, M2`, 0, "(p1, p2, M2), p0, M1", "wrong"},
+	{"no __syncwarp between a row and its escapes", "gather", "gather.cu", `__syncwarp\(\);`, 0, "", "race uninitialised"},
+	{"no __syncwarp before a row is written out", "gather", "gather.cu", `__syncwarp\(\);`, -1, "", "race"},
+	{"bytes in the order of another row", "gather", "gather.cu", `row & 8 \?`, 0, "row & 4 ?", "wrong"},
+	{"literals and zeros taken for entries", "gather", "gather.cu", `if \(index >= head\.count\) continue;`, 0, "", "wrong race"},
+	{"literal of another entry", "gather", "gather.cu", `2 \* head\.count \+ index`, 0, "2 * head.count + index % 32", "wrong"},
+	{"long lists from their start again", "gather", "gather.cu", `if \(first >= 128\) entries\.load\([^;]*;`, 0, "", "wrong race"},
 	{"no wait for activations", "mma", "activations.cuh", `mbarrier_wait\([^;]*use_parity\);`, 0, "", "in-flight race uninitialised"},
 	{"wrong parity at the start", "mma", "activations.cuh", `fill_parity = 1;`, 0, "fill_parity = 0;", "deadlock"},
 	{"parity not flipped at the wrap-around", "mma", "activations.cuh", `use_parity \^= 1`, 0, "use_parity ^= 0", "deadlock in-flight race mbarrier"},
@@ -88,6 +94,21 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		return ""
 	}
+	if kernel == "gather" {
+		g := newGatherer(t, files, false)
+		for _, kind := range []string{"mixed", "outliers"} {
+			c := gatherCase{x: newMatrix(kind, 130, 200, seed), ids: someRows(130, 30, seed), idBytes: 8, align: 16, seed: seed}
+			got, err := g.run(c)
+			if err != nil {
+				require.NotEmpty(t, faultKind(err), err)
+				return faultKind(err)
+			}
+			if !bytes.Equal(got, c.expected()) {
+				return "wrong"
+			}
+		}
+		return ""
+	}
 	if kernel == "decompress" {
 		d := newDecompressor(t, files, 2)
 		c := decompressCase{x: newMatrix("gaussian", 130, 130, seed), blocks: 1, ld: 130, align: 16, seed: seed}
@@ -123,7 +144,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "mma", "wgmma"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "mma", "wgmma"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

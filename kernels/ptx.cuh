@@ -88,6 +88,9 @@ ZS_DEVICE Vec4 ld_global_v4(const void* p) {
     asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
     return v;
 }
+ZS_DEVICE void st_global_v4(void* p, Vec4 v) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
 ZS_DEVICE void st_global_v2(void* p, uint32_t x, uint32_t y) { asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(x), "r"(y) : "memory"); }
 // Results that nobody reads soon.
 ZS_DEVICE void st_stream_v4(void* p, Vec4 v) {
@@ -257,6 +260,9 @@ ZS_DEVICE void griddep_launch() {}
 
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Ends the kernel as a failed assertion of the device, the error that nn.Embedding gives for such an index.
+ZS_DEVICE void fail_index() { __assertfail("an index is not a row of the table", "zipserv/kernels/gather.cu", 0, "zs_gather", 1); }
 
 // Bytes that nobody reads: told to the emulator, nothing on a GPU.
 ZS_DEVICE void scratch_bytes(uint32_t addr, uint32_t bytes) {}

@@ -158,3 +158,6 @@ inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) { zsemu::mbarri
 
 inline void griddep_wait() { zsemu::griddep_wait(); }
 inline void griddep_launch() { zsemu::griddep_launch(); }
+
+// ---- errors
+inline void fail_index() { zsemu::trap("an index is not a row of the table"); }

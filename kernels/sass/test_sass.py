@@ -15,7 +15,7 @@ import sass
 @pytest.mark.parametrize("arch", sass.ARCHITECTURES)
 def test_variants_compile_without_spills(arch: str) -> None:
     mine = [v for v in sass.variants() if v.arch == arch]
-    assert {v.source for v in mine} >= {"compress.cu", "decompress.cu", "zipgemm_mma.cu"}
+    assert {v.source for v in mine} >= {"compress.cu", "decompress.cu", "gather.cu", "zipgemm_mma.cu"}
     for v, u in sass.usages(mine).items():
         assert u.spill_bytes == 0 and u.stack_bytes == 0, f"{v}: {u.spill_bytes} bytes of spills, {u.stack_bytes} of stack"
         assert not u.warnings, f"{v}: {u.warnings}"

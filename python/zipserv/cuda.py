@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
-__all__ = ["batch_invariant", "changed", "clear_cache", "compress", "decompress", "describe", "linear", "report", "set_batch_invariant", "warm"]
+__all__ = [
+    "batch_invariant", "changed", "clear_cache", "compress", "decompress", "describe", "embedding", "linear", "report", "set_batch_invariant", "warm",
+]
 
 _BF16 = 1
 _RAW = 0
@@ -147,6 +149,40 @@ def _refuse(tensor: torch.Tensor, name: str, dtype: torch.dtype, shape: str, blo
     if tensor.device != blob.device:
         raise ValueError(f"{name} is on {tensor.device}, the weight on {blob.device}")
     raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, it should be {shape}")
+
+
+# --- embedding ------------------------------------------------------------------------------------------------------
+
+
+def embedding(ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor:
+    """Rows ``ids (...)`` of a compressed table ``(m, k)``, as ``(..., k)``. A number that is no row is a device-side assertion, as it is of
+    ``nn.Embedding``: it shows at a later call, and no other follows in this process."""
+    if ids.get_device() != blob.get_device():
+        raise ValueError(f"the row numbers are on {ids.device}, the table on {blob.device}")
+    if ids.dtype is not torch.int64 and ids.dtype is not torch.int32:
+        if ids.dtype not in (torch.uint8, torch.int8, torch.int16):
+            raise TypeError(f"the row numbers are {ids.dtype}, they should be torch.int64 or torch.int32")
+        ids = ids.long()
+    dtype = DTYPES[dtype_code]
+    if _is_raw(blob, m, k):
+        return F.embedding(ids, _raw_matrix(blob, m, k, dtype))
+    if blob.data_ptr() % 16:
+        blob = blob.clone()
+        _zipserv.cuda_changed(blob.get_device(), blob.data_ptr())
+    ids = ids.contiguous()
+    index = blob.get_device()
+    rows = torch.empty((*ids.shape, k), dtype=dtype, device=blob.device)
+    count = ids.numel()
+    if count:
+        _zipserv.cuda_gather(index, _stream(index), blob.data_ptr(), dtype_code, m, k, ids.data_ptr(), ids.element_size(), count, rows.data_ptr())
+    return rows
+
+
+def eager_embedding(ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int) -> torch.Tensor | None:
+    """:func:`embedding` past torch's dispatcher, as :func:`eager_linear`. Not to be called while torch.compile traces."""
+    if ids.__class__ is not torch.Tensor or _mode_count() or _transform() is not None:
+        return None
+    return embedding(ids, blob, m, k, dtype_code)
 
 
 # --- decompress -----------------------------------------------------------------------------------------------------

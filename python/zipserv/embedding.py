@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from . import gather
+from . import ops
 from .errors import Error
 from .format import DTYPE_CODES, SUFFIX
 from .layers import BlobModule
@@ -66,8 +66,6 @@ class ZipEmbedding(BlobModule, nn.Embedding):
         self.sparse = False
         self.weight_dtype = dtype
         self.register_blob("weight", (num_embeddings, embedding_dim), dtype, blob, device)
-        #: Longest escape list of a tile: what the GPU lookup needs to know without reading the blob.
-        self.max_escapes = 0 if blob is None else gather.max_escapes(blob, num_embeddings, embedding_dim)
 
     @classmethod
     def from_ziptensor(cls, weight: ZipTensor, padding_idx: int | None = None) -> ZipEmbedding:
@@ -83,7 +81,6 @@ class ZipEmbedding(BlobModule, nn.Embedding):
             raise ValueError(f"an embedding table has two dimensions, this one has the shape {tuple(weight.shape)}")
         layer = cls(weight.m, weight.k, padding_idx, device="meta", dtype=weight.dtype)
         layer.weight_zipserv = weight.blob
-        layer.max_escapes = gather.max_escapes(weight.blob, weight.m, weight.k)
         return layer
 
     @classmethod
@@ -157,14 +154,12 @@ class ZipEmbedding(BlobModule, nn.Embedding):
         if blob.numel() == 0:
             raise Error("ZipEmbedding holds no table yet: load a state dict, or make it from a loaded layer")
         code = DTYPE_CODES[self.weight_dtype]
-        rows: torch.Tensor = torch.ops.zipserv.embedding(input, blob, m, k, code, self.max_escapes)
-        return rows
-
-    def _load_blob(self, name: str, value: object, *, is_plain: bool, assign: bool) -> None:
-        super()._load_blob(name, value, is_plain=is_plain, assign=assign)
-        blob = self.get_buffer(name + SUFFIX)
-        if not blob.is_meta and blob.numel():
-            self.max_escapes = gather.max_escapes(blob, self.num_embeddings, self.embedding_dim)
+        if input.is_cuda and blob.is_cuda and not torch.compiler.is_compiling() and torch._C._get_tracing_state() is None:
+            rows: torch.Tensor | None = ops.cuda_module().eager_embedding(input, blob, m, k, code)
+            if rows is not None:
+                return rows
+        result: torch.Tensor = torch.ops.zipserv.embedding(input, blob, m, k, code)
+        return result
 
     def extra_repr(self) -> str:
         blob = self.weight_zipserv
@@ -174,7 +169,7 @@ class ZipEmbedding(BlobModule, nn.Embedding):
 
 def _take_over(new: nn.Module, old: nn.Module, without: tuple[str, ...]) -> None:
     """Make ``new`` have all that ``old`` has but these tensors: for subclasses whose constructors we do not know."""
-    ours = ("_blob_specs", "weight_dtype", "max_escapes")
+    ours = ("_blob_specs", "weight_dtype")
     new.__dict__.update({key: value for key, value in old.__dict__.items() if key not in ours})
     for kind in ("_parameters", "_buffers", "_modules"):
         new.__dict__[kind] = {name: value for name, value in old.__dict__[kind].items() if name not in without}

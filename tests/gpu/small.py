@@ -23,6 +23,8 @@ def main() -> None:
             y = zipserv.linear(x, zf, bias)
             torch.testing.assert_close(y.double(), x.double() @ finite.cuda().double().T + bias.double(), rtol=2e-2, atol=5e-2)
         assert torch.equal(zipserv.compress(w.cuda()).blob.cpu(), zipserv.compress(w).blob)
+        ids = torch.randint(m, (20,), device="cuda")
+        assert same_bits(torch.ops.zipserv.embedding(ids, z.blob, m, k, 1), w[ids.cpu()])
     torch.cuda.synchronize()
     print("small shapes: right")
 

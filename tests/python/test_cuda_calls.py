@@ -178,6 +178,41 @@ assert "no NVIDIA driver" in _zipserv.cuda_describe()
     subprocess.run([sys.executable, "-c", missing], env=env, check=True)
 
 
+def test_lookups(run) -> None:
+    run("""
+w = (torch.randn(256, 200) * 0.02).bfloat16()
+blob = on_device(zipserv.compress(w).blob)
+ids = on_device(torch.randint(0, 256, (3, 8)))
+rows = cuda.embedding(ids, blob, 256, 200, 1)
+assert rows.shape == (3, 8, 200) and rows.dtype == torch.bfloat16 and len(launches()) == 1, log()
+words = launches()[0].split()
+assert words[2:5] == ["zs_gather", "grid", "3,1,1"] and "stream 77" in launches()[0]  # 24 x 4 pieces, 32 a block
+assert words[-4:] == [f"{v:x}" for v in (blob.data_ptr(), ids.data_ptr(), 8, rows.data_ptr())], words
+assert not any(line.split()[0] in ("alloc", "synchronize") for line in log()), log()
+few = on_device(ids.int())
+cuda.embedding(few, blob, 256, 200, 1)
+assert launches()[1].split()[-3:-1] == [f"{few.data_ptr():x}", "4"]
+cuda.embedding(ids[:, ::2], blob, 256, 200, 1)                 # a copy of the numbers, which lie apart
+cuda.embedding(on_device(ids.to(torch.uint8)), blob, 256, 200, 1)
+assert [line.split()[-2] for line in launches()] == ["8", "4", "8", "8"]
+assert cuda.embedding(ids[:0], blob, 256, 200, 1).shape == (0, 8, 200) and len(launches()) == 4
+half = on_device(zipserv.compress(w[:, :192].half()).blob)
+assert cuda.embedding(ids, half, 256, 192, 2).dtype == torch.float16 and len(launches()) == 5
+moved = torch.empty(blob.numel() + 1, dtype=torch.uint8)[1:].copy_(blob)
+cuda.embedding(ids, on_device(moved), 256, 200, 1)             # a blob at an odd address: a copy of it
+assert int(launches()[5].split()[-4], 16) % 16 == 0
+noise = torch.randint(-32768, 32768, (64, 64), dtype=torch.int16).view(torch.bfloat16)
+raw = zipserv.compress(noise)
+got = cuda.embedding(ids % 64, on_device(raw.blob), 64, 64, 1)
+assert raw.is_raw and torch.equal(got.view(torch.int16).as_subclass(torch.Tensor), noise[ids.as_subclass(torch.Tensor) % 64].view(torch.int16))
+assert len(launches()) == 6, "a raw table is indexed by torch"
+raises(TypeError, ["torch.float32", "torch.int64"], cuda.embedding, on_device(ids.float()), blob, 256, 200, 1)
+raises(ValueError, ["the table on"], cuda.embedding, ids.as_subclass(torch.Tensor), blob, 256, 200, 1)
+raises(ValueError, ["4 or 8 bytes"], _zipserv.cuda_gather, 0, 0, 16, 1, 64, 64, 0x2000, 2, 1, 0x3000)
+raises(ValueError, ["BF16 nor FP16"], _zipserv.cuda_gather, 0, 0, 16, 3, 64, 64, 0x2000, 8, 1, 0x3000)
+""", TENSORS)
+
+
 def test_a_forked_child_is_refused(run) -> None:
     run("""
 import sys

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import zipserv
-from zipserv import gather
 from zipserv.conv import ZipConv, ZipConv1d, ZipConv2d, ZipConv3d, is_matmul
 from zipserv.embedding import ZipEmbedding
 from zipserv.experts import ZipExperts
@@ -42,48 +41,22 @@ def table(kind: str, rows: int, columns: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16", "odd", "raw"])
 @pytest.mark.parametrize("shape", [(320, 448), (130, 1030), (1000, 64)])
-def test_rows_are_exact_on_both_paths(kind: str, shape: tuple[int, int]) -> None:
+def test_rows_are_exact(kind: str, shape: tuple[int, int]) -> None:
     w = table(kind, *shape)
     z = zipserv.compress(w)
     ids = torch.randint(0, shape[0], (5, 7), generator=torch.Generator().manual_seed(2))
     ids[0] = torch.arange(7)
     ids[1] = torch.arange(98, 105)
     ids[2] = shape[0] - 1
-    code = DTYPE_CODES[w.dtype]
-    longest = gather.max_escapes(z.blob, z.m, z.k)
-    for lookup in (torch.ops.zipserv.embedding, gather._embedding_gather):
-        rows = lookup(ids, z.blob, z.m, z.k, code, longest)
-        assert rows.shape == (5, 7, shape[1]) and torch.equal(bits(rows), bits(w[ids]))
+    rows = torch.ops.zipserv.embedding(ids, z.blob, z.m, z.k, DTYPE_CODES[w.dtype])
+    assert rows.shape == (5, 7, shape[1]) and torch.equal(bits(rows), bits(w[ids]))
 
 
-def test_many_rows_come_from_pieces_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(5)
-    weight = (torch.randn(700, 96) * 0.02).to(torch.bfloat16)
-    z = zipserv.compress(weight)
-    ids = torch.randint(0, 700, (4, 200))
-    want = torch.nn.functional.embedding(ids, weight)
-    for size in (1, 128 * 96, 1 << 26):
-        monkeypatch.setattr(gather, "PIECE_WEIGHTS", size)
-        assert torch.equal(gather._embedding_pieces(ids, z.blob, z.m, z.k, 1), want)
-    assert torch.equal(gather._embedding_pieces(ids.int(), z.blob, z.m, z.k, 1), want)
-    for wrong in (-1, 700):
-        with pytest.raises(RuntimeError, match=r"0 \.\. 699"):
-            gather._embedding_pieces(torch.tensor([3, wrong]), z.blob, z.m, z.k, 1)
-    taken = []
-    monkeypatch.setattr(gather, "_embedding_pieces", lambda ids, *rest: taken.append(ids.numel()) or want)
-    longest = gather.max_escapes(z.blob, z.m, z.k)
-    for some in (ids, ids[:, :100], ids[:1, :1]):
-        gather._embedding_cuda(some, z.blob, z.m, z.k, 1, longest)
-    assert taken == [800]
-
-
-def test_gather_works_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gather, "CHUNK_WEIGHTS", 1000)
-    w = weights(320, 448)
-    z = zipserv.compress(w)
-    ids = torch.arange(0, 320, 7)
-    rows = gather._embedding_gather(ids, z.blob, z.m, z.k, 1, gather.max_escapes(z.blob, z.m, z.k))
-    assert torch.equal(rows, w[ids])
+def test_embedding_compiles_in_one_graph() -> None:
+    layer = ZipEmbedding.from_embedding(nn.Embedding(320, 448, _weight=weights(320, 448)))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for ids in (torch.tensor([5, 319]), torch.arange(12).view(3, 4), torch.tensor(7)):
+        assert torch.equal(compiled(ids), layer(ids))
 
 
 def test_embedding_module() -> None:
@@ -117,7 +90,7 @@ def test_embedding_copies_saves_and_loads() -> None:
     from_plain = ZipEmbedding(320, 448)
     from_plain.load_state_dict({"weight": expected}, strict=True)
     for each in (copy.deepcopy(layer), empty, other, from_plain, layer.to(torch.float32)):
-        assert torch.equal(each(ids), expected) and each.max_escapes == layer.max_escapes
+        assert torch.equal(each(ids), expected)
 
 
 class Scaled(nn.Embedding):

@@ -35,6 +35,9 @@ def test_opcheck(dtype: torch.dtype) -> None:
     _check(ops.decompress_rows.default, *shape, 5, 77)
     _check(ops.decompress_out.default, *shape, 5, torch.zeros(64, 192, dtype=dtype))
     _check(ops.compress.default, weight)
+    ids = torch.tensor([[0, 127, 64], [5, 5, 7]])
+    _check(ops.embedding.default, ids, *shape)
+    _check(ops.embedding.default, ids.int()[:, ::2], *shape)
 
 
 def test_fake_kernels_give_shapes_without_reading() -> None:
@@ -45,6 +48,7 @@ def test_fake_kernels_give_shapes_without_reading() -> None:
         assert ops.linear_grad_x(torch.empty(2, 128, dtype=torch.bfloat16), blob, 128, 192, 1).shape == (2, 192)
         assert ops.decompress(blob, 128, 192, 2).dtype == torch.float16
         assert ops.decompress_rows(blob, 128, 192, 1, 3, 10).shape == (7, 192)
+        assert ops.embedding(torch.empty(2, 3, dtype=torch.long), blob, 128, 192, 2).shape == (2, 3, 192)
 
 
 def test_a_direct_call_with_a_wrong_blob_is_refused() -> None:

@@ -25,6 +25,7 @@ var stubs = fstest.MapFS{
 	"zipgemm_mma.cu":   {Data: []byte(`extern "C" __global__ void zs_zipgemm_mma() {}`)},
 	"zipgemm_wgmma.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
 	"decompress.cu":    {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
+	"gather.cu":        {Data: []byte(`extern "C" __global__ void zs_gather() {}`)},
 	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_plan() {}
 extern "C" __global__ void zs_compress_scan() {}
 extern "C" __global__ void zs_compress_write() {}`)},
@@ -174,6 +175,46 @@ func TestDecompress(t *testing.T) {
 	assert.Contains(t, launches(f)[0], "grid 7,1,1", "26 tiles, 4 warps a block")
 	for _, r := range [][2]uint64{{1, 5}, {0, 1001}, {1024, 1}, {960, 41}, {64, 0}, {64, 1<<64 - 1}} {
 		assert.ErrorContains(t, d.Decompress(0, 0x1000, 1000, 777, r[0], r[1], 0x5000, 777), "multiple of 64")
+	}
+}
+
+func TestGather(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Lookup{Stream: 0x88, Blob: 0x1000, DType: format.BF16, M: 1000, K: 777, N: 5, IDs: 0x4000, IDBytes: 8, Out: 0x5000}
+	require.NoError(t, d.Gather(&p))
+	assert.Equal(t, []string{"launch 0 zs_gather grid 3,1,1 block 128 smem 4096 stream 88 pdl 1 args 1000 4000 8 5000"}, launches(f),
+		"5 tokens of 13 tiles; early from the first time on")
+
+	f.Reset()
+	p.N, p.IDBytes = 8192, 4
+	require.NoError(t, d.Gather(&p))
+	assert.Contains(t, launches(f)[0], "grid 3328,1,1")
+	for _, word := range []string{"alloc", "synchronize", "load", "record"} {
+		assert.Zero(t, count(f, word), "the hot path does not %s", word)
+	}
+	p.DType = format.FP16
+	require.NoError(t, d.Gather(&p))
+	assert.Equal(t, 1, count(f, "load"), "a variant of its own")
+
+	f.Reset()
+	p.N = 0
+	require.NoError(t, d.Gather(&p))
+	assert.Empty(t, launches(f))
+	p.N, p.IDBytes = 1<<32/13+10, 8
+	require.NoError(t, d.Gather(&p))
+	require.Len(t, launches(f), 2, "pieces are counted in 32 bits")
+	most := uint64(1<<32-1) / 13
+	assert.Contains(t, launches(f)[1], fmt.Sprintf("grid 5,1,1 block 128 smem 4096 stream 88 pdl 1 args 1000 %x 8 %x", 0x4000+8*most, 0x5000+2*777*most))
+
+	for _, change := range []func(*engine.Lookup){
+		func(p *engine.Lookup) { p.M = 0 }, func(p *engine.Lookup) { p.K = 1 << 31 }, func(p *engine.Lookup) { p.Blob = 0x1008 },
+		func(p *engine.Lookup) { p.DType = 3 }, func(p *engine.Lookup) { p.IDBytes = 2 }, func(p *engine.Lookup) { p.IDs = 0x4004 },
+	} {
+		wrongly := engine.Lookup{Blob: 0x1000, DType: format.BF16, M: 1000, K: 777, N: 5, IDs: 0x4000, IDBytes: 8, Out: 0x5000}
+		change(&wrongly)
+		var wrong engine.ArgumentError
+		assert.ErrorAs(t, d.Gather(&wrongly), &wrong)
 	}
 }
 
@@ -402,7 +443,8 @@ func TestTheRealKernelsCompileAndLoad(t *testing.T) {
 	_, err = device(t, e, 0).Linear(&p)
 	require.NoError(t, err)
 	require.NoError(t, device(t, e, 0).Decompress(0, 0x1000, 64, 64, 0, 64, 0x5000, 64))
-	assert.Len(t, launches(f), 2)
+	require.NoError(t, device(t, e, 0).Gather(&engine.Lookup{Blob: 0x1000, DType: format.BF16, M: 64, K: 64, N: 1, IDs: 0x4000, IDBytes: 8, Out: 0x5000}))
+	assert.Len(t, launches(f), 3)
 }
 
 func TestManyThreads(t *testing.T) {

@@ -75,4 +75,27 @@ func compressGrid(tiles uint64) uint64 {
 	return min(ceilDiv(tiles, compressRounds*compressWarps), 1<<31-1)
 }
 
+const gatherThreads = 128
+
+// Gather plans the kernel that looks up rows of a table. Its grid is GatherBlocks.
+func Gather(d Device, fp16 bool) Kernel {
+	variant := 0
+	if fp16 {
+		variant = 1
+	}
+	return Kernel{
+		Source: "gather.cu", Entry: "zs_gather", Defines: []string{fmt.Sprintf("ZS_FP16=%d", variant)},
+		Grid: 1, Block: gatherThreads, Smem: gatherThreads / 4 * 2 * tileSide, Programmatic: d.Capability >= 90,
+	}
+}
+
+// GatherTokens is the most tokens of one launch: the kernel counts pieces, a token's part of a tile each, in 32 bits.
+func GatherTokens(k uint64) uint64 { return (1<<32 - 1) / ceilDiv(k, tileSide) }
+
+// GatherPieces is the work of a lookup, and the blocks that do it.
+func GatherPieces(tokens, k uint64) (pieces uint64, blocks uint32) {
+	pieces = tokens * ceilDiv(k, tileSide)
+	return pieces, uint32(ceilDiv(pieces, gatherThreads/4))
+}
+
 func clampGrid(n uint64) uint32 { return uint32(min(max(n, 1), 1<<31-1)) }

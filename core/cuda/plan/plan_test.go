@@ -71,6 +71,7 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 				}
 			}
 			checkKernel(t, d, plan.Decompress(d, mk[0], mk[1]))
+			checkKernel(t, d, plan.Gather(d, mk[0] > 64))
 			c := plan.Compress(d, mk[0], mk[1])
 			for _, k := range []plan.Kernel{c.Plan, c.Scan, c.Write} {
 				checkKernel(t, d, k)
@@ -163,6 +164,22 @@ func TestTheH200sPlans(t *testing.T) {
 	small, err := plan.ForLinear(d, plan.Problem{M: 64, K: 64, N: 5})
 	require.NoError(t, err)
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
+}
+
+func TestEveryPieceOfALookupHasItsThreads(t *testing.T) {
+	for _, k := range []uint64{1, 64, 65, 4096, 5120, 1<<31 - 1} {
+		most := plan.GatherTokens(k)
+		for _, tokens := range []uint64{1, 7, 8192, most} {
+			tokens = min(tokens, most)
+			pieces, blocks := plan.GatherPieces(tokens, k)
+			assert.Equal(t, tokens*((k+63)/64), pieces)
+			assert.Less(t, pieces, uint64(1)<<32)
+			threads := uint64(blocks) * uint64(plan.Gather(devices["H200"], false).Block)
+			assert.GreaterOrEqual(t, threads, 4*pieces)
+			assert.Less(t, threads-4*pieces, uint64(128), "no block without work")
+		}
+		assert.NotZero(t, most)
+	}
 }
 
 func TestTooSmallAGPU(t *testing.T) {

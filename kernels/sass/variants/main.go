@@ -61,6 +61,8 @@ func main() {
 				all = append(all, variant{t.arch, k.Source, k.Entry, k.Defines, k.Smem, k.Block})
 			}
 		}
+		add(plan.Gather(t.device, false))
+		add(plan.Gather(t.device, true))
 		for _, s := range shapes {
 			m, k := s[0], s[1]
 			add(plan.Decompress(t.device, m, k))

@@ -11,8 +11,6 @@ from torch.nn.parameter import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
-from zipserv.gather import max_escapes
-
 from .weight import ZipWeight
 
 
@@ -50,9 +48,6 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         layer.zip_weight.settle()
-        if layer.zip_weight.plain is None:
-            weight = layer.zip_weight
-            layer.zip_escapes = max_escapes(layer.weight, weight.m, weight.k)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return layer.zip_weight.linear(layer, x, bias)  # type: ignore[no-any-return]
@@ -61,5 +56,5 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         weight = layer.zip_weight
         if weight.plain is not None:
             return F.embedding(input_, layer.weight)
-        rows: torch.Tensor = torch.ops.zipserv.embedding(input_, layer.weight, weight.m, weight.k, weight.code, layer.zip_escapes)
+        rows: torch.Tensor = torch.ops.zipserv.embedding(input_, layer.weight, weight.m, weight.k, weight.code)
         return rows
