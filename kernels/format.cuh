@@ -101,17 +101,23 @@ struct LaneWords {
     }
 };
 
-// Decodes a lane's words of warp tile w into the swizzled tile at shared address `tile`.
-ZS_DEVICE void decode_lane(const LaneWords& in, uint32_t tile, uint32_t w, uint32_t base2, uint32_t lane) {
+// Where a lane of a warp tile w stores its weights in the swizzled tile. FragTile f = 4 i + lane / 8 (section 5): row block i / 2, column block
+// 4 (i mod 2) + lane / 8. So chunk 0 is here, chunk 1 at this ^ 64, chunks 2 and 3 are eight rows below.
+ZS_DEVICE uint32_t lane_offset(uint32_t w, uint32_t lane) { return swizzle_chunk(w * 16 + (lane & 7), lane >> 3); }
+
+// Decodes a lane's words: chunk 0 to shared address `at`, chunk 1 to `beside`.
+ZS_DEVICE void decode_words(const LaneWords& in, uint32_t base2, uint32_t at, uint32_t beside) {
     const uint32_t s[8] = {in.a.x, in.a.y, in.a.z, in.a.w, in.b.x, in.b.y, in.b.z, in.b.w};
     uint32_t d[16];
     decode32(s, in.p0, in.p1, in.p2, base2, d);
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        // FragTile f = 4 i + lane / 8 (section 5): row block i / 2, column block 4 (i mod 2) + lane / 8.
-        const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
-        st_shared_v4(tile + swizzle_chunk(row, chunk), Vec4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
-    }
+    for (uint32_t i = 0; i < 4; i++) st_shared_v4((i & 1 ? beside : at) + 1024 * (i / 2), Vec4{d[4 * i], d[4 * i + 1], d[4 * i + 2], d[4 * i + 3]});
+}
+
+// Decodes a lane's words of warp tile w into the swizzled tile at shared address `tile`.
+ZS_DEVICE void decode_lane(const LaneWords& in, uint32_t tile, uint32_t w, uint32_t base2, uint32_t lane) {
+    const uint32_t offset = lane_offset(w, lane);
+    decode_words(in, base2, tile + offset, tile + (offset ^ 64));
 }
 
 // A warp's stream of tiles: the compressed words of the next tile are always under way, in registers. Nothing of it passes through shared memory,

@@ -68,6 +68,11 @@ struct Vec4 {
 };
 
 // Weights are read once: keep them out of L1 and let L2 drop them first.
+ZS_DEVICE uint32_t ld_stream_u16(const void* p) {
+    uint16_t v;
+    asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    return v;
+}
 ZS_DEVICE uint32_t ld_stream_u32(const void* p) {
     uint32_t v;
     asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));

@@ -72,6 +72,11 @@ ZS_DEVICE void wgmma_m64k16_bf16<256>(float (&d)[128], uint64_t a, uint64_t b) {
 
 #endif  // ZS_EMU
 
-// Descriptor of rows of 128 bytes in the 128-byte swizzle (format.cuh, swizzle_chunk), 1024-byte aligned; groups of eight rows follow each other.
-// Adding 2 to it moves 16 columns on.
-ZS_DEVICE uint64_t wgmma_descriptor(uint32_t addr) { return (uint64_t)((addr & 0x3FFFF) >> 4) | (uint64_t)1 << 16 | (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62; }
+// What a descriptor says of rows of 128 bytes in the 128-byte swizzle (format.cuh, swizzle_chunk) from shared address `addr` on, 1024-byte aligned; groups of
+// eight rows follow each other.
+ZS_DEVICE uint32_t wgmma_start(uint32_t addr) { return addr >> 4 | 1u << 16; }
+// The descriptor of a place `bytes` behind it: 32 are 16 columns.
+ZS_DEVICE uint64_t wgmma_descriptor(uint32_t start, uint32_t bytes) {
+    const uint32_t hi = 1024 >> 4 | 1u << 30;
+    return (uint64_t)hi << 32 | (start + bytes / 16);
+}

@@ -36,13 +36,12 @@
 #define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
 #define ZS_DECODER_REGISTERS 0   // and so many to others
 #endif
+#define ZS_CLUSTER 1
+#define ZS_TOKEN_TILES 0
 #define ZS_NTILES (ZS_N / 8)
-
-#include "gemm.cuh"
 
 #define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
 #define ZS_THREADS ((ZS_CONSUMERS + 32 * ZS_DECODERS + 32 + 127) / 128 * 128)  // with the loader; the compiler counts registers in whole warpgroups
-#define ZS_PLACES (ZS_MW * ZS_KW)
 #define ZS_PER_GROUP (ZS_MW / ZS_GROUPS)  // strips of a unit that one warpgroup multiplies
 // Pieces of partial sums that a consumer reads at a time: what is left of its registers, if whole warpgroups are counted.
 #define ZS_REGISTERS (ZS_CONSUMER_REGISTERS ? ZS_CONSUMER_REGISTERS : 65536 / ZS_THREADS)
@@ -51,6 +50,8 @@
 #define ZS_XBOX (ZS_N * 128)              // bytes of the activations of one column of tiles
 #define ZS_XBYTES (ZS_KW * ZS_XBOX)
 #define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
+
+#include "tiles.cuh"
 
 // Shared memory: decoded tiles | activations | barriers (a full and an empty one a stage) | spare bytes of the decoders (Escapes::patch). The first two need
 // 1024-byte alignment.
@@ -66,53 +67,21 @@ static_assert(ZS_MW % ZS_GROUPS == 0 && ZS_DECODERS % ZS_GROUPS == 0 && ZS_STAGE
 
 static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES >= 2, "the rings hold more than what is handed back late");
 
-// A ring's stage and the parity of its present round.
-struct Stage {
-    uint32_t index, parity;
-    ZS_DEVICE explicit Stage(uint32_t first) : index(first), parity(0) {}
-    ZS_DEVICE void advance(uint32_t step, uint32_t stages) {
-        index += step;
-        if (index >= stages) index -= stages, parity ^= 1;
-    }
-};
-
-// A walk through the tiles of a block's units, from the end to the beginning.
-struct Walk {
-    int32_t left, kstep, group;  // units left, with this one; its column step; its strip group
-    uint32_t place;              // of the tile in the unit
-    ZS_DEVICE Walk(const Work& work, uint32_t first) {
-        const int32_t skip = (int32_t)(first / ZS_PLACES), unit = max(work.end - 1 - skip, 0);
-        left = work.end - work.begin - skip;
-        group = unit / work.ksteps, kstep = unit - group * work.ksteps;
-        place = first % ZS_PLACES;
-    }
-    ZS_DEVICE void advance(const Work& work, uint32_t tiles) {
-        const uint32_t next = place + tiles;
-        place = next % ZS_PLACES;
-        left -= (int32_t)(next / ZS_PLACES), kstep -= (int32_t)(next / ZS_PLACES);
-        while (kstep < 0 && left > 0) kstep += work.ksteps, group--;
-    }
-    ZS_DEVICE int32_t strip() const { return group * ZS_MW + (int32_t)(place % ZS_MW); }
-    ZS_DEVICE int32_t ktile() const { return kstep * ZS_KW + (int32_t)(place / ZS_MW); }
-    ZS_DEVICE uint32_t tile(const Work& work) const { return (uint32_t)(strip() * work.col_tiles + ktile()); }
-    ZS_DEVICE bool exists(const Work& work) const { return left > 0 && strip() < work.strips && ktile() < work.col_tiles; }
-};
-
 // Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile
 // after the present one the words and escapes are under way, of the one after that the header.
-ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint32_t lane, uint32_t smem) {
-    Walk ahead(work, d);
-    int32_t left = ((work.end - work.begin) * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
+ZS_DEVICE void decode_tiles(const Blob& blob, const Share& share, uint32_t d, uint32_t lane, uint32_t smem) {
+    Walk ahead(share, d);
+    int32_t left = (share.units() * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
     // Of the tile at `ahead` its place and header, if it is one of the matrix.
     const uint8_t* next_fixed;
     uint64_t next_head;
     auto look = [&] {
         next_fixed = 0, next_head = 0;
-        if (ahead.exists(work)) {
-            const uint64_t tile = ahead.tile(work);
+        if (ahead.exists(share)) {
+            const uint64_t tile = ahead.weight_tile(share);
             next_fixed = blob.fixed + tile * ZS_FIXED, next_head = ld_stream_u64(blob.headers + tile * 8);
         }
-        ahead.advance(work, ZS_DECODERS);
+        ahead.advance(share, ZS_DECODERS);
     };
     TileStream stream;
     Escapes escapes;
@@ -146,9 +115,9 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
 }
 
 // One thread brings the activations of every unit.
-ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Work& work, uint32_t smem) {
+ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Share& share, uint32_t smem) {
     Stage stage(0);
-    for (Walk at(work, 0); at.left > 0; at.advance(work, ZS_PLACES)) {
+    for (Walk at(share, 0); at.left > 0; at.advance(share, ZS_PLACES)) {
         const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
         mbarrier_wait(full + 8, stage.parity ^ 1);
         mbarrier_arrive_expect_tx(full, ZS_XBYTES);
@@ -158,58 +127,15 @@ ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint6
     }
 }
 
-// Adds up one strip of a strip group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them:
-// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7.
-ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Work& work, int32_t group, int32_t last, uint32_t mw, uint32_t tid, float* workspace) {
-    // Pieces, and helpers, whose sums are under way at once: as many as there are registers for.
-    constexpr uint32_t FLOATS = ZS_N / 2, AT_ONCE = ZS_PIECES_AT_ONCE, PIECES = FLOATS / 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
-    constexpr uint64_t BLOCK = (uint64_t)ZS_MW * FLOATS * 128;
-    const int32_t group_first = group * work.ksteps;
-    float* const slot = workspace + ((mw * PIECES) * 128 + tid) * 4;
-    if (last != group_first + work.ksteps - 1) {
-#pragma unroll
-        for (uint32_t q = 0; q < PIECES; q++) put_sum(slot + blockIdx.x * BLOCK + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
-        return;
-    }
-    uint32_t helpers = 0;  // lower blocks that hold the rest of the group
-    while (work.start_of(blockIdx.x - helpers) > group_first) helpers++;
-    for (uint32_t h0 = 0; h0 < helpers; h0 += HELPERS) {
-#pragma unroll
-        for (uint32_t q0 = 0; q0 < PIECES; q0 += ROUND) {
-            Vec4 p[HELPERS][ROUND];
-            float* const theirs = slot + (blockIdx.x - 1 - h0) * BLOCK + q0 * 512;
-#pragma unroll
-            for (uint32_t h = 0; h < HELPERS; h++)
-#pragma unroll
-                for (uint32_t i = 0; i < ROUND; i++)
-                    if (h0 + h < helpers) p[h][i] = ld_relaxed_v4(theirs - h * BLOCK + i * 512);
-#pragma unroll
-            for (uint32_t h = 0; h < HELPERS; h++)
-                if (h0 + h < helpers)
-#pragma unroll
-                    for (uint32_t i = 0; i < ROUND; i++) {
-                        float* const from = theirs - h * BLOCK + i * 512;
-                        while (is_empty(p[h][i])) p[h][i] = ld_relaxed_v4(from);
-                        float* const v = acc + 4 * (q0 + i);
-                        v[0] += as_float(p[h][i].x), v[1] += as_float(p[h][i].y), v[2] += as_float(p[h][i].z), v[3] += as_float(p[h][i].w);
-                        st_relaxed_v4(from, Vec4{ZS_EMPTY, ZS_EMPTY, ZS_EMPTY, ZS_EMPTY});
-                    }
-        }
-    }
-#pragma unroll
-    for (uint32_t q = 0; q < PIECES; q++)
-        out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)group * ZS_MW + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
-}
-
 // Consumer warpgroup g multiplies the tiles of strips g, g + ZS_GROUPS, .. of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
-ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+ZS_DEVICE void multiply_tiles(const Share& share, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     constexpr uint32_t TILES = ZS_PER_GROUP * ZS_KW;  // of this warpgroup in a unit
     const uint32_t bars = smem + ZS_BARRIERS, xbars = bars + ZS_STAGES * 16;
     const bool signals = tid % 32 == 0;
     Stage stage(0), xstage(0);
-    Walk at(work, 0);
+    Walk at(share, 0);
     while (at.left > 0) {
-        const int32_t last = work.begin + at.left - 1, units = min(at.kstep + 1, at.left);
+        const int32_t units = at.piece, first = at.kstep;  // counted down
         float acc[ZS_PER_GROUP][ZS_N / 2];
 #pragma unroll
         for (uint32_t i = 0; i < ZS_PER_GROUP; i++)
@@ -225,11 +151,11 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
                 constexpr uint32_t STEP = ZS_GROUPS;
                 const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
                 mbarrier_wait(unit + place * 16, stage.parity);
-                const uint64_t a = wgmma_descriptor(tiles + place * 8192), b = wgmma_descriptor(xs + t / ZS_PER_GROUP * ZS_XBOX);
+                const uint32_t a = wgmma_start(tiles + place * 8192), b = wgmma_start(xs + t / ZS_PER_GROUP * ZS_XBOX);
                 wgmma_pin(acc[t % ZS_PER_GROUP]);
                 wgmma_fence();
 #pragma unroll
-                for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc[t % ZS_PER_GROUP], a + 2 * j, b + 2 * j);
+                for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc[t % ZS_PER_GROUP], wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
                 wgmma_commit();
                 wgmma_wait<ZS_LAG>();
                 __syncwarp();
@@ -252,9 +178,9 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
 #pragma unroll
         for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
             wgmma_pin(acc[i]);
-            settle(acc[i], out, work, at.group, last, g + i * ZS_GROUPS, tid, workspace);
+            settle(acc[i], out, share, at, first, g + i * ZS_GROUPS, tid, workspace);
         }
-        at.advance(work, (uint32_t)units * ZS_PLACES);
+        at.advance(share, (uint32_t)units * ZS_PLACES);
     }
 }
 
@@ -264,18 +190,18 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
     const Blob blob(blob_ptr, m, k);
-    const Work work(blob);
+    const Share share(blob, n);
     griddep_launch();
     if (warp >= ZS_CONSUMERS / 32) {
 #if ZS_CONSUMER_REGISTERS
         setmaxnreg_dec<ZS_DECODER_REGISTERS>();
 #endif
         if (warp < ZS_CONSUMERS / 32 + ZS_DECODERS) {
-            decode_tiles(blob, work, warp - ZS_CONSUMERS / 32, lane, smem);
+            decode_tiles(blob, share, warp - ZS_CONSUMERS / 32, lane, smem);
         } else {
             __syncthreads();  // the barriers are there
             griddep_wait();
-            if (warp == ZS_CONSUMERS / 32 + ZS_DECODERS && lane == 0) load_activations(x_map, x, ldx, n, k, work, smem);
+            if (warp == ZS_CONSUMERS / 32 + ZS_DECODERS && lane == 0) load_activations(x_map, x, ldx, n, k, share, smem);
         }
     } else {
 #if ZS_CONSUMER_REGISTERS
@@ -290,6 +216,6 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
         }
         __syncthreads();
         griddep_wait();
-        multiply_tiles(work, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
+        multiply_tiles(share, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
     }
 }

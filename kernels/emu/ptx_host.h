@@ -37,6 +37,7 @@ inline T from_shared(uint32_t addr) {
   return v;
 }
 }  // namespace zsemu
+inline uint32_t ld_stream_u16(const void* p) { return zsemu::from_global<uint16_t>(p); }
 inline uint32_t ld_stream_u32(const void* p) { return zsemu::from_global<uint32_t>(p); }
 inline uint64_t ld_stream_u64(const void* p) { return zsemu::from_global<uint64_t>(p); }
 inline Vec4 ld_stream_v4(const void* p) { return zsemu::from_global<Vec4>(p); }
