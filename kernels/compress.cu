@@ -2,14 +2,15 @@
 // compress: BF16, row-major -> blob, the same bytes as core/codec writes, in one pass: every weight is read once. Limit: (raw + compressed) bytes / bandwidth.
 //
 //   zs_compress_sample  plans some tiles and tells the host what their lists take, so that it can allocate the blob; clears the scratch memory.
-//   zs_compress         a warp a tile: reads it, chooses its window, writes the fixed part, learns from the blocks before it where its list goes, and writes
+//   zs_compress         a warp for a tile: reads it, chooses its window, writes the fixed part, learns from other blocks where its list goes, and writes
 //                       that. Tells the host the size and the checksum; the host writes the header (section 2), which needs both.
 //
-// Where lists start is known by a look-back: a block tells the units of its own lists as soon as it has planned them, and the sum up to and with them as
-// soon as it knows where they start; both are words that are their own flags (0: not there yet), so nothing has to be in order. Blocks take their
-// numbers when they start, and wait for lower numbers only: those have started, so they end, however few fit on the GPU.
+// Where lists start is known by a look-back: a block tells the units of a group's lists as soon as it has planned them, and the sum up to and with them as
+// soon as it knows where they start; both are words that are their own flags (0: not there yet), so nothing has to be in order. Blocks take groups of
+// tiles by a counter and wait for lower ones only. Of the groups that are not done the lowest one's block has nothing to wait for, however few blocks
+// fit on the GPU: a group that is taken ahead comes after the one its block works on.
 //
-// Launch: block 32 * ZS_WARPS, dynamic shared memory ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM; grid: a warp for each sample, a warp for each tile.
+// Launch: block 32 * ZS_WARPS, dynamic shared memory ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM; grid: a warp for each sample; any for zs_compress.
 // scratch: 16 bytes of results, for a host that gets no mail | Look (below), which zs_compress_sample clears.
 // mail: where the host waits, in its own memory: three words, then a last word of 1 when they are there.
 #include "encode.cuh"
@@ -24,7 +25,7 @@
 #define ZS_WARP_SMEM (4096 + 512 + 2 * ZS_LIST_STAGE)  // the tile's exponents, a bit for each of its positions, positions of escapes
 #define ZS_COMPRESS_SMEM (ZS_WARPS * (ZS_WARP_SMEM + 16) + 16)
 #define ZS_SAMPLE_SMEM (ZS_WARPS * ((ZS_COUNTERS * 4 + 12) / 16 * 16 + 16))
-#define ZS_LOOK 128u  // blocks that a warp looks at together
+#define ZS_LOOK 128u  // groups that a warp looks at together
 
 struct Matrix {
     const uint16_t* src;
@@ -61,7 +62,7 @@ ZS_DEVICE uint32_t column_factors(uint32_t c) { return byte_perm(c * 0x9E3779B1u
 
 // How often each exponent occurs among the weights of a tile, read once more.
 ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
-    __syncwarp();
+    __syncwarp();  // the list of the tile before is written from the same memory
     for (uint32_t i = lane; i < 256; i += 32) histogram[i] = 0;
     __syncwarp();
     const uint32_t columns = min(ZS_TILE, x.k - col0), all = x.count(row0, col0);
@@ -71,23 +72,21 @@ ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, ui
     }
 }
 
-// A lane's weights of a tile in the order of section 5: pair p of warp tile w at 16 w + p. 0 where the matrix ends.
-ZS_DEVICE void load_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t lane, uint32_t (&d)[64]) {
-    const uint32_t row = row0 + (lane & 7), col = col0 + 8 * (lane >> 3);
-    if (x.whole(row0, col0)) {
-        const uint16_t* const p = x.src + row * x.ld + col;
+// A lane's weights of warp tile w in the order of section 5: pair p at 16 w + p. 0 where the matrix ends.
+ZS_DEVICE void load_warp_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t w, uint32_t lane, uint32_t (&d)[64]) {
+    const uint32_t row = row0 + 16 * w + (lane & 7), col = col0 + 8 * (lane >> 3);
+    const bool whole = x.whole(row0, col0);
+    const uint16_t* const p = x.src + row * x.ld + col;
 #pragma unroll
-        for (uint32_t i = 0; i < 16; i++) {
-            const Vec4 v = ld_stream_v4(p + 8 * (i / 2) * x.ld + 32 * (i & 1));
-            d[4 * i] = v.x, d[4 * i + 1] = v.y, d[4 * i + 2] = v.z, d[4 * i + 3] = v.w;
-        }
-    } else {
-#pragma unroll
-        for (uint32_t i = 0; i < 16; i++) {
-            const Vec4 v = x.load(row + 8 * (i / 2), col + 32 * (i & 1));
-            d[4 * i] = v.x, d[4 * i + 1] = v.y, d[4 * i + 2] = v.z, d[4 * i + 3] = v.w;
-        }
+    for (uint32_t i = 0; i < 4; i++) {
+        const Vec4 v = whole ? ld_stream_v4(p + 8 * (i / 2) * x.ld + 32 * (i & 1)) : x.load(row + 8 * (i / 2), col + 32 * (i & 1));
+        const uint32_t at = 16 * w + 4 * i;
+        d[at] = v.x, d[at + 1] = v.y, d[at + 2] = v.z, d[at + 3] = v.w;
     }
+}
+ZS_DEVICE void load_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t lane, uint32_t (&d)[64]) {
+#pragma unroll
+    for (uint32_t w = 0; w < 4; w++) load_warp_tile(x, row0, col0, w, lane, d);
 }
 
 // Where the matrix ends, weights with the exponent of the tile's base: they are no escapes.
@@ -101,38 +100,45 @@ ZS_DEVICE void pad_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t 
     }
 }
 
-// This lane's part of the checksum; padding is 0. factors: 64 words of shared memory of this warp.
-ZS_DEVICE uint32_t tile_checksum(const uint32_t (&d)[64], uint32_t row0, uint32_t col0, uint32_t* factors, uint32_t lane) {
+// What the lanes of a warp find in a tile: the largest and the smallest of two halves without signs, and a part of the checksum.
+struct Found {
+    uint32_t most, least, checksum;
+    ZS_DEVICE Found() : most(0), least(ZS_EACH(0x7C00)), checksum(0) {}
+    ZS_DEVICE void add(uint32_t pair) {
+        const uint32_t v = abs_halves(pair);
+        most = max_halves(most, v), least = min_halves(least, v);
+    }
+};
+
+ZS_DEVICE void find(const uint32_t (&d)[64], Found& found) {
 #pragma unroll
-    for (uint32_t r = lane; r < 64; r += 32) factors[8 * (r & 7) + r / 8] = row_factor(row0 + r);
-    __syncwarp();
+    for (uint32_t i = 0; i < 64; i++) found.add(d[i]);
+}
+
+// The same and the checksum; padding is 0. (Each lane computes the factors of its rows: to share them out costs no less.)
+ZS_DEVICE void find_and_sum(const uint32_t (&d)[64], uint32_t row0, uint32_t col0, uint32_t lane, Found& found) {
     uint32_t Q[8], low = 0, high = 0;
 #pragma unroll
     for (uint32_t j = 0; j < 8; j++) Q[j] = column_factors(col0 + 8 * (lane >> 3) + 32 * (j / 4) + 2 * (j & 3));
 #pragma unroll
-    for (uint32_t i = 0; i < 8; i += 4) {
-        const Vec4 A = ld_shared_v4(smem_addr(factors + 8 * (lane & 7) + i));
-        const uint32_t a[4] = {A.x, A.y, A.z, A.w};
+    for (uint32_t r = 0; r < 8; r++) {
+        const uint32_t a = row_factor(row0 + 8 * r + (lane & 7));
+        int32_t l = 0, h = 0;
 #pragma unroll
-        for (uint32_t r = 0; r < 4; r++) {
-            int32_t l = 0, h = 0;
-#pragma unroll
-            for (uint32_t j = 0; j < 8; j++) l = dot_low(d[8 * (i + r) + j], Q[j], l), h = dot_high(d[8 * (i + r) + j], Q[j], h);
-            low += (uint32_t)l * a[r], high += (uint32_t)h * a[r];
+        for (uint32_t j = 0; j < 8; j++) {
+            const uint32_t v = d[8 * r + j];
+            l = dot_low(v, Q[j], l), h = dot_high(v, Q[j], h);
+            found.add(v);
         }
+        low += (uint32_t)l * a, high += (uint32_t)h * a;
     }
-    return low + (high << 8);
+    found.checksum = low + (high << 8);
 }
 
 // histogram: ZS_COUNTERS words of shared memory of this warp.
-ZS_DEVICE uint64_t plan_tile(const Matrix& x, const uint32_t (&d)[64], uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
-    uint32_t most = 0, least = ZS_EACH(0x7C00);
-#pragma unroll
-    for (uint32_t i = 0; i < 64; i++) {
-        const uint32_t v = without_signs(d[i]);
-        most = max_halves(most, v), least = min_halves(least, v);
-    }
-    most = __reduce_max_sync(0xFFFFFFFFu, max(most & 0xFFFFu, most >> 16)), least = __reduce_min_sync(0xFFFFFFFFu, min(least & 0xFFFFu, least >> 16));
+ZS_DEVICE uint64_t plan_tile(const Matrix& x, const uint32_t (&d)[64], const Found& found, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
+    const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, max(found.most & 0xFFFFu, found.most >> 16));
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, min(found.least & 0xFFFFu, found.least >> 16));
     uint64_t plan;
     if (!choose_by_thresholds(d, most, least, x.count(row0, col0), plan)) {
         count_exponents(x, row0, col0, histogram, lane);
@@ -164,7 +170,9 @@ zs_compress_sample(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, ui
         const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
         uint32_t d[64];
         load_tile(x, row0, col0, lane, d);
-        const uint64_t plan = plan_tile(x, d, row0, col0, (uint32_t*)(smem + 16 * ZS_WARPS) + warp * ((ZS_COUNTERS + 3) / 4 * 4), lane);
+        Found found;
+        find(d, found);
+        const uint64_t plan = plan_tile(x, d, found, row0, col0, (uint32_t*)(smem + 16 * ZS_WARPS) + warp * ((ZS_COUNTERS + 3) / 4 * 4), lane);
         if (lane == 0) units[warp] = plan_units(plan);
     } else if (lane == 0) {
         units[warp] = 0;
@@ -184,25 +192,25 @@ zs_compress_sample(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, ui
 // What the blocks of zs_compress tell each other.
 struct Look {
     unsigned long long* done;  // blocks that have ended, and in the upper half the sum of their checksums
-    uint32_t* number;          // of the block that starts next
-    uint32_t *own, *through;   // 1 + the list units of a block, and 1 + those up to and with it; as many words as blocks, in full windows
-    ZS_DEVICE Look(uint8_t* scratch, uint32_t blocks) {
+    uint32_t* number;          // of the group that is taken next
+    uint32_t *own, *through;   // 1 + the list units of a group, and 1 + those up to and with it; as many words as groups, in full windows
+    ZS_DEVICE Look(uint8_t* scratch, uint32_t groups) {
         done = (unsigned long long*)(scratch + 16), number = (uint32_t*)(scratch + 24);
-        own = (uint32_t*)(scratch + 32), through = own + (blocks + ZS_LOOK - 1) / ZS_LOOK * ZS_LOOK;
+        own = (uint32_t*)(scratch + 32), through = own + (groups + ZS_LOOK - 1) / ZS_LOOK * ZS_LOOK;
     }
-    // By one warp: the list units of all blocks before `block`.
-    ZS_DEVICE uint32_t before(uint32_t block, uint32_t lane) const {
+    // By one warp: the list units of all groups before `group`.
+    ZS_DEVICE uint32_t before(uint32_t group, uint32_t lane) const {
         uint32_t sum = 0;
-        for (uint32_t window = (block + ZS_LOOK - 1) / ZS_LOOK; window-- > 0;) {
+        for (uint32_t window = (group + ZS_LOOK - 1) / ZS_LOOK; window-- > 0;) {
             const uint32_t first = window * ZS_LOOK + 4 * lane;
             for (;;) {
                 const Vec4 o = ld_relaxed_v4(own + first), t = ld_relaxed_v4(through + first);
                 const uint32_t owns[4] = {o.x, o.y, o.z, o.w}, throughs[4] = {t.x, t.y, t.z, t.w};
                 uint32_t part = 0;
-                bool ends = false, waits = false;  // at the highest block that knows its sum; at one that knows nothing
+                bool ends = false, waits = false;  // at the highest group whose sum is known; at one that knows nothing
 #pragma unroll
                 for (uint32_t j = 4; j-- > 0;) {
-                    if (first + j >= block || ends || waits) continue;
+                    if (first + j >= group || ends || waits) continue;
                     ends = throughs[j] != 0, waits = !ends && owns[j] == 0;
                     part += ends ? throughs[j] - 1 : waits ? 0 : owns[j] - 1;
                 }
@@ -223,87 +231,105 @@ struct Look {
 
 // blob: null: sizes and checksum only. room: the list units that it has room for; lists beyond are not written, and the host sees that by the total.
 // Results: list units, checksum.
+//
+// A block takes groups of ZS_WARPS neighbouring tiles in turn. The number of its next group is under way while it plans this one, the weights of the next
+// while it looks back and writes lists.
 extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
 zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail,
             uint8_t* __restrict__ blob, uint32_t room) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
-    const Look look(scratch, gridDim.x);
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, tiles = x.tiles();
+    const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
+    const Look look(scratch, groups);
     uint8_t *const spread = smem + warp * ZS_WARP_SMEM, *const masks = spread + 4096;
     uint64_t* const plans = (uint64_t*)(smem + ZS_WARPS * ZS_WARP_SMEM);
-    uint32_t *const checksums = (uint32_t*)(plans + ZS_WARPS), *const told = checksums + ZS_WARPS;  // by warp 0: the block's number, where its lists start
-    if (threadIdx.x == 0) told[0] = atomicAdd(look.number, 1u);
-    __syncthreads();
-    const uint32_t block = told[0], t = block * ZS_WARPS + warp;
-    const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
-    uint64_t plan = 0;
-    uint32_t d[64], checksum = 0;
-    if (t < tiles) {
-        load_tile(x, row0, col0, lane, d);
-        checksum = __reduce_add_sync(0xFFFFFFFFu, tile_checksum(d, row0, col0, (uint32_t*)spread, lane));
-        plan = plan_tile(x, d, row0, col0, (uint32_t*)spread, lane);
-    }
-    if (lane == 0) plans[warp] = plan, checksums[warp] = checksum;
-    __syncthreads();
-    uint32_t offset = 0, units = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < ZS_WARPS; i++) offset += i < warp ? plan_units(plans[i]) : 0, units += plan_units(plans[i]);
-    if (threadIdx.x == 0) atomicExch(look.own + block, units + 1);
-
-    const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu;
-    const bool dense = hi >> 24 & ZS_FLAG_DENSE, writes = blob && t < tiles;
+    uint32_t *const checksums = (uint32_t*)(plans + ZS_WARPS), *const told = checksums + ZS_WARPS;  // by warp 0: the next group, where this one's lists start
     // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
     uint8_t* const headers = blob + ZS_BLOB_HEADER;
     uint8_t* const fixed = headers + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127);
-    if (writes) {
-        if (!x.whole(row0, col0)) pad_tile(x, row0, col0, base, lane, d);
+    if (threadIdx.x == 0) told[0] = atomicAdd(look.number, 1u);
+    __syncthreads();
+    uint32_t group = __shfl_sync(0xFFFFFFFFu, told[0], 0), checksum = 0;
+    uint32_t d[64];
+    __syncthreads();
+    if (group < groups && group * ZS_WARPS + warp < tiles) load_tile(x, (group * ZS_WARPS + warp) / x.col_tiles * ZS_TILE, (group * ZS_WARPS + warp) % x.col_tiles * ZS_TILE, lane, d);
+    while (group < groups) {
+        const uint32_t t = group * ZS_WARPS + warp;
+        const bool here = t < tiles, writes = blob && here;
+        uint64_t plan = 0;
+        uint32_t next = 0;
+        if (threadIdx.x == 0) next = atomicAdd(look.number, 1u);
+        if (here) {
+            const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
+            Found found;
+            find_and_sum(d, row0, col0, lane, found);
+            checksum += found.checksum;
+            plan = plan_tile(x, d, found, row0, col0, (uint32_t*)spread, lane);
+            if (!x.whole(row0, col0)) pad_tile(x, row0, col0, (uint32_t)(plan >> 48) & 0xFFu, lane, d);
+        }
+        if (lane == 0) plans[warp] = plan;
+        if (threadIdx.x == 0) told[0] = next;
+        __syncthreads();
+        uint32_t before = 0, units = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < ZS_WARPS; i++) before += i < warp ? plan_units(plans[i]) : 0, units += plan_units(plans[i]);
+        if (threadIdx.x == 0) atomicExch(look.own + group, units + 1);
+        next = __shfl_sync(0xFFFFFFFFu, told[0], 0);
+
+        const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu;
+        const bool dense = hi >> 24 & ZS_FLAG_DENSE;
+        const uint32_t next_t = next * ZS_WARPS + warp, next_row0 = next_t / x.col_tiles * ZS_TILE, next_col0 = next_t % x.col_tiles * ZS_TILE;
+        const bool more = next < groups && next_t < tiles;
         uint8_t* const words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
         uint32_t* const planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
-            const uint32_t* const pairs = d + 16 * w;
-            Encoded e;
-            encode32(pairs, ZS_HALVES(base << 7), dense, e);
-            st_stream_v4(words + w * ZS_SIGN_MANTISSA, Vec4{e.words[0], e.words[1], e.words[2], e.words[3]});
-            st_stream_v4(words + w * ZS_SIGN_MANTISSA + 512, Vec4{e.words[4], e.words[5], e.words[6], e.words[7]});
+            if (writes) {
+                const uint32_t* const pairs = d + 16 * w;
+                Encoded e;
+                encode32(pairs, ZS_HALVES(base << 7), dense, e);
+                st_stream_v4(words + w * ZS_SIGN_MANTISSA, Vec4{e.words[0], e.words[1], e.words[2], e.words[3]});
+                st_stream_v4(words + w * ZS_SIGN_MANTISSA + 512, Vec4{e.words[4], e.words[5], e.words[6], e.words[7]});
 #pragma unroll
-            for (uint32_t p = 0; p < 3; p++) planes[96 * w + 32 * p] = e.planes[p];
-            const uint32_t escapes = escapes_by_column(e.escapes);
+                for (uint32_t p = 0; p < 3; p++) planes[96 * w + 32 * p] = e.planes[p];
+                const uint32_t escapes = escapes_by_column(e.escapes);
 #pragma unroll
-            for (uint32_t i = 0; i < 4; i++) {
-                const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
-                masks[8 * row + chunk] = (uint8_t)(escapes >> 8 * i);
-                *(uint64_t*)(spread + exponent_chunk(row, chunk)) = exponents(pairs + 4 * i);
+                for (uint32_t i = 0; i < 4; i++) {
+                    const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
+                    masks[8 * row + chunk] = (uint8_t)(escapes >> 8 * i);
+                    *(uint64_t*)(spread + exponent_chunk(row, chunk)) = exponents(pairs + 4 * i);
+                }
+            }
+            if (more) load_warp_tile(x, next_row0, next_col0, w, lane, d);
+        }
+        if (writes && t == 0)  // the bytes between the tile headers and the fixed parts
+            for (uint8_t* gap = headers + tiles * (uint64_t)8 + lane; gap < fixed; gap += 32) *gap = 0;
+        if (warp == 0) {
+            const uint32_t start = look.before(group, lane);
+            if (lane == 0) told[1] = start, atomicExch(look.through + group, start + units + 1);
+        }
+        __syncthreads();
+        if (writes) {
+            const uint32_t offset = told[1] + before;
+            uint8_t* const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16;
+            if (lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
+            if (offset + plan_units(plan) <= room) {
+                if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
+                if (dense) write_dense(spread, list, lane);
             }
         }
-        if (t == 0)  // the bytes between the tile headers and the fixed parts
-            for (uint8_t* gap = headers + tiles * (uint64_t)8 + lane; gap < fixed; gap += 32) *gap = 0;
+        group = next;
     }
-    const uint8_t* later = scratch;  // what is derived from it again does not stay in registers all along
-    pin(later);
-    const Look now((uint8_t*)later, gridDim.x);
-    if (warp == 0) {
-        const uint32_t before = now.before(block, lane);
-        if (lane == 0) told[1] = before, atomicExch(now.through + block, before + units + 1);
-    }
+    checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
+    if (lane == 0) checksums[warp] = checksum;
     __syncthreads();
-    offset += told[1];
-    if (writes) {
-        if (lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
-        uint8_t* const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16;
-        if (offset + plan_units(plan) <= room) {
-            if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
-            if (dense) write_dense(spread, list, lane);
-        }
-    }
     if (threadIdx.x == 0) {
         for (uint32_t i = 1; i < ZS_WARPS; i++) checksum += checksums[i];
-        const unsigned long long before = atomicAdd(now.done, (unsigned long long)checksum << 32 | 1);
+        const unsigned long long before = atomicAdd(look.done, (unsigned long long)checksum << 32 | 1);
         if ((uint32_t)before == gridDim.x - 1) {
-            // All blocks have told their sums before they ended; the last one's is still on its way at most.
+            // All groups' sums were told before their blocks ended; the last one's is still on its way at most.
             uint32_t total;
-            while ((total = atomicAdd(now.through + gridDim.x - 1, 0u)) == 0) {
+            while ((total = atomicAdd(look.through + groups - 1, 0u)) == 0) {
             }
             send((uint32_t*)scratch, mail, total - 1, (uint32_t)(before >> 32) + checksum);
         }

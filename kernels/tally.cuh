@@ -34,7 +34,7 @@ ZS_DEVICE void count_above(const uint32_t (&w)[64], uint32_t a, uint32_t b, uint
     uint32_t ca = ZS_COUNT_ZERO, cb = ZS_COUNT_ZERO;
 #pragma unroll
     for (uint32_t i = 0; i < 64; i++) {
-        const uint32_t v = without_signs(w[i]);
+        const uint32_t v = abs_halves(w[i]);
         ca = count_steps(ca, v, ta.scale, ta.shift), cb = count_steps(cb, v, tb.scale, tb.shift);
     }
     const uint32_t both = __reduce_add_sync(0xFFFFFFFFu, count_value(ca) | count_value(cb) << 16);
@@ -55,7 +55,7 @@ ZS_DEVICE bool choose_by_thresholds(const uint32_t (&w)[64], uint32_t most, uint
         uint32_t c0 = ZS_COUNT_ZERO, c1 = c0, c7 = c0, c8 = c0;
 #pragma unroll
         for (uint32_t i = 0; i < 64; i++) {
-            const uint32_t v = without_signs(w[i]);
+            const uint32_t v = abs_halves(w[i]);
             c0 = count_steps(c0, v, t0.scale, t0.shift), c1 = count_steps(c1, v, t1.scale, t1.shift);
             c7 = count_steps(c7, v, t7.scale, t7.shift), c8 = count_steps(c8, v, t8.scale, t8.shift);
         }

@@ -38,7 +38,6 @@ type Compression struct {
 
 const (
 	compressWarps   = 4 // a tile each
-	compressBlocks  = 4 // a multiprocessor
 	compressSamples = 1024
 	compressLook    = 128 // ZS_LOOK of compress.cu
 )
@@ -52,18 +51,24 @@ func compressSmem(warps int) (sample, write int) {
 func Compress(d Device, m, k uint64) Compression {
 	sampleSmem, writeSmem := compressSmem(compressWarps)
 	samples := min(Tiles(m, k), compressSamples)
+	blocks := uint32(4) // a multiprocessor: 128 registers a thread
+	if d.Capability >= 100 {
+		blocks = 3 // arithmetic of FP16 has no absolute values there, and ptxas keeps the weights without signs beside the weights
+	}
 	kernel := func(entry string, tiles uint64, smem int) Kernel {
 		return Kernel{
 			Source: "compress.cu", Entry: entry,
-			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", compressBlocks)},
+			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
 			Grid:    clampGrid(ceilDiv(tiles, compressWarps)), Block: 32 * compressWarps, Smem: uint32(smem),
 		}
 	}
-	return Compression{
+	c := Compression{
 		Sample:  kernel("zs_compress_sample", samples, sampleSmem),
 		Write:   kernel("zs_compress", Tiles(m, k), writeSmem),
 		Samples: uint32(samples),
 	}
+	c.Write.PerSM = blocks // which stay and take tiles in order
+	return c
 }
 
 // CompressScratch is the bytes of device memory that a compression needs beside the blob, of which all but the first 16 are to be cleared.
