@@ -202,8 +202,9 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
     """The blob of a contiguous BF16 or FP16 tensor that is stored as an ``(m, k)`` matrix, on the same device, and what its header says;
     the bytes are the codec's.
 
-    The weights are read once. How much memory the blob takes is guessed before from some of the tiles, so the blob is the first bytes of memory
-    that is up to about 1 % larger. Where the guess is not good enough they are read twice. Waits for the device twice: for the guess, and for the size.
+    The weights are read once. How much memory the blob takes is guessed before from some of the tiles, so the blob is the first bytes of memory that
+    is up to 1.6 % larger (:data:`_SPARE`). Where the guess is not good enough, weights are read twice. Waits for the device twice: for the guess, and
+    for the size.
     """
     if weight.dtype is not _bf16:
         host = _compress_on_host(weight, m, k, shape, DTYPE_CODES[weight.dtype])
