@@ -69,7 +69,7 @@ typedef struct zs_cuda_compress_t {
     uint32_t checksum;
     uint64_t escape_bytes;
     uint64_t nbytes;       /* of the blob; a guess of zs_cuda_compress_plan */
-    uint64_t scratch;      /* device memory, untouched until the work of zs_cuda_compress_write is done */
+    uint64_t scratch;      /* device memory, 16-byte aligned, untouched until the work of zs_cuda_compress_write is done */
 } zs_cuda_compress_t;
 ZS_API int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes);
 ZS_API int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job);

@@ -96,6 +96,9 @@ func (p *Compression) check() error {
 	if p.Ld < p.Header.K {
 		return badArgument("rows of %d elements do not fit at a distance of %d", p.Header.K, p.Ld)
 	}
+	if p.Scratch%16 != 0 {
+		return badArgument("the scratch memory at %#x is not aligned to 16 bytes", p.Scratch)
+	}
 	if plan.Tiles(p.Header.M, p.Header.K) >= 1<<24 { // their lists are counted in 32 bits
 		return badArgument("a matrix of %d x %d is too large for a GPU", p.Header.M, p.Header.K)
 	}

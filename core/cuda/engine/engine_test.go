@@ -274,6 +274,8 @@ func TestCompress(t *testing.T) {
 	p := engine.Compression{Ld: 800, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
 	assert.ErrorAs(t, d.CompressWrite(&p, blob+8, fixed), &wrong)
 	assert.ErrorAs(t, d.CompressWrite(&p, blob, fixed-1), &wrong)
+	p.Scratch += 8
+	assert.ErrorAs(t, d.CompressWrite(&p, 0, 0), &wrong)
 	large := engine.Compression{Ld: 1 << 25, Header: format.Header{M: 1 << 11, K: 1 << 25, Shape: []uint64{1 << 11, 1 << 25}}, Scratch: scratch}
 	_, err = d.CompressPlan(&large)
 	assert.ErrorAs(t, err, &wrong)
