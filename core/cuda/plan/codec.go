@@ -53,7 +53,7 @@ func Compress(d Device, m, k uint64) Compression {
 	samples := min(Tiles(m, k), compressSamples)
 	blocks := uint32(4) // a multiprocessor: 128 registers a thread
 	if d.Capability >= 100 {
-		blocks = 3 // arithmetic of FP16 has no absolute values there, and ptxas keeps the weights without signs beside the weights
+		blocks = 3 // ptxas keeps weights without signs beside the weights there, which takes more registers than a fourth block leaves
 	}
 	kernel := func(entry string, tiles uint64, smem int) Kernel {
 		return Kernel{
