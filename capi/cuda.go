@@ -120,10 +120,7 @@ func compression(job *C.zs_cuda_compress_t) (engine.Compression, error) {
 	if job.ndim < 1 || job.ndim > C.ZS_MAX_DIMS {
 		return engine.Compression{}, badArgument("a tensor must have 1 to %d dimensions, got %d", C.ZS_MAX_DIMS, int32(job.ndim))
 	}
-	h := format.Header{
-		DType: format.BF16, Mode: format.Mode(job.mode), M: uint64(job.m), K: uint64(job.k),
-		EscapeBytes: uint64(job.escape_bytes), Checksum: uint32(job.checksum),
-	}
+	h := format.Header{M: uint64(job.m), K: uint64(job.k), Checksum: uint32(job.checksum)}
 	for _, n := range job.shape[:job.ndim] {
 		h.Shape = append(h.Shape, uint64(n))
 	}
@@ -139,7 +136,20 @@ func zsgo_cuda_compress_plan(device C.int32_t, job *C.zs_cuda_compress_t) C.int3
 		if err != nil {
 			return err
 		}
-		if err := d.CompressPlan(&p); err != nil {
+		nbytes, err := d.CompressPlan(&p)
+		job.nbytes = C.uint64_t(nbytes)
+		return err
+	})
+}
+
+//export zsgo_cuda_compress_write
+func zsgo_cuda_compress_write(device C.int32_t, job *C.zs_cuda_compress_t, blob, room C.uint64_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		p, err := compression(job)
+		if err != nil {
+			return err
+		}
+		if err := d.CompressWrite(&p, driver.Pointer(blob), uint64(room)); err != nil {
 			return err
 		}
 		job.mode, job.checksum = C.int32_t(p.Header.Mode), C.uint32_t(p.Header.Checksum)
@@ -148,14 +158,14 @@ func zsgo_cuda_compress_plan(device C.int32_t, job *C.zs_cuda_compress_t) C.int3
 	})
 }
 
-//export zsgo_cuda_compress_write
-func zsgo_cuda_compress_write(device C.int32_t, job *C.zs_cuda_compress_t, blob C.uint64_t) C.int32_t {
+//export zsgo_cuda_compress_raw
+func zsgo_cuda_compress_raw(device C.int32_t, job *C.zs_cuda_compress_t, blob C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
 		p, err := compression(job)
 		if err != nil {
 			return err
 		}
-		return d.CompressWrite(&p, driver.Pointer(blob))
+		return d.CompressRaw(&p, driver.Pointer(blob))
 	})
 }
 

@@ -82,10 +82,16 @@ int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job) {
     return zsgo_cuda_compress_plan(device, job);
 }
 
-int32_t zs_cuda_compress_write(int32_t device, const zs_cuda_compress_t *job, uint64_t blob) {
+int32_t zs_cuda_compress_write(int32_t device, zs_cuda_compress_t *job, uint64_t blob, uint64_t room) {
     REFUSE_IN_CHILD();
     REQUIRE(job);
-    return zsgo_cuda_compress_write(device, (zs_cuda_compress_t *)job, blob);
+    return zsgo_cuda_compress_write(device, job, blob, room);
+}
+
+int32_t zs_cuda_compress_raw(int32_t device, const zs_cuda_compress_t *job, uint64_t blob) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_compress_raw(device, (zs_cuda_compress_t *)job, blob);
 }
 
 int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {

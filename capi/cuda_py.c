@@ -166,7 +166,7 @@ static PyObject *py_compress_scratch(PyObject *self, PyObject *const *args, Py_s
     return PyLong_FromUnsignedLongLong(bytes);
 }
 
-// The first eight arguments of both passes: device, stream, src, ld, m, k, shape, scratch.
+// The first eight arguments of a compression's calls: device, stream, src, ld, m, k, shape, scratch.
 static int compress_job(PyObject *const *args, uint64_t *device, zs_cuda_compress_t *job) {
     struct { const char *name; uint64_t *value; } fields[] = {
         {"device", device}, {"stream", &job->stream}, {"src", &job->src}, {"ld", &job->ld}, {"m", &job->m}, {"k", &job->k},
@@ -196,22 +196,34 @@ static PyObject *py_compress_plan(PyObject *self, PyObject *const *args, Py_ssiz
     int32_t code;
     WITHOUT_GIL(code = zs_cuda_compress_plan(device_number(device), &job));
     if (code != ZS_OK) return zs_py_fail(code);
-    return Py_BuildValue("iKKI", (int)job.mode, (unsigned long long)job.nbytes, (unsigned long long)job.escape_bytes, (unsigned int)job.checksum);
+    return PyLong_FromUnsignedLongLong(job.nbytes);
 }
 
 static PyObject *py_compress_write(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("cuda_compress_write", 12);
+    ARGS("cuda_compress_write", 10);
     zs_cuda_compress_t job = {0};
     uint64_t device;
     if (!compress_job(args, &device, &job)) return NULL;
-    ARG(8, mode);
-    ARG(9, escape_bytes);
-    ARG(10, checksum);
-    ARG(11, blob);
-    job.mode = (int32_t)(mode & 0xFF), job.escape_bytes = escape_bytes, job.checksum = (uint32_t)checksum;
+    ARG(8, blob);
+    ARG(9, room);
     int32_t code;
-    WITHOUT_GIL(code = zs_cuda_compress_write(device_number(device), &job, blob));
+    WITHOUT_GIL(code = zs_cuda_compress_write(device_number(device), &job, blob, room));
+    if (code != ZS_OK) return zs_py_fail(code);
+    return Py_BuildValue("iKI", (int)job.mode, (unsigned long long)job.nbytes, (unsigned int)job.checksum);
+}
+
+static PyObject *py_compress_raw(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_compress_raw", 10);
+    zs_cuda_compress_t job = {0};
+    uint64_t device;
+    if (!compress_job(args, &device, &job)) return NULL;
+    ARG(8, checksum);
+    ARG(9, blob);
+    job.checksum = (uint32_t)checksum;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_compress_raw(device_number(device), &job, blob));
     if (code != ZS_OK) return zs_py_fail(code);
     Py_RETURN_NONE;
 }
@@ -314,8 +326,9 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(gather, "cuda_gather(device, stream, blob, dtype, m, k, ids, id_bytes, n, out) -> None"),
     FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
-    FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> (mode, nbytes, escape_bytes, checksum)"),
-    FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, mode, escape_bytes, checksum, blob) -> None"),
+    FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> nbytes, or 0"),
+    FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, blob, room) -> (mode, nbytes, checksum)"),
+    FUNCTION(compress_raw, "cuda_compress_raw(device, stream, src, ld, m, k, shape, scratch, checksum, blob) -> None"),
     FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
     FUNCTION(load_start, "cuda_load_start(device, after, parts_ptr, count, lanes) -> (stream, load); a part: file, offset, bytes, address as uint64"),
     FUNCTION(load_wait, "cuda_load_wait(load, part) -> -1 when its copies are queued, or the part that failed"),

@@ -66,24 +66,28 @@ typedef struct zs_cuda_gather_t {
 /* out[i] = row ids[i] of the blob. A number that is no row is a failed assertion of the device, after which its context is lost. */
 ZS_API int32_t zs_cuda_gather(int32_t device, const zs_cuda_gather_t *job);
 
-/* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory, zs_cuda_compress_plan reads the weights, waits and
- * tells the blob's size, the caller allocates the blob (16-byte aligned) and zs_cuda_compress_write writes it. Of a raw blob (mode
- * ZS_RAW) it writes the header only; the caller copies the matrix behind it. The bytes are those that zs_plan_encode writes. */
+/* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory. zs_cuda_compress_plan reads some of the weights, waits and
+ * tells in nbytes what to allocate for the blob (16-byte aligned): nearly always enough, and about 1 % more than it takes at most; 0: nothing yet.
+ * zs_cuda_compress_write reads all weights and writes the blob, if it is not 0 and `room` bytes are enough, waits, and sets mode, checksum, escape_bytes and
+ * nbytes, which is now exact. If mode is ZS_TILED and nbytes <= room, the first nbytes bytes are the blob, in the order of the stream. Else allocate nbytes; a
+ * tiled blob then takes both calls again; of a raw one zs_cuda_compress_raw writes the header, and the caller copies the matrix behind it.
+ * The bytes are those that zs_plan_encode writes. */
 typedef struct zs_cuda_compress_t {
     uint64_t stream;
     uint64_t src, ld; /* [m, k] BF16, elements from row to row */
     uint64_t m, k;
     uint64_t shape[ZS_MAX_DIMS];
     int32_t ndim;
-    int32_t mode;          /* set by zs_cuda_compress_plan, as are the next three */
+    int32_t mode;          /* set by zs_cuda_compress_write, as are the next three */
     uint32_t checksum;
     uint64_t escape_bytes;
-    uint64_t nbytes;       /* of the blob */
-    uint64_t scratch;      /* device memory, untouched until the work of zs_cuda_compress_write is done */
+    uint64_t nbytes;       /* of the blob; a guess of zs_cuda_compress_plan */
+    uint64_t scratch;      /* device memory, 16-byte aligned, untouched until the work of zs_cuda_compress_write is done */
 } zs_cuda_compress_t;
 ZS_API int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes);
 ZS_API int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job);
-ZS_API int32_t zs_cuda_compress_write(int32_t device, const zs_cuda_compress_t *job, uint64_t blob);
+ZS_API int32_t zs_cuda_compress_write(int32_t device, zs_cuda_compress_t *job, uint64_t blob, uint64_t room);
+ZS_API int32_t zs_cuda_compress_raw(int32_t device, const zs_cuda_compress_t *job, uint64_t blob);
 
 /* Compiles and loads what products with an m x k weight of up to `tokens` tokens need. Waits for the compiler, not for the device. */
 ZS_API int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens);

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// compress: BF16, row-major -> blob, the same bytes as core/codec writes. Three launches, the same blocks in the first and the last:
+// compress: BF16, row-major -> blob, the same bytes as core/codec writes, in one pass: every weight is read once. Limit: (raw + compressed) bytes / bandwidth.
 //
-//   zs_compress_plan   reads the weights: base exponent and list size of every tile, the checksum. Limit: bytes of the weights / bandwidth.
-//   zs_compress_scan   one block: where each block's lists start; totals for the host, which then knows the size and allocates.
-//   zs_compress_write  reads the weights again and writes the blob, whose header (section 2) comes from the host. Limit: (raw + compressed) bytes / bandwidth.
+//   zs_compress_sample  plans some tiles and tells the host what their lists take, so that it can allocate the blob; clears the scratch memory.
+//   zs_compress         a warp for a tile: reads it, chooses its window, writes the fixed part, learns from other blocks where its list goes, and writes
+//                       that. Tells the host the size and the checksum; the host writes the header (section 2), which needs both.
 //
-// Block b has the tiles `tiles * b / blocks` on, its warps take them in turn: neighbouring tiles are read and written at about the same time. The writers
-// go backwards, from what the last readers have left in L2: block 0 of their grid is the last one here.
+// Where lists start is known by a look-back: a block tells the units of a group's lists as soon as it has planned them, and the sum up to and with them as
+// soon as it knows where they start; both are words that are their own flags (0: not there yet), so nothing has to be in order. Blocks take groups of
+// tiles by a counter and wait for lower ones only. Of the groups that are not done the lowest one's block has nothing to wait for, however few blocks
+// fit on the GPU: a group that is taken ahead comes after the one its block works on.
 //
-// Launch: plan and write: block 32 * ZS_WARPS, dynamic shared memory ZS_PLAN_SMEM and ZS_WRITE_SMEM; scan: one block of 1024, ZS_SCAN_SMEM.
-// scratch: Totals (16 bytes) | two words a block (list units, checksum), up to a multiple of 16 bytes | 8 bytes a tile (tally.cuh, tile_plan). It
-// needs no initialisation.
+// Launch: block 32 * ZS_WARPS, dynamic shared memory ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM; grid: a warp for each sample; any for zs_compress.
+// scratch: 16 bytes of results, for a host that gets no mail | Look (below), which zs_compress_sample clears.
+// mail: where the host waits, in its own memory: three words, then a last word of 1 when they are there.
 #include "encode.cuh"
 #include "tally.cuh"
 
@@ -20,11 +22,10 @@
 #ifndef ZS_BLOCKS
 #define ZS_BLOCKS 4  // blocks a multiprocessor
 #endif
-#define ZS_PLAN_WARP (256 + (ZS_COUNTERS * 4 + 12) / 16 * 16)  // factors of 64 rows, counters
-#define ZS_PLAN_SMEM (ZS_WARPS * (ZS_PLAN_WARP + 16))
-#define ZS_WRITE_WARP (4096 + 512 + 2 * ZS_LIST_STAGE)  // the tile's exponents, a bit for each of its positions, positions of escapes
-#define ZS_WRITE_SMEM (ZS_WARPS * ZS_WRITE_WARP)
-#define ZS_SCAN_SMEM 256
+#define ZS_WARP_SMEM (4096 + 512 + 2 * ZS_LIST_STAGE)  // the tile's exponents, a bit for each of its positions, positions of escapes
+#define ZS_COMPRESS_SMEM (ZS_WARPS * (ZS_WARP_SMEM + 16) + 16)
+#define ZS_SAMPLE_SMEM (ZS_WARPS * ((ZS_COUNTERS * 4 + 12) / 16 * 16 + 16))
+#define ZS_LOOK 128u  // groups that a warp looks at together
 
 struct Matrix {
     const uint16_t* src;
@@ -35,32 +36,19 @@ struct Matrix {
         col_tiles = (k + ZS_TILE - 1) / ZS_TILE;
         aligned = ld % 8 == 0 && (uint64_t)src % 16 == 0;
     }
+    ZS_DEVICE uint32_t tiles() const { return (m + ZS_TILE - 1) / ZS_TILE * col_tiles; }
     ZS_DEVICE bool whole(uint32_t row0, uint32_t col0) const { return aligned && row0 + ZS_TILE <= m && col0 + ZS_TILE <= k; }
     ZS_DEVICE uint32_t count(uint32_t row0, uint32_t col0) const { return min(ZS_TILE, m - row0) * min(ZS_TILE, k - col0); }
-    // Eight weights from (row, col) on, of a tile that is not whole; where the matrix ends, `fill`.
-    ZS_DEVICE Vec4 load(uint32_t row, uint32_t col, uint32_t fill) const {
+    // Eight weights from (row, col) on, of a tile that is not whole; 0 where the matrix ends.
+    ZS_DEVICE Vec4 load(uint32_t row, uint32_t col) const {
         const uint16_t* p = src + row * ld + col;
         uint32_t v[4];
 #pragma unroll
         for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t lo = row < m && col + 2 * i < k ? p[2 * i] : fill, hi = row < m && col + 2 * i + 1 < k ? p[2 * i + 1] : fill;
+            const uint32_t lo = row < m && col + 2 * i < k ? p[2 * i] : 0, hi = row < m && col + 2 * i + 1 < k ? p[2 * i + 1] : 0;
             v[i] = lo | hi << 16;
         }
         return Vec4{v[0], v[1], v[2], v[3]};
-    }
-};
-
-// The tiles of one block, and the parts of the scratch memory.
-struct Share {
-    uint32_t block, warp, lane, begin, end;
-    uint32_t* sums;   // [blocks] list units, [blocks] checksums
-    uint64_t* plans;  // of the tiles
-    ZS_DEVICE Share(const Matrix& x, uint8_t* scratch, uint32_t block_) : block(block_) {
-        warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        const uint64_t all = (uint64_t)((x.m + ZS_TILE - 1) / ZS_TILE) * x.col_tiles;
-        begin = (uint32_t)(all * block / gridDim.x), end = (uint32_t)(all * (block + 1) / gridDim.x);
-        sums = (uint32_t*)(scratch + 16);
-        plans = (uint64_t*)(scratch + 16 + ((uint64_t)gridDim.x * 8 + 15) / 16 * 16);
     }
 };
 
@@ -74,6 +62,7 @@ ZS_DEVICE uint32_t column_factors(uint32_t c) { return byte_perm(c * 0x9E3779B1u
 
 // How often each exponent occurs among the weights of a tile, read once more.
 ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
+    __syncwarp();  // the list of the tile before is written from the same memory
     for (uint32_t i = lane; i < 256; i += 32) histogram[i] = 0;
     __syncwarp();
     const uint32_t columns = min(ZS_TILE, x.k - col0), all = x.count(row0, col0);
@@ -83,201 +72,222 @@ ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, ui
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
-zs_compress_plan(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch) {
-    ZS_SMEM(smem);
-    const Matrix x(src, ld, m, k);
-    const Share share(x, scratch, blockIdx.x);
-    const uint32_t lane = share.lane, chunk = lane & 7;
-    uint32_t* const factors = (uint32_t*)(smem + share.warp * ZS_PLAN_WARP);  // of row 4 i + j at 16 j + i
-    uint32_t* const histogram = factors + 64;
-    uint32_t units = 0, low = 0, high = 0, factors_of = 0xFFFFFFFFu;
-    for (uint32_t t = share.begin + share.warp; t < share.end; t += ZS_WARPS) {
-        const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE, col = col0 + chunk * 8;
-        uint32_t w[64];
-        if (x.whole(row0, col0)) {
-            const uint16_t* const p = src + (row0 + lane / 8) * ld + col;
-#pragma unroll
-            for (uint32_t i = 0; i < 16; i++) {
-                const Vec4 v = ld_global_v4(p + 4 * i * ld);
-                w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-            }
-        } else {
-#pragma unroll
-            for (uint32_t i = 0; i < 16; i++) {
-                const Vec4 v = x.load(row0 + lane / 8 + 4 * i, col, 0);  // padding is 0: it counts nowhere
-                w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-            }
-        }
-        if (row0 != factors_of) {
-            __syncwarp();
-#pragma unroll
-            for (uint32_t r = lane; r < 64; r += 32) factors[16 * (r & 3) + r / 4] = row_factor(row0 + r);
-            __syncwarp();
-            factors_of = row0;
-        }
-        uint32_t Q[4], most = 0, least = ZS_EACH(0x7C00);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; j++) Q[j] = column_factors(col + 2 * j);
-#pragma unroll
-        for (uint32_t i = 0; i < 16; i += 4) {
-            const Vec4 A = ld_shared_v4(smem_addr(factors + 16 * (lane / 8) + i));
-            const uint32_t a[4] = {A.x, A.y, A.z, A.w};
-#pragma unroll
-            for (uint32_t r = 0; r < 4; r++) {
-                int32_t l = 0, h = 0;
-#pragma unroll
-                for (uint32_t j = 0; j < 4; j++) {
-                    uint32_t& v = w[4 * (i + r) + j];
-                    l = dot_low(v, Q[j], l), h = dot_high(v, Q[j], h);
-                    v &= ZS_EACH(0x7FFF);
-                    most = max_halves(most, v), least = min_halves(least, v);
-                }
-                low += (uint32_t)l * a[r], high += (uint32_t)h * a[r];
-            }
-        }
-        most = __reduce_max_sync(0xFFFFFFFFu, max(most & 0xFFFFu, most >> 16)), least = __reduce_min_sync(0xFFFFFFFFu, min(least & 0xFFFFu, least >> 16));
-        uint64_t plan;
-        if (!choose_by_thresholds(w, most, least, x.count(row0, col0), plan)) {
-            count_exponents(x, row0, col0, histogram, lane);
-            plan = choose_by_histogram(histogram, lane);
-        }
-        units += plan_units(plan);
-        if (lane == 0) share.plans[t] = plan;
-    }
-    griddep_launch();  // zs_compress_scan may start to start
-    const uint32_t checksum = __reduce_add_sync(0xFFFFFFFFu, low + (high << 8));
-    uint32_t* const sums = (uint32_t*)(smem + ZS_WARPS * ZS_PLAN_WARP);
-    if (lane == 0) sums[2 * share.warp] = units, sums[2 * share.warp + 1] = checksum;
-    __syncthreads();
-    if (threadIdx.x < 2) {
-        uint32_t sum = 0;
-        for (uint32_t i = 0; i < ZS_WARPS; i++) sum += sums[2 * i + threadIdx.x];
-        share.sums[threadIdx.x * gridDim.x + share.block] = sum;
-    }
-}
-
-// Adds up over a block of 32 warps; every thread gets the sum over the threads before it, and *total.
-ZS_DEVICE uint32_t block_scan(uint32_t v, uint32_t* smem, uint32_t* total) {
-    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t sum = v;
-#pragma unroll
-    for (uint32_t d = 1; d < 32; d *= 2) {
-        const uint32_t up = __shfl_up_sync(0xFFFFFFFFu, sum, d);
-        if (lane >= d) sum += up;
-    }
-    if (lane == 31) smem[warp] = sum;
-    __syncthreads();
-    if (warp == 0) {
-        uint32_t s = smem[lane];
-#pragma unroll
-        for (uint32_t d = 1; d < 32; d *= 2) {
-            const uint32_t up = __shfl_up_sync(0xFFFFFFFFu, s, d);
-            if (lane >= d) s += up;
-        }
-        smem[32 + lane] = s;
-    }
-    __syncthreads();
-    const uint32_t before = (warp ? smem[32 + warp - 1] : 0) + sum - v;
-    *total = smem[63];
-    __syncthreads();
-    return before;
-}
-
-// totals: u64 list units, u32 checksum, 0. The blocks' units become the sums up to and with them. mail: where the host waits for the totals, in its own
-// memory, with a last word of 1 when they are there; null: nobody waits.
-extern "C" __global__ void __launch_bounds__(1024)
-zs_compress_scan(uint32_t blocks, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail) {
-    ZS_SMEM(smem);
-    griddep_wait();
-    uint32_t* const sums = (uint32_t*)(scratch + 16);
-    uint32_t carry = 0, checksum = 0;
-    for (uint32_t first = 0; first < blocks; first += 4096) {
-        const uint32_t i = first + 4 * threadIdx.x;
-        uint32_t units[4], own = 0, total;
-#pragma unroll
-        for (uint32_t j = 0; j < 4; j++) {
-            const bool mine = i + j < blocks;
-            own += units[j] = mine ? sums[i + j] : 0;
-            checksum += mine ? sums[blocks + i + j] : 0;
-        }
-        uint32_t sum = carry + block_scan(own, (uint32_t*)smem, &total);
-#pragma unroll
-        for (uint32_t j = 0; j < 4; j++) {
-            sum += units[j];
-            if (i + j < blocks) sums[i + j] = sum;
-        }
-        carry += total;
-    }
-    block_scan(checksum, (uint32_t*)smem, &checksum);
-    if (threadIdx.x == 0) {
-        uint32_t* const totals = (uint32_t*)scratch;
-        totals[0] = carry, totals[1] = 0, totals[2] = checksum, totals[3] = 0;
-        if (mail) {
-            mail[0] = carry, mail[1] = 0, mail[2] = checksum;
-            __threadfence_system();
-            *(volatile uint32_t*)(mail + 3) = 1;
-        }
-    }
-}
-
-// A lane's weights of warp tile w, in the order of section 5. base: where the matrix ends, its smallest weight goes on, which is no escape.
-ZS_DEVICE void load_pairs(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t w, uint32_t base, uint32_t lane, uint32_t (&d)[16]) {
-    const uint32_t row = row0 + w * 16 + (lane & 7), col = col0 + 8 * (lane >> 3);
+// A lane's weights of warp tile w in the order of section 5: pair p at 16 w + p. 0 where the matrix ends.
+ZS_DEVICE void load_warp_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t w, uint32_t lane, uint32_t (&d)[64]) {
+    const uint32_t row = row0 + 16 * w + (lane & 7), col = col0 + 8 * (lane >> 3);
     const bool whole = x.whole(row0, col0);
     const uint16_t* const p = x.src + row * x.ld + col;
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
-        const Vec4 v = whole ? ld_global_v4(p + 8 * (i / 2) * x.ld + 32 * (i & 1)) : x.load(row + 8 * (i / 2), col + 32 * (i & 1), base << 7);
-        d[4 * i] = v.x, d[4 * i + 1] = v.y, d[4 * i + 2] = v.z, d[4 * i + 3] = v.w;
+        const Vec4 v = whole ? ld_stream_v4(p + 8 * (i / 2) * x.ld + 32 * (i & 1)) : x.load(row + 8 * (i / 2), col + 32 * (i & 1));
+        const uint32_t at = 16 * w + 4 * i;
+        d[at] = v.x, d[at + 1] = v.y, d[at + 2] = v.z, d[at + 3] = v.w;
+    }
+}
+ZS_DEVICE void load_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t lane, uint32_t (&d)[64]) {
+#pragma unroll
+    for (uint32_t w = 0; w < 4; w++) load_warp_tile(x, row0, col0, w, lane, d);
+}
+
+// Where the matrix ends, weights with the exponent of the tile's base: they are no escapes.
+ZS_DEVICE void pad_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t base, uint32_t lane, uint32_t (&d)[64]) {
+    const uint32_t row = row0 + (lane & 7), col = col0 + 8 * (lane >> 3);
+#pragma unroll
+    for (uint32_t i = 0; i < 64; i++) {
+        const uint32_t at = col + 32 * (i / 4 & 1) + 2 * (i & 3);
+        const uint32_t inside = row + 8 * (i / 8) >= x.m || at >= x.k ? 0 : at + 1 == x.k ? 0xFFFFu : 0xFFFFFFFFu;
+        d[i] = select_bits(ZS_HALVES(base << 7), d[i], inside);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
-zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, const uint8_t* __restrict__ scratch, uint8_t* __restrict__ blob_ptr,
-                  uint64_t h0, uint64_t h1, uint64_t h2, uint64_t h3, uint64_t h4, uint64_t h5, uint64_t h6, uint64_t h7,
-                  uint64_t h8, uint64_t h9, uint64_t h10, uint64_t h11, uint64_t h12, uint64_t h13, uint64_t h14, uint64_t h15) {
+// What the lanes of a warp find in a tile: the largest and the smallest of two halves without signs, and a part of the checksum.
+struct Found {
+    uint32_t most, least, checksum;
+    ZS_DEVICE Found() : most(0), least(ZS_EACH(0x7C00)), checksum(0) {}
+    ZS_DEVICE void add(uint32_t pair) {
+        const uint32_t v = abs_halves(pair);
+        most = max_halves(most, v), least = min_halves(least, v);
+    }
+};
+
+ZS_DEVICE void find(const uint32_t (&d)[64], Found& found) {
+#pragma unroll
+    for (uint32_t i = 0; i < 64; i++) found.add(d[i]);
+}
+
+// The same and the checksum; padding is 0. (Each lane computes the factors of its rows: to share them out costs no less.)
+ZS_DEVICE void find_and_sum(const uint32_t (&d)[64], uint32_t row0, uint32_t col0, uint32_t lane, Found& found) {
+    uint32_t Q[8], low = 0, high = 0;
+#pragma unroll
+    for (uint32_t j = 0; j < 8; j++) Q[j] = column_factors(col0 + 8 * (lane >> 3) + 32 * (j / 4) + 2 * (j & 3));
+#pragma unroll
+    for (uint32_t r = 0; r < 8; r++) {
+        const uint32_t a = row_factor(row0 + 8 * r + (lane & 7));
+        int32_t l = 0, h = 0;
+#pragma unroll
+        for (uint32_t j = 0; j < 8; j++) {
+            const uint32_t v = d[8 * r + j];
+            l = dot_low(v, Q[j], l), h = dot_high(v, Q[j], h);
+            found.add(v);
+        }
+        low += (uint32_t)l * a, high += (uint32_t)h * a;
+    }
+    found.checksum = low + (high << 8);
+}
+
+// histogram: ZS_COUNTERS words of shared memory of this warp.
+ZS_DEVICE uint64_t plan_tile(const Matrix& x, const uint32_t (&d)[64], const Found& found, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
+    const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, max(found.most & 0xFFFFu, found.most >> 16));
+    const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, min(found.least & 0xFFFFu, found.least >> 16));
+    uint64_t plan;
+    if (!choose_by_thresholds(d, most, least, x.count(row0, col0), plan)) {
+        count_exponents(x, row0, col0, histogram, lane);
+        plan = choose_by_histogram(histogram, lane);
+    }
+    return plan;
+}
+
+ZS_DEVICE void send(uint32_t* results, uint32_t* mail, uint32_t a, uint32_t b) {
+    results[0] = a, results[1] = b;
+    mail[0] = a, mail[1] = b;
+    __threadfence_system();
+    *(volatile uint32_t*)(mail + 3) = 1;
+}
+
+// samples: at most 1024 (and at most all tiles: then each of them), spread evenly. clear: 16-byte pieces of scratch memory behind the results. sum: a word
+// that is 0, and is again when the mail is there. Results: the list units of the samples, and the sum of their squares.
+extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, 2)
+zs_compress_sample(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail, uint32_t clear,
+                   uint32_t samples, unsigned long long* __restrict__ sum) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
-    const Share share(x, (uint8_t*)scratch, gridDim.x - 1 - blockIdx.x);
-    const uint32_t lane = share.lane, warp = share.warp;
-    uint8_t *const spread = smem + warp * ZS_WRITE_WARP, *const masks = spread + 4096;
-    // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
-    const uint64_t tiles = (uint64_t)((m + ZS_TILE - 1) / ZS_TILE) * x.col_tiles;
-    uint8_t* const headers = blob_ptr + ZS_BLOB_HEADER;
-    uint8_t* const fixed = headers + ((tiles * 8 + 127) & ~(uint64_t)127);
-    uint8_t* const lists = fixed + tiles * ZS_FIXED;
-    // The header, and the bytes between the tile headers and the fixed parts.
-    if (share.block == 0 && warp == 0) {
-        const uint64_t header[16] = {h0, h1, h2, h3, h4, h5, h6, h7, h8, h9, h10, h11, h12, h13, h14, h15};
-#pragma unroll
-        for (uint32_t i = 0; i < 16; i++)
-            if (lane == i) ((uint64_t*)blob_ptr)[i] = header[i];
-        for (uint8_t* gap = headers + tiles * 8 + lane; gap < fixed; gap += 32) *gap = 0;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, s = blockIdx.x * ZS_WARPS + warp;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < clear; i += gridDim.x * blockDim.x) *((Vec4*)scratch + 1 + i) = Vec4{0, 0, 0, 0};
+    uint32_t* const units = (uint32_t*)smem;
+    if (s < samples) {
+        // One of each `of` tiles, not always the same one: what repeats in a matrix is not to be taken for all of it.
+        const uint32_t tiles = x.tiles(), of = tiles / samples, t = (uint32_t)((uint64_t)s * tiles / samples) + (s * 0x9E3779B1u >> 8) % of;
+        const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
+        uint32_t d[64];
+        load_tile(x, row0, col0, lane, d);
+        Found found;
+        find(d, found);
+        const uint64_t plan = plan_tile(x, d, found, row0, col0, (uint32_t*)(smem + 16 * ZS_WARPS) + warp * ((ZS_COUNTERS + 3) / 4 * 4), lane);
+        if (lane == 0) units[warp] = plan_units(plan);
+    } else if (lane == 0) {
+        units[warp] = 0;
     }
-    // Lane l knows the plan of tile first + l of the block's ZS_WARPS present ones, this warp's is at `warp`. The first round has none and only loads.
-    uint32_t first = share.begin + (share.end - share.begin + ZS_WARPS - 1) / ZS_WARPS * ZS_WARPS, offset = share.sums[share.block];
-    uint64_t plans = 0;
-    uint32_t d[4][16];
-    for (;;) {
-        const uint32_t t = first + warp, next = t - ZS_WARPS;
-        const bool here = t < share.end, more = first > share.begin;
-        const uint64_t next_plans = more && lane < ZS_WARPS && first - ZS_WARPS + lane < share.end ? share.plans[first - ZS_WARPS + lane] : 0;
-        const uint32_t before = __reduce_add_sync(0xFFFFFFFFu, plan_units(lane >= warp ? next_plans : plans));  // list units from the next tile to this one
-        const uint64_t plan = __shfl_sync(0xFFFFFFFFu, plans, warp);
-        const uint32_t next_base = __shfl_sync(0xFFFFFFFFu, (uint32_t)(next_plans >> 32), warp) >> 16 & 0xFFu;
-        const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu, base2 = ZS_HALVES(base << 7);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        unsigned long long all = 1ull << 52;  // blocks, 12 bits | units, 20 bits | squares
+        for (uint32_t i = 0; i < ZS_WARPS; i++) all += (unsigned long long)units[i] << 32 | units[i] * units[i];
+        all += atomicAdd(sum, all);
+        if (all >> 52 == gridDim.x) {
+            *sum = 0;
+            send((uint32_t*)scratch, mail, (uint32_t)(all >> 32) & 0xFFFFFu, (uint32_t)all);
+        }
+    }
+}
+
+// What the blocks of zs_compress tell each other.
+struct Look {
+    unsigned long long* done;  // blocks that have ended, and in the upper half the sum of their checksums
+    uint32_t* number;          // of the group that is taken next
+    uint32_t *own, *through;   // 1 + the list units of a group, and 1 + those up to and with it; as many words as groups, in full windows
+    ZS_DEVICE Look(uint8_t* scratch, uint32_t groups) {
+        done = (unsigned long long*)(scratch + 16), number = (uint32_t*)(scratch + 24);
+        own = (uint32_t*)(scratch + 32), through = own + (groups + ZS_LOOK - 1) / ZS_LOOK * ZS_LOOK;
+    }
+    // By one warp: the list units of all groups before `group`.
+    ZS_DEVICE uint32_t before(uint32_t group, uint32_t lane) const {
+        uint32_t sum = 0;
+        for (uint32_t window = (group + ZS_LOOK - 1) / ZS_LOOK; window-- > 0;) {
+            const uint32_t first = window * ZS_LOOK + 4 * lane;
+            for (;;) {
+                const Vec4 o = ld_relaxed_v4(own + first), t = ld_relaxed_v4(through + first);
+                const uint32_t owns[4] = {o.x, o.y, o.z, o.w}, throughs[4] = {t.x, t.y, t.z, t.w};
+                uint32_t part = 0;
+                bool ends = false, waits = false;  // at the highest group whose sum is known; at one that knows nothing
+#pragma unroll
+                for (uint32_t j = 4; j-- > 0;) {
+                    if (first + j >= group || ends || waits) continue;
+                    ends = throughs[j] != 0, waits = !ends && owns[j] == 0;
+                    part += ends ? throughs[j] - 1 : waits ? 0 : owns[j] - 1;
+                }
+                const uint32_t end = __ballot_sync(0xFFFFFFFFu, ends), wait = __ballot_sync(0xFFFFFFFFu, waits);
+                const uint32_t last = end ? 31 - (uint32_t)__clz((int)end) : 0;  // lanes below do not matter
+                if (wait >> last) {
+                    __nanosleep(20);
+                    continue;
+                }
+                sum += __reduce_add_sync(0xFFFFFFFFu, lane >= last ? part : 0);
+                if (end) return sum;
+                break;
+            }
+        }
+        return sum;
+    }
+};
+
+// blob: null: sizes and checksum only. room: the list units that it has room for; lists beyond are not written, and the host sees that by the total.
+// Results: list units, checksum.
+//
+// A block takes groups of ZS_WARPS neighbouring tiles in turn. The number of its next group is under way while it plans this one, the weights of the next
+// while it looks back and writes lists.
+extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
+zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail,
+            uint8_t* __restrict__ blob, uint32_t room) {
+    ZS_SMEM(smem);
+    const Matrix x(src, ld, m, k);
+    const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
+    const Look look(scratch, groups);
+    uint8_t *const spread = smem + warp * ZS_WARP_SMEM, *const masks = spread + 4096;
+    uint64_t* const plans = (uint64_t*)(smem + ZS_WARPS * ZS_WARP_SMEM);
+    uint32_t *const checksums = (uint32_t*)(plans + ZS_WARPS), *const told = checksums + ZS_WARPS;  // by warp 0: the next group, where this one's lists start
+    // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
+    uint8_t* const headers = blob + ZS_BLOB_HEADER;
+    uint8_t* const fixed = headers + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127);
+    if (threadIdx.x == 0) told[0] = atomicAdd(look.number, 1u);
+    __syncthreads();
+    uint32_t group = __shfl_sync(0xFFFFFFFFu, told[0], 0), checksum = 0;
+    uint32_t d[64];
+    __syncthreads();
+    if (group < groups && group * ZS_WARPS + warp < tiles) load_tile(x, (group * ZS_WARPS + warp) / x.col_tiles * ZS_TILE, (group * ZS_WARPS + warp) % x.col_tiles * ZS_TILE, lane, d);
+    while (group < groups) {
+        const uint32_t t = group * ZS_WARPS + warp;
+        const bool here = t < tiles, writes = blob && here;
+        uint64_t plan = 0;
+        uint32_t next = 0;
+        if (threadIdx.x == 0) next = atomicAdd(look.number, 1u);
+        if (here) {
+            const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
+            Found found;
+            find_and_sum(d, row0, col0, lane, found);
+            checksum += found.checksum;
+            plan = plan_tile(x, d, found, row0, col0, (uint32_t*)spread, lane);
+            if (!x.whole(row0, col0)) pad_tile(x, row0, col0, (uint32_t)(plan >> 48) & 0xFFu, lane, d);
+        }
+        if (lane == 0) plans[warp] = plan;
+        if (threadIdx.x == 0) told[0] = next;
+        __syncthreads();
+        uint32_t before = 0, units = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < ZS_WARPS; i++) before += i < warp ? plan_units(plans[i]) : 0, units += plan_units(plans[i]);
+        if (threadIdx.x == 0) atomicExch(look.own + group, units + 1);
+        next = __shfl_sync(0xFFFFFFFFu, told[0], 0);
+
+        const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu;
         const bool dense = hi >> 24 & ZS_FLAG_DENSE;
-        const uint32_t next_row0 = next / x.col_tiles * ZS_TILE, next_col0 = next % x.col_tiles * ZS_TILE;
+        const uint32_t next_t = next * ZS_WARPS + warp, next_row0 = next_t / x.col_tiles * ZS_TILE, next_col0 = next_t % x.col_tiles * ZS_TILE;
+        const bool more = next < groups && next_t < tiles;
         uint8_t* const words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
         uint32_t* const planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
-        uint8_t* const list = lists + (uint64_t)offset * 16;
-        if (here && lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
-            if (here) {
+            if (writes) {
+                const uint32_t* const pairs = d + 16 * w;
                 Encoded e;
-                encode32(d[w], base2, dense, e);
+                encode32(pairs, ZS_HALVES(base << 7), dense, e);
                 st_stream_v4(words + w * ZS_SIGN_MANTISSA, Vec4{e.words[0], e.words[1], e.words[2], e.words[3]});
                 st_stream_v4(words + w * ZS_SIGN_MANTISSA + 512, Vec4{e.words[4], e.words[5], e.words[6], e.words[7]});
 #pragma unroll
@@ -286,17 +296,42 @@ zs_compress_write(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uin
 #pragma unroll
                 for (uint32_t i = 0; i < 4; i++) {
                     const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
-                    const uint64_t eight = exponents(d[w] + 4 * i);
                     masks[8 * row + chunk] = (uint8_t)(escapes >> 8 * i);
-                    *(uint64_t*)(spread + exponent_chunk(row, chunk)) = eight;
-                    if (dense) *(uint64_t*)(list + 64 * row + 8 * chunk) = eight;
+                    *(uint64_t*)(spread + exponent_chunk(row, chunk)) = exponents(pairs + 4 * i);
                 }
             }
-            if (more) load_pairs(x, next_row0, next_col0, w, next_base, lane, d[w]);
+            if (more) load_warp_tile(x, next_row0, next_col0, w, lane, d);
         }
-        __syncwarp();
-        if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
-        if (!more) return;
-        first -= ZS_WARPS, offset -= before, plans = next_plans;
+        if (writes && t == 0)  // the bytes between the tile headers and the fixed parts
+            for (uint8_t* gap = headers + tiles * (uint64_t)8 + lane; gap < fixed; gap += 32) *gap = 0;
+        if (warp == 0) {
+            const uint32_t start = look.before(group, lane);
+            if (lane == 0) told[1] = start, atomicExch(look.through + group, start + units + 1);
+        }
+        __syncthreads();
+        if (writes) {
+            const uint32_t offset = told[1] + before;
+            uint8_t* const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16;
+            if (lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
+            if (offset + plan_units(plan) <= room) {
+                if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
+                if (dense) write_dense(spread, list, lane);
+            }
+        }
+        group = next;
+    }
+    checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
+    if (lane == 0) checksums[warp] = checksum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 1; i < ZS_WARPS; i++) checksum += checksums[i];
+        const unsigned long long before = atomicAdd(look.done, (unsigned long long)checksum << 32 | 1);
+        if ((uint32_t)before == gridDim.x - 1) {
+            // All groups' sums were told before their blocks ended; the last one's is still on its way at most.
+            uint32_t total;
+            while ((total = atomicAdd(look.through + groups - 1, 0u)) == 0) {
+            }
+            send((uint32_t*)scratch, mail, total - 1, (uint32_t)(before >> 32) + checksum);
+        }
     }
 }

@@ -55,6 +55,22 @@ func windows(m, k int, seed uint64) matrix {
 	return x
 }
 
+// lists is a row of m tiles, the odd ones with a list of some units.
+func lists(m int) matrix {
+	x := matrix{64, 64 * m, make([]uint16, 64*64*m)}
+	for i := range x.w {
+		r, c := i/x.k, i%x.k
+		x.w[i] = 0x3F80 | uint16(c&0x7F)
+		if c/64%2 == 1 && r == 0 && c%64 < 9+c/64%40 {
+			x.w[i] = 0x3000
+		}
+	}
+	return x
+}
+
+// list is the units of a tile's list in what lists returns: literals all, 3 bytes each.
+func (x matrix) list(tile int) int { return tile % 2 * (3*(9+tile%40) + 15) / 16 }
+
 // compressor is one compiled variant of compress.cu.
 type compressor struct {
 	program *emu.Program
@@ -64,21 +80,28 @@ type compressor struct {
 func newCompressor(t *testing.T, files fs.FS, warps int) compressor {
 	t.Helper()
 	p, err := emu.Compile(emu.Source{Files: files, Main: "compress.cu", Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps)},
-		Kernels:   []string{"zs_compress_plan", "zs_compress_scan", "zs_compress_write"},
-		Constants: []string{"ZS_PLAN_SMEM", "ZS_WRITE_SMEM", "ZS_SCAN_SMEM"}})
+		Kernels:   []string{"zs_compress_sample", "zs_compress"},
+		Constants: []string{"ZS_SAMPLE_SMEM", "ZS_COMPRESS_SMEM", "ZS_LOOK"}})
 	require.NoError(t, err)
 	return compressor{p, warps}
 }
 
 type compressCase struct {
-	x          matrix
-	blocks, ld int
-	spare      int // elements before the matrix's start: 8 keeps it aligned, 1 does not
-	seed       uint64
+	x       matrix
+	ld      int
+	spare   int // elements before the matrix's start: 8 keeps it aligned, 1 does not
+	samples int // 0: every tile
+	room    int // list units in the blob beyond those that are needed; negative: too few
+	count   bool
+	blocks  int // 0: as many as groups of tiles
+	seed    uint64
 }
 
-// run does what the engine does: three launches, and the size from the totals in between.
-func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
+// sums are what zs_compress_sample tells.
+type sums struct{ units, squares uint32 }
+
+// run does what the engine does: samples, then the blob in memory of a size that was guessed.
+func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sums, err error) {
 	ctx := context.Background()
 	src := make([]uint16, in.spare+(in.x.m-1)*in.ld+in.x.k)
 	for i := range src {
@@ -89,39 +112,57 @@ func (c compressor) run(t *testing.T, in compressCase) ([]byte, error) {
 	}
 	from := &emu.Buffer{Name: "src", Data: halves(src), Mode: emu.In}
 	tiles := (in.x.m + 63) / 64 * ((in.x.k + 63) / 64)
-	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 16+(8*in.blocks+15)/16*16+8*tiles), Mode: emu.Out}
-	matrixArgs := []any{emu.Ptr{Buffer: from, Offset: 2 * in.spare}, in.ld, in.x.m, in.x.k}
-	launch := func(kernel string, blocks, threads int, args ...any) error {
+	groups, look := (tiles+c.warps-1)/c.warps, c.program.Constant("ZS_LOOK")
+	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 32+8*((groups+look-1)/look*look)), Mode: emu.Out}
+	launch := func(kernel, smem string, grid int, more ...any) ([]byte, error) {
+		mail := &emu.Buffer{Name: "mail", Data: make([]byte, 16), Mode: emu.InOut}
 		_, err := c.program.Run(ctx, emu.Launch{
-			Kernel: "zs_compress_" + kernel, Grid: [3]int{blocks}, Block: [3]int{threads}, Args: args, Seed: in.seed,
-			Shared: c.program.Constant(map[string]string{"plan": "ZS_PLAN_SMEM", "scan": "ZS_SCAN_SMEM", "write": "ZS_WRITE_SMEM"}[kernel]),
+			Kernel: kernel, Grid: [3]int{grid}, Block: [3]int{32 * c.warps}, Seed: in.seed, Shared: c.program.Constant(smem),
+			Args: append([]any{emu.Ptr{Buffer: from, Offset: 2 * in.spare}, in.ld, in.x.m, in.x.k, scratch, mail}, more...),
 		})
-		return err
+		if err == nil && (!bytes.Equal(mail.Data[:8], scratch.Data[:8]) || le.Uint32(mail.Data[12:]) != 1) {
+			err = fmt.Errorf("the mail is %x, the results are %x", mail.Data, scratch.Data[:16])
+		}
+		return mail.Data, err
 	}
-	if err := launch("plan", in.blocks, 32*c.warps, append(matrixArgs, scratch)...); err != nil {
-		return nil, err
+	samples := tiles
+	if in.samples != 0 {
+		samples = min(samples, in.samples)
 	}
+	sum := &emu.Buffer{Name: "sum", Data: make([]byte, 8), Mode: emu.InOut}
+	told, err := launch("zs_compress_sample", "ZS_SAMPLE_SMEM", (samples+c.warps-1)/c.warps, len(scratch.Data)/16-1, samples, sum)
+	if err != nil {
+		return nil, sums{}, err
+	}
+	if le.Uint64(sum.Data) != 0 {
+		return nil, sums{}, fmt.Errorf("the sum is %x behind the kernel", sum.Data)
+	}
+	sampled = sums{le.Uint32(told), le.Uint32(told[4:])}
 	scratch.Mode = emu.InOut
-	mail := &emu.Buffer{Name: "mail", Data: make([]byte, 16), Mode: emu.Out}
-	if err := launch("scan", 1, 1024, in.blocks, scratch, mail); err != nil {
-		return nil, err
+	blocks := groups
+	if in.blocks != 0 {
+		blocks = min(blocks, in.blocks)
 	}
-	if !bytes.Equal(mail.Data[:12], scratch.Data[:12]) || le.Uint32(mail.Data[12:]) != 1 {
-		return nil, fmt.Errorf("the mail is %x, the totals are %x", mail.Data, scratch.Data[:16])
+	want := encodeTiled(in.x)
+	if in.count {
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, nil, 0)
+	} else {
+		out := &emu.Buffer{Name: "blob", Data: make([]byte, len(want)+16*in.room), Mode: emu.Out}
+		fixed := 128 + (8*tiles+127)/128*128 + tiles*5632
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, out, (len(out.Data)-fixed)/16)
+		blob = out.Data
+	}
+	if err != nil {
+		return nil, sampled, err
 	}
 	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k),
-		EscapeBytes: 16 * le.Uint64(scratch.Data), Checksum: le.Uint32(scratch.Data[8:])}
+		EscapeBytes: 16 * uint64(le.Uint32(told)), Checksum: le.Uint32(told[4:])}
 	head := h.Marshal()
-	blob := &emu.Buffer{Name: "blob", Data: make([]byte, 128+(8*tiles+127)/128*128+tiles*5632+int(h.EscapeBytes)), Mode: emu.Out}
-	scratch.Mode = emu.In
-	args := append(matrixArgs, scratch, blob)
-	for i := 0; i < len(head); i += 8 {
-		args = append(args, le.Uint64(head[i:]))
+	if in.count {
+		return head[:], sampled, nil
 	}
-	if err := launch("write", in.blocks, 32*c.warps, args...); err != nil {
-		return nil, err
-	}
-	return blob.Data, nil
+	copy(blob, head[:])
+	return blob[:len(want)+16*min(in.room, 0)], sampled, nil
 }
 
 func TestCompress(t *testing.T) {
@@ -132,8 +173,8 @@ func TestCompress(t *testing.T) {
 			t.Run("windows", func(t *testing.T) {
 				for i, seed := range seeds(t, 2) {
 					for _, mk := range [][2]int{{64, 640}, {33, 634}} {
-						in := compressCase{x: windows(mk[0], mk[1], seed), blocks: 1 + i, ld: mk[1] + mk[1]%8, spare: 8, seed: seed}
-						got, err := c.run(t, in)
+						in := compressCase{x: windows(mk[0], mk[1], seed), blocks: 1 + i, room: i, ld: mk[1] + mk[1]%8, spare: 8, seed: seed}
+						got, _, err := c.run(t, in)
 						require.NoError(t, err)
 						requireSameBlob(t, encodeTiled(in.x), got, fmt.Sprintf("%v, seed %d", mk, seed))
 					}
@@ -143,8 +184,8 @@ func TestCompress(t *testing.T) {
 				for kind := range kinds {
 					t.Run(fmt.Sprintf("%dx%d,%s", s[0], s[1], kind), func(t *testing.T) {
 						for i, seed := range seeds(t, 1) {
-							in := compressCase{x: newMatrix(kind, s[0], s[1], seed), blocks: 1 + int(seed%3), ld: s[1] + int(seed>>8)%3*4, spare: 8 - 7*(int(seed>>16)&1), seed: seed}
-							got, err := c.run(t, in)
+							in := compressCase{x: newMatrix(kind, s[0], s[1], seed), blocks: 1 + int(seed%3), room: int(seed % 3), ld: s[1] + int(seed>>8)%3*4, spare: 8 - 7*(int(seed>>16)&1), seed: seed}
+							got, _, err := c.run(t, in)
 							require.NoError(t, err)
 							requireSameBlob(t, encodeTiled(in.x), got, fmt.Sprintf("schedule %d", i))
 						}
@@ -153,6 +194,49 @@ func TestCompress(t *testing.T) {
 			}
 		})
 	}
+}
+
+// The sums of the samples are those of the lists; what does not fit is counted, and what does is as it should be.
+func TestCompressRoom(t *testing.T) {
+	t.Parallel()
+	c := newCompressor(t, kernels.Sources, 2)
+	x := lists(300)
+	want := encodeTiled(x)
+	fixed := 128 + 300*8 + 32 + 300*5632 // 2400 bytes of headers, up to a multiple of 128
+	var all, few sums
+	for tile := range 300 {
+		n := uint32(x.list(tile))
+		all.units, all.squares = all.units+n, all.squares+n*n
+	}
+	in := compressCase{x: x, blocks: 7, ld: x.k, seed: seeds(t, 1)[0]}
+	got, sampled, err := c.run(t, in)
+	require.NoError(t, err)
+	require.Equal(t, all, sampled)
+	require.EqualValues(t, len(want)-fixed, 16*sampled.units)
+	requireSameBlob(t, want, got, "exact room")
+
+	in.samples = 100 // one of each three tiles
+	_, few, err = c.run(t, in)
+	require.NoError(t, err)
+	require.InDelta(t, float64(all.units)/3, float64(few.units), float64(all.units)/12)
+	require.NotEqual(t, all.units, 3*few.units, "not every third one: the odd tiles would be missed, or the even ones")
+
+	for _, room := range []int{5, -1, -17} {
+		in.room = room
+		got, _, err = c.run(t, in)
+		require.NoError(t, err)
+		end := len(want) + 16*min(room, 0)
+		begin := end // of the list that does not fit
+		for size, tile := 0, 299; room < 0 && size < -16*room; tile-- {
+			size += 16 * x.list(tile)
+			begin = len(want) - size
+		}
+		requireSameBlob(t, want[:begin], got[:begin], fmt.Sprint("room ", room))
+	}
+	in.room, in.count = 0, true
+	head, _, err := c.run(t, in)
+	require.NoError(t, err)
+	require.Equal(t, want[:128], head, "sizes and checksum only")
 }
 
 func requireSameBlob(t *testing.T, want, got []byte, what string) {
@@ -177,19 +261,21 @@ func TestCompressMistakesAreCaught(t *testing.T) {
 		"literals above forgotten":          {"tally.cuh", "E > base + 10 ? beyond : 0", "0"},
 		"thresholds for any exponent":       {"tally.cuh", "E < 112 || E > 247", "E > 300"},
 		"one symbol too few":                {"encode.cuh", "base - e <= 12", "base - e <= 11"},
-		"a dropped wait before the list":    {"compress.cu", "        __syncwarp();\n        if (count) write_list", "        if (count) write_list"},
+		"a dropped wait before the list":    {"compress.cu", "        __syncthreads();\n        if (writes) {\n            const uint32_t offset", "        if (writes) {\n            const uint32_t offset"},
 		"a dropped wait in the list":        {"encode.cuh", "        __syncwarp();\n        const uint32_t here", "        const uint32_t here"},
-		"factors of the row of tiles above": {"compress.cu", "row0 != factors_of", "factors_of == 0xFFFFFFFFu"},
+		"factors of the first row of tiles": {"compress.cu", "row_factor(row0 + ", "row_factor("},
 		"a weight forgotten":                {"compress.cu", "x.count(row0, col0), plan", "x.count(row0, col0) - 1, plan"},
-		"offsets not advanced":              {"compress.cu", "offset -= before", "offset -= 0"},
+		"offsets not advanced":              {"compress.cu", "before += i < warp", "before += i < 0"},
+		"padding left as it was read":       {"compress.cu", "if (!x.whole(row0, col0)) pad_tile", "if (false) pad_tile"},
+		"a dense list's chunks in turn":     {"encode.cuh", "exponent_chunk(i / 8, i % 8)", "8 * i"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			c := newCompressor(t, mutant(t, m[0], m[1], m[2]), 1)
+			c := newCompressor(t, mutant(t, m[0], m[1], m[2]), 2)
 			for i, x := range []matrix{windows(70, 640, 0), newMatrix("outliers", 70, 200, 0), newMatrix("every position", 70, 200, 1)} {
 				for seed := range uint64(2) {
-					in := compressCase{x: x, blocks: 1 + i%2, ld: x.k, spare: 8, seed: seed}
-					got, err := c.run(t, in)
+					in := compressCase{x: x, blocks: 1 + i, room: i % 2, ld: x.k, spare: 8, seed: seed}
+					got, _, err := c.run(t, in)
 					if err != nil || !bytes.Equal(encodeTiled(in.x), got) {
 						return
 					}

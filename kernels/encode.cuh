@@ -15,7 +15,7 @@ ZS_DEVICE uint32_t rotate_halves(uint32_t x, uint32_t by) { return select_bits(x
 
 // The reverse of decode32 (format.cuh): d[p] = pair p as it is in the matrix. The four bits of each code are packed into words, pair 4 i + j in nibble i of
 // word j, and then the four words are transposed bit by bit: a plane of the format is what falls out, and a plane of the escapes.
-ZS_DEVICE void encode32(const uint32_t (&d)[16], uint32_t base2, bool dense, Encoded& out) {
+ZS_DEVICE void encode32(const uint32_t* d, uint32_t base2, bool dense, Encoded& out) {
     uint32_t W[4];
 #pragma unroll
     for (uint32_t j = 0; j < 4; j++) {
@@ -98,4 +98,10 @@ ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t*
     }
     const uint32_t used = 2 * count + literals, pad = (used + 15) / 16 * 16;
     if (used + lane < pad) list[used + lane] = 0;
+}
+
+// The list of a dense tile: all its exponents.
+ZS_DEVICE void write_dense(const uint8_t* exponents, uint8_t* list, uint32_t lane) {
+#pragma unroll
+    for (uint32_t i = lane; i < 512; i += 32) *(uint64_t*)(list + 8 * i) = *(const uint64_t*)(exponents + exponent_chunk(i / 8, i % 8));
 }

@@ -26,6 +26,7 @@ inline uint32_t max_halves(uint32_t a, uint32_t b) {
 inline uint32_t min_halves(uint32_t a, uint32_t b) {
     return zs_host::each(a, b, [](uint32_t x, uint32_t y) { return x > 0x7C00 || y > 0x7C00 ? 0x7FFFu : x < y ? x : y; });
 }
+inline uint32_t abs_halves(uint32_t x) { return x & 0x7FFF7FFFu; }
 inline uint32_t count_steps(uint32_t count, uint32_t x, uint32_t scale, uint32_t shift) {
     return count + (zs_host::step(x & 0xFFFF, scale & 0xFFFF, shift & 0xFFFF) | zs_host::step(x >> 16, scale >> 16, shift >> 16) << 16);
 }
@@ -43,6 +44,13 @@ ZS_DEVICE uint32_t max_halves(uint32_t a, uint32_t b) {
 ZS_DEVICE uint32_t min_halves(uint32_t a, uint32_t b) {
     uint32_t d;
     asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+// Both halves without their signs. No instruction of its own: the arithmetic of FP16 does it on the way.
+ZS_DEVICE uint32_t abs_halves(uint32_t x) {
+    uint32_t d;
+    asm("abs.f16x2 %0, %1;" : "=r"(d) : "r"(x));
     return d;
 }
 

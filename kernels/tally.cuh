@@ -33,12 +33,15 @@ ZS_DEVICE void count_above(const uint32_t (&w)[64], uint32_t a, uint32_t b, uint
     const Threshold ta(a), tb(b);
     uint32_t ca = ZS_COUNT_ZERO, cb = ZS_COUNT_ZERO;
 #pragma unroll
-    for (uint32_t i = 0; i < 64; i++) ca = count_steps(ca, w[i], ta.scale, ta.shift), cb = count_steps(cb, w[i], tb.scale, tb.shift);
+    for (uint32_t i = 0; i < 64; i++) {
+        const uint32_t v = abs_halves(w[i]);
+        ca = count_steps(ca, v, ta.scale, ta.shift), cb = count_steps(cb, v, tb.scale, tb.shift);
+    }
     const uint32_t both = __reduce_add_sync(0xFFFFFFFFu, count_value(ca) | count_value(cb) << 16);
     above_a = both & 0xFFFFu, above_b = both >> 16;
 }
 
-// w: the weights without their signs, padding 0; `most` and `least`: the largest and the smallest of them over the warp; all: how many weights there are.
+// w: the weights, padding 0; `most` and `least`: the largest and the smallest of them without signs over the warp; all: how many weights there are.
 // Returns false where the exponents are outside of what thresholds can count.
 //
 // With E the largest exponent, no window beats the one that ends at E but one that ends lower, at E - s; that one misses all weights above E - s.
@@ -52,8 +55,9 @@ ZS_DEVICE bool choose_by_thresholds(const uint32_t (&w)[64], uint32_t most, uint
         uint32_t c0 = ZS_COUNT_ZERO, c1 = c0, c7 = c0, c8 = c0;
 #pragma unroll
         for (uint32_t i = 0; i < 64; i++) {
-            c0 = count_steps(c0, w[i], t0.scale, t0.shift), c1 = count_steps(c1, w[i], t1.scale, t1.shift);
-            c7 = count_steps(c7, w[i], t7.scale, t7.shift), c8 = count_steps(c8, w[i], t8.scale, t8.shift);
+            const uint32_t v = abs_halves(w[i]);
+            c0 = count_steps(c0, v, t0.scale, t0.shift), c1 = count_steps(c1, v, t1.scale, t1.shift);
+            c7 = count_steps(c7, v, t7.scale, t7.shift), c8 = count_steps(c8, v, t8.scale, t8.shift);
         }
         const uint32_t a = __reduce_add_sync(0xFFFFFFFFu, count_value(c0) | count_value(c1) << 16);
         const uint32_t b = __reduce_add_sync(0xFFFFFFFFu, count_value(c7) | count_value(c8) << 16);

@@ -51,21 +51,12 @@ def cuda_gather(
 def cuda_compress_scratch(device: int, m: int, k: int, /) -> int: ...
 def cuda_compress_plan(
     device: int, stream: int, src: int, ld: int, m: int, k: int, shape: tuple[int, ...], scratch: int, /
-) -> tuple[int, int, int, int]: ...
+) -> int: ...
 def cuda_compress_write(
-    device: int,
-    stream: int,
-    src: int,
-    ld: int,
-    m: int,
-    k: int,
-    shape: tuple[int, ...],
-    scratch: int,
-    mode: int,
-    escape_bytes: int,
-    checksum: int,
-    blob: int,
-    /,
+    device: int, stream: int, src: int, ld: int, m: int, k: int, shape: tuple[int, ...], scratch: int, blob: int, room: int, /
+) -> tuple[int, int, int]: ...
+def cuda_compress_raw(
+    device: int, stream: int, src: int, ld: int, m: int, k: int, shape: tuple[int, ...], scratch: int, checksum: int, blob: int, /
 ) -> None: ...
 def cuda_warm(device: int, m: int, k: int, tokens: int, /) -> None: ...
 def cuda_side_stream(device: int, i: int, /) -> int: ...

@@ -51,6 +51,38 @@ def zeros(m: int, k: int) -> torch.Tensor:
     return torch.zeros(m, k).bfloat16()
 
 
+def sampled_tiles(m: int, k: int) -> torch.Tensor:
+    """Which tiles zs_compress_sample looks at (kernels/compress.cu)."""
+    tiles = -(-m // 64) * -(-k // 64)
+    samples = min(tiles, 1024)
+    s = torch.arange(samples)
+    return s * tiles // samples + ((s * 0x9E3779B1 & 0xFFFFFFFF) >> 8) % (tiles // samples)
+
+
+def by_tile(which: torch.Tensor, here: torch.Tensor, elsewhere: torch.Tensor) -> torch.Tensor:
+    """``here`` in the tiles of the given numbers, ``elsewhere`` in the others."""
+    m, k = here.shape
+    tiles = torch.zeros(-(-m // 64) * -(-k // 64), dtype=torch.bool)
+    tiles[which] = True
+    mask = tiles.view(-1, -(-k // 64)).repeat_interleave(64, 0).repeat_interleave(64, 1)
+    return torch.where(mask[:m, :k], here, elsewhere)
+
+
+def unseen(m: int, k: int) -> torch.Tensor:
+    """No escape in the tiles that are sampled, some in all others: the guess of the blob's size is too small."""
+    return by_tile(sampled_tiles(m, k), constant(m, k), gaussian(m, k))
+
+
+def seen(m: int, k: int) -> torch.Tensor:
+    """The other way round: the guess is far too large."""
+    return by_tile(sampled_tiles(m, k), escapes(m, k), constant(m, k))
+
+
+def torn(m: int, k: int) -> torch.Tensor:
+    """Tiles of few and of many escapes: no guess is certain."""
+    return by_tile(torch.arange(0, -(-m // 64) * -(-k // 64), 2), gaussian(m, k), escapes(m, k))
+
+
 KINDS: dict[str, Callable[[int, int], torch.Tensor]] = {
     f.__name__: f for f in (gaussian, trained, random_bits, islands, escapes, constant, zeros)
 }

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import io
+import threading
+from collections.abc import Callable
+
 import pytest
 import torch
-from gpu_cases import KINDS, SHAPES, same_bits, trained
+from gpu_cases import KINDS, SHAPES, gaussian, islands, random_bits, same_bits, seen, torn, trained, unseen
 
 import zipserv
+from zipserv import _zipserv
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -17,6 +22,66 @@ def test_same_bytes_as_the_codec(kind: str, shape: tuple[int, int]) -> None:
     here, there = zipserv.compress(w), zipserv.compress(w.cuda())
     assert there.device.type == "cuda"
     assert torch.equal(there.blob.cpu(), here.blob)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "way"),
+    [
+        (gaussian, (2048, 2048), "guess write"),  # 1024 tiles: all are sampled
+        (gaussian, (4096, 4096), "guess write"),
+        (trained, (4100, 3000), "guess write"),
+        (unseen, (4096, 4096), "guess write guess write"),
+        (seen, (4096, 4096), "guess write"),
+        (torn, (4096, 4096), "guess count guess write"),
+        (random_bits, (4096, 1536), "guess count"),
+        (random_bits, (100, 100), "guess count"),
+    ],
+)
+def test_ways_to_the_size(make: Callable[[int, int], torch.Tensor], shape: tuple[int, int], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The guess is enough, too small, too large or none; the bytes are the codec's, in memory hardly larger than they."""
+    calls: list[str] = []
+    plan, write = _zipserv.cuda_compress_plan, _zipserv.cuda_compress_write
+    monkeypatch.setattr(_zipserv, "cuda_compress_plan", lambda *a: (calls.append("guess"), plan(*a))[1])
+    monkeypatch.setattr(_zipserv, "cuda_compress_write", lambda *a: (calls.append("write" if a[8] else "count"), write(*a))[1])
+    w = make(*shape)
+    here, there = zipserv.compress(w), zipserv.compress(w.cuda())
+    assert " ".join(calls) == way
+    assert torch.equal(there.blob.cpu(), here.blob)
+    assert there.header == here.header
+    assert there.blob.untyped_storage().nbytes() <= 1.02 * there.nbytes
+    there.verify()
+
+
+def test_a_result_in_larger_memory_is_saved_and_loaded() -> None:
+    w = trained(4096, 4096).cuda()
+    z = zipserv.compress(w)
+    file = io.BytesIO()
+    torch.save(z, file)
+    assert file.tell() <= 1.02 * z.nbytes + 4096
+    file.seek(0)
+    assert torch.equal(torch.load(file).blob, z.blob)
+
+
+def test_many_at_a_time() -> None:
+    """Threads and streams compress beside each other: blocks of one wait for their own only, and no mail goes astray."""
+    weights = [make(m, k) for make in (gaussian, trained, islands) for m, k in ((4096, 1536), (1000, 777), (2048, 4096))]
+    want = [zipserv.compress(w).blob for w in weights]
+    wrong: list[object] = []
+
+    def work(first: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(first, first + 3 * len(weights)):
+                j = i % len(weights)
+                blob = zipserv.compress(weights[j].cuda()).blob.cpu()
+                if not torch.equal(blob, want[j]):
+                    wrong.append((first, j))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not wrong
 
 
 @pytest.mark.parametrize("shape", [(7,), (4096,), (3, 5, 64), (8, 100, 33)])

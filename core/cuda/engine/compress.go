@@ -16,43 +16,55 @@ type Compression struct {
 	Stream  driver.Stream
 	Src     driver.Pointer
 	Ld      uint64
-	Header  format.Header  // M, K and Shape; the rest is filled in by CompressPlan
+	Header  format.Header  // M, K and Shape; the rest is filled in by CompressWrite
 	Scratch driver.Pointer // CompressScratch bytes, which belong to the compression from CompressPlan to the end of CompressWrite's work
 }
 
-// mailbox is the mails that no compression waits for.
+// post is a mail, and a word of device memory that is 0 between two kernels that send it.
+type post struct {
+	mail driver.Mail
+	sum  driver.Pointer
+}
+
+// mailbox is the posts that no compression waits for.
 type mailbox struct {
 	mu   sync.Mutex
-	free []driver.Mail
+	free []post
 }
 
 const moreMails = 64 // a time
 
-func (b *mailbox) take(ctx *driver.Context) (driver.Mail, error) {
+func (b *mailbox) take(d *Device) (post, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if len(b.free) == 0 {
-		more, err := ctx.AllocMail(moreMails)
+		mails, err := d.ctx.AllocMail(moreMails)
 		if err != nil {
-			return 0, err
+			return post{}, err
 		}
-		b.free = more
+		sums, err := d.ctx.AllocFilled(d.pool.Side(0), 8*moreMails, 0)
+		if err != nil {
+			return post{}, err
+		}
+		for i, m := range mails {
+			b.free = append(b.free, post{m, sums + driver.Pointer(8*i)})
+		}
 	}
 	last := len(b.free) - 1
-	m := b.free[last]
+	p := b.free[last]
 	b.free = b.free[:last]
-	return m, nil
+	return p, nil
 }
 
-func (b *mailbox) give(m driver.Mail) {
+func (b *mailbox) give(p post) {
 	b.mu.Lock()
-	b.free = append(b.free, m)
+	b.free = append(b.free, p)
 	b.mu.Unlock()
 }
 
 type compressor struct {
-	plan              plan.Compression
-	first, scan, last *kernel
+	plan          plan.Compression
+	sample, write *kernel
 }
 
 type compressKey struct{ m, k uint64 }
@@ -67,7 +79,7 @@ func (d *Device) compressor(m, k uint64) (*compressor, error) {
 	for _, part := range []struct {
 		to   **kernel
 		from plan.Kernel
-	}{{&c.first, c.plan.Plan}, {&c.scan, c.plan.Scan}, {&c.last, c.plan.Write}} {
+	}{{&c.sample, c.plan.Sample}, {&c.write, c.plan.Write}} {
 		if *part.to, err = d.prepare(part.from); err != nil {
 			return nil, err
 		}
@@ -77,15 +89,17 @@ func (d *Device) compressor(m, k uint64) (*compressor, error) {
 }
 
 func (p *Compression) check() error {
-	p.Header.DType = format.BF16
-	p.Header.Mode = format.Raw
+	p.Header.DType, p.Header.Mode, p.Header.EscapeBytes = format.BF16, format.Raw, 0
 	if err := p.Header.Validate(); err != nil {
 		return badArgument("%v", err)
 	}
 	if p.Ld < p.Header.K {
 		return badArgument("rows of %d elements do not fit at a distance of %d", p.Header.K, p.Ld)
 	}
-	if plan.Tiles(p.Header.M, p.Header.K) >= 1<<31 {
+	if p.Scratch%16 != 0 {
+		return badArgument("the scratch memory at %#x is not aligned to 16 bytes", p.Scratch)
+	}
+	if plan.Tiles(p.Header.M, p.Header.K) >= 1<<24 { // their lists are counted in 32 bits
 		return badArgument("a matrix of %d x %d is too large for a GPU", p.Header.M, p.Header.K)
 	}
 	return nil
@@ -96,72 +110,108 @@ func (d *Device) CompressScratch(m, k uint64) uint64 {
 	return plan.CompressScratch(m, k)
 }
 
-// CompressPlan reads the weights, waits for the result and fills in the header, whose Sections then tell the blob's size.
-func (d *Device) CompressPlan(p *Compression) error {
+// exchange launches a kernel that ends with a mail, and waits for its words. more: its arguments behind those that all have; sum: the
+// post's word behind them.
+func (d *Device) exchange(p *Compression, k *kernel, sum bool, more ...uint64) (a, b uint32, err error) {
+	to, err := d.mails.take(d)
+	if err != nil {
+		return 0, 0, err
+	}
+	args := append([]uint64{uint64(p.Src), p.Ld, p.Header.M, p.Header.K, uint64(p.Scratch), uint64(to.mail)}, more...)
+	if sum {
+		args = append(args, uint64(to.sum))
+	}
+	d.ctx.ClearMail(to.mail)
+	if err := d.launch(k, p.Stream, args...); err != nil {
+		d.mails.give(to)
+		return 0, 0, err
+	}
+	words, there, err := d.ctx.AwaitMail(p.Stream, to.mail)
+	if err != nil {
+		return 0, 0, err // and the mail is lost: a kernel may still write it
+	}
+	d.mails.give(to)
+	if !there {
+		var bytes [8]byte
+		if err := d.ctx.Read(p.Stream, bytes[:], p.Scratch); err != nil {
+			return 0, 0, err
+		}
+		words[0], words[1] = binary.LittleEndian.Uint32(bytes[:]), binary.LittleEndian.Uint32(bytes[4:])
+	}
+	return words[0], words[1], nil
+}
+
+// CompressPlan reads some of the weights, waits, and returns the bytes to allocate for the blob: as a rule enough, and at most 1 % more than it takes. 0: that
+// is not certain, so CompressWrite is to be asked first. It prepares the scratch memory for one CompressWrite.
+func (d *Device) CompressPlan(p *Compression) (nbytes uint64, err error) {
 	if err := p.check(); err != nil {
-		return err
+		return 0, err
 	}
 	h := &p.Header
 	c, err := d.compressor(h.M, h.K)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	if err := d.launch(c.first, p.Stream, uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch)); err != nil {
-		return err
-	}
-	mail, err := d.mails.take(d.ctx)
+	clear := (plan.CompressScratch(h.M, h.K) - 16) / 16
+	sum, squares, err := d.exchange(p, c.sample, true, clear, uint64(c.plan.Samples))
 	if err != nil {
+		return 0, err
+	}
+	room, certain := c.plan.Room(h.M, h.K, uint64(sum), uint64(squares))
+	if nbytes = format.TiledSections(format.BF16, h.M, h.K, room).Total; !certain || nbytes >= format.RawSize(h.M, h.K) {
+		return 0, nil
+	}
+	return nbytes, nil
+}
+
+// CompressWrite reads all weights, writes their blob if it has the room, waits, and fills in the header, whose Sections tell the blob's size. The blob is
+// complete (in the order of the stream) if that is at most room and the mode is tiled. If not, allocate that much; a tiled one takes a CompressPlan and a
+// CompressWrite more, a raw one is CompressRaw and a copy of the matrix. No blob (0, room 0): only the header is filled in.
+func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64) error {
+	if err := p.check(); err != nil {
 		return err
 	}
-	d.ctx.ClearMail(mail)
-	if err := d.launchEarly(c.scan, p.Stream, true, uint64(c.plan.Blocks), uint64(p.Scratch), uint64(mail)); err != nil {
-		d.mails.give(mail)
-		return err
-	}
-	totals, there, err := d.ctx.AwaitMail(p.Stream, mail)
-	if err != nil {
-		return err // and the mail is lost: a kernel may still write it
-	}
-	d.mails.give(mail)
-	if !there {
-		var bytes [16]byte
-		if err := d.ctx.Read(p.Stream, bytes[:], p.Scratch); err != nil {
-			return err
+	h := &p.Header
+	units, sections := uint64(0), format.TiledSections(h.DType, h.M, h.K, 0)
+	if blob != 0 {
+		if blob%16 != 0 {
+			return badArgument("the blob at %#x is not aligned to 16 bytes", blob)
 		}
-		totals = [3]uint32{binary.LittleEndian.Uint32(bytes[:]), binary.LittleEndian.Uint32(bytes[4:]), binary.LittleEndian.Uint32(bytes[8:])}
+		if room < sections.Total {
+			return badArgument("a blob of a matrix of %d x %d takes at least %d bytes, not %d", h.M, h.K, sections.Total, room)
+		}
+		units = min((room-sections.Total)/16, 1<<32-1)
+		d.Changed(blob)
 	}
-	h.Checksum = totals[2]
-	h.EscapeBytes = 16 * (uint64(totals[1])<<32 | uint64(totals[0]))
-	if format.TiledSections(h.DType, h.M, h.K, h.EscapeBytes).Total < format.RawSize(h.M, h.K) {
-		h.Mode = format.Tiled
-	} else {
-		h.EscapeBytes = 0
+	c, err := d.compressor(h.M, h.K)
+	if err != nil {
+		return err
+	}
+	used, checksum, err := d.exchange(p, c.write, false, uint64(blob), units)
+	if err != nil {
+		return err
+	}
+	h.Checksum = checksum
+	if tiled := format.TiledSections(h.DType, h.M, h.K, 16*uint64(used)).Total; tiled >= format.RawSize(h.M, h.K) {
+		return nil // as p.check has left it
+	}
+	h.Mode, h.EscapeBytes = format.Tiled, 16*uint64(used)
+	if blob != 0 && uint64(used) <= units {
+		return d.writeHeader(p, blob)
 	}
 	return nil
 }
 
-// CompressWrite queues the writing of the blob that CompressPlan has planned. Of a raw blob it writes the header only: the matrix is a
-// copy, which the caller makes.
-func (d *Device) CompressWrite(p *Compression, blob driver.Pointer) error {
-	h := p.Header
-	if err := h.Validate(); err != nil {
-		return badArgument("%v", err)
+// CompressRaw queues the writing of a raw blob's header, as CompressWrite has filled it in.
+func (d *Device) CompressRaw(p *Compression, blob driver.Pointer) error {
+	if err := p.check(); err != nil {
+		return err
 	}
-	if h.Mode == format.Tiled {
-		if blob%16 != 0 {
-			return badArgument("the blob at %#x is not aligned to 16 bytes", blob)
-		}
-		c, err := d.compressor(h.M, h.K)
-		if err != nil {
-			return err
-		}
-		d.Changed(blob)
-		args := []uint64{uint64(p.Src), p.Ld, h.M, h.K, uint64(p.Scratch), uint64(blob)}
-		for head := h.Marshal(); len(args) < 6+format.HeaderSize/8; {
-			args = append(args, binary.LittleEndian.Uint64(head[8*(len(args)-6):]))
-		}
-		return d.launch(c.last, p.Stream, args...)
-	}
-	head := h.Marshal()
+	d.Changed(blob)
+	return d.writeHeader(p, blob)
+}
+
+func (d *Device) writeHeader(p *Compression, blob driver.Pointer) error {
+	head := p.Header.Marshal()
 	return d.ctx.Write(p.Stream, blob, head[:])
 }

@@ -26,9 +26,8 @@ var stubs = fstest.MapFS{
 	"zipgemm_wgmma.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
 	"decompress.cu":    {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
 	"gather.cu":        {Data: []byte(`extern "C" __global__ void zs_gather() {}`)},
-	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_plan() {}
-extern "C" __global__ void zs_compress_scan() {}
-extern "C" __global__ void zs_compress_write() {}`)},
+	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_sample() {}
+extern "C" __global__ void zs_compress() {}`)},
 }
 
 // open makes an engine over a fake driver. Kernels are really compiled; the cache lives as long as the test binary, so each is once.
@@ -235,54 +234,92 @@ func TestCompress(t *testing.T) {
 	blob := hostMemory(t, f, 1<<20)
 	ctx, err := f.Open().PrimaryContext(0)
 	require.NoError(t, err)
+	results := func(units, other uint32) { // what the kernels would write
+		t.Helper()
+		require.NoError(t, ctx.Write(0, scratch, binary.LittleEndian.AppendUint32(binary.LittleEndian.AppendUint32(nil, units), other)))
+	}
+	const tiles, checksum = 208, 0xC0FFEE // all of them are samples
+	fixed := format.TiledSections(format.BF16, 1000, 777, 0).Total
+	first := engine.Compression{Src: 0x4000, Ld: 777, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
+	_, err = d.CompressPlan(&first) // allocates the mails
+	require.NoError(t, err)
 	for name, c := range map[string]struct {
-		units   uint64
-		mode    format.Mode
-		fail    string // a call of the driver that tells code from now on
-		code    int
-		waiting int // for the stream
+		guess, units uint32
+		mode         format.Mode
+		fail         string // a call of the driver that tells code from now on
+		code         int
+		waiting      int // for the stream, each time
 	}{
-		"small lists":              {units: 50, mode: format.Tiled},
-		"lists that eat the gain":  {units: 1 << 20, mode: format.Raw},
-		"totals without mail":      {units: 50, mode: format.Tiled, fail: "mail", code: 1, waiting: 1},
-		"a stream with much to do": {units: 50, mode: format.Tiled, fail: "cuStreamQuery", code: 600, waiting: 2},
+		"small lists":              {guess: 50, units: 50, mode: format.Tiled},
+		"smaller than guessed":     {guess: 50, units: 40, mode: format.Tiled},
+		"larger than guessed":      {guess: 50, units: 51, mode: format.Tiled},
+		"lists that eat the gain":  {guess: 1 << 20, units: 1 << 20, mode: format.Raw},
+		"a guess too high":         {guess: 1 << 20, units: 50, mode: format.Tiled},
+		"a guess too low":          {guess: 50, units: 1 << 20, mode: format.Raw},
+		"results without mail":     {guess: 50, units: 50, mode: format.Tiled, fail: "mail", code: 1, waiting: 1},
+		"a stream with much to do": {guess: 50, units: 50, mode: format.Tiled, fail: "cuStreamQuery", code: 600, waiting: 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f.Reset()
 			if c.fail != "" {
 				f.Fail(c.fail, c.code, 0)
 			}
-			totals := binary.LittleEndian.AppendUint64(nil, c.units)
-			totals = binary.LittleEndian.AppendUint64(totals, 0xC0FFEE)
-			require.NoError(t, ctx.Write(0, scratch, totals)) // what the scan kernel would write
+			require.NoError(t, ctx.Write(0, blob, make([]byte, format.HeaderSize)))
 			p := engine.Compression{Stream: 0x88, Src: 0x4000, Ld: 800, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
-			require.NoError(t, d.CompressPlan(&p))
-			assert.Equal(t, c.mode, p.Header.Mode)
-			assert.EqualValues(t, 0xC0FFEE, p.Header.Checksum)
-			require.Len(t, launches(f), 2)
-			assert.Contains(t, launches(f)[0], "zs_compress_plan grid 26,1,1")
-			assert.Contains(t, launches(f)[1], "zs_compress_scan grid 1,1,1 block 1024")
-			assert.Equal(t, []bool{false, true}, early(f))
-			assert.Equal(t, c.waiting, count(f, "synchronize"))
-			require.NoError(t, d.CompressWrite(&p, blob))
-			if c.mode == format.Tiled {
-				require.Len(t, launches(f), 3)
-				assert.Contains(t, launches(f)[2], "zs_compress_write grid 26,1,1")
+			results(c.guess, 0)
+			room, err := d.CompressPlan(&p)
+			require.NoError(t, err)
+			to := blob
+			if c.guess > 1000 {
+				assert.Zero(t, room)
+				to = 0
 			} else {
-				assert.Len(t, launches(f), 2)
+				assert.Equal(t, fixed+16*uint64(c.guess), room)
 			}
+			results(c.units, checksum)
+			require.NoError(t, d.CompressWrite(&p, to, room))
+			assert.Equal(t, c.mode, p.Header.Mode)
+			assert.EqualValues(t, checksum, p.Header.Checksum)
+			nbytes := p.Header.Sections().Total
+			if c.mode == format.Tiled {
+				assert.Equal(t, fixed+16*uint64(c.units), nbytes)
+			}
+			require.Len(t, launches(f), 2)
+			assert.Contains(t, launches(f)[0], fmt.Sprintf("zs_compress_sample grid %d,1,1 block 128", tiles/4))
+			assert.Contains(t, launches(f)[1], fmt.Sprintf("zs_compress grid %d,1,1 block 128", tiles/4))
+			assert.Equal(t, []bool{false, false}, early(f))
+			assert.Equal(t, 2*c.waiting, count(f, "synchronize"))
 			head := make([]byte, format.HeaderSize)
+			if c.mode == format.Raw || nbytes > room {
+				require.NoError(t, ctx.Read(0, head, blob))
+				assert.Equal(t, make([]byte, format.HeaderSize), head, "no header of a blob that is not there")
+				if c.mode == format.Raw {
+					require.NoError(t, d.CompressRaw(&p, blob))
+				} else {
+					require.NoError(t, d.CompressWrite(&p, blob, nbytes))
+				}
+			}
 			require.NoError(t, ctx.Read(0, head, blob))
 			got, err := format.ParseHeader(head)
 			require.NoError(t, err)
 			assert.Equal(t, p.Header, got)
 		})
 	}
+	var wrong engine.ArgumentError
 	for _, h := range []format.Header{{M: 0, K: 5, Shape: []uint64{0, 5}}, {M: 4, K: 5, Shape: []uint64{4, 6}}, {M: 4, K: 900, Shape: []uint64{4, 900}}} {
 		p := engine.Compression{Ld: 800, Header: h, Scratch: scratch}
-		var wrong engine.ArgumentError
-		assert.ErrorAs(t, d.CompressPlan(&p), &wrong)
+		_, err := d.CompressPlan(&p)
+		assert.ErrorAs(t, err, &wrong)
+		assert.ErrorAs(t, d.CompressWrite(&p, 0, 0), &wrong)
 	}
+	p := engine.Compression{Ld: 800, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
+	assert.ErrorAs(t, d.CompressWrite(&p, blob+8, fixed), &wrong)
+	assert.ErrorAs(t, d.CompressWrite(&p, blob, fixed-1), &wrong)
+	p.Scratch += 8
+	assert.ErrorAs(t, d.CompressWrite(&p, 0, 0), &wrong)
+	large := engine.Compression{Ld: 1 << 25, Header: format.Header{M: 1 << 11, K: 1 << 25, Shape: []uint64{1 << 11, 1 << 25}}, Scratch: scratch}
+	_, err = d.CompressPlan(&large)
+	assert.ErrorAs(t, err, &wrong)
 }
 
 func TestWrongArguments(t *testing.T) {
@@ -340,11 +377,12 @@ func TestOnlyBlobsThatWereReadBeforeAreFetchedEarly(t *testing.T) {
 	p.Blob = blob
 	linear()
 	c := engine.Compression{Src: 0x4000, Ld: 777, Header: format.Header{M: 1000, K: 777, Shape: []uint64{1000, 777}}, Scratch: scratch}
-	require.NoError(t, d.CompressPlan(&c))
-	require.NoError(t, d.CompressWrite(&c, blob))
+	room, err := d.CompressPlan(&c)
+	require.NoError(t, err)
+	require.NoError(t, d.CompressWrite(&c, blob, room))
 	linear()
 	linear()
-	assert.Equal(t, []bool{false, false, true, false, false, true}, early(f), "product, three kernels of the compression, products")
+	assert.Equal(t, []bool{false, false, false, false, true}, early(f), "product, two kernels of the compression, products")
 }
 
 func TestOldGPUsFetchNothingEarly(t *testing.T) {

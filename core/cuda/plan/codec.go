@@ -2,7 +2,10 @@
 
 package plan
 
-import "fmt"
+import (
+	"fmt"
+	"math"
+)
 
 const (
 	decompressWarps  = 4
@@ -27,52 +30,64 @@ func Decompress(d Device, rows, k uint64) Kernel {
 	}
 }
 
-// Compression is the three launches of a compression; plan and write share their grid of Blocks.
+// Compression is the two launches of a compression.
 type Compression struct {
-	Plan, Scan, Write Kernel
-	Blocks            uint32
+	Sample, Write Kernel
+	Samples       uint32 // tiles that Sample plans
 }
 
 const (
-	compressWarps  = 4
-	compressBlocks = 4 // a multiprocessor
-	compressRounds = 2 // tiles a warp: fewer make the scan longer, more let the blocks drift apart
+	compressWarps   = 4 // a tile each
+	compressSamples = 1024
+	compressLook    = 128 // ZS_LOOK of compress.cu
 )
 
-// The shared memory of compress.cu's kernels: ZS_PLAN_SMEM, ZS_WRITE_SMEM, ZS_SCAN_SMEM.
-func compressSmem(warps int) (plan, write, scan int) {
-	return warps * (256 + 1040 + 16), warps * (4096 + 512 + 1024), 256
+// compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
+func compressSmem(warps int) (sample, write int) {
+	return warps * (1040 + 16), warps*(4096+512+1024+16) + 16
 }
 
 // Compress plans the kernels that write a blob.
 func Compress(d Device, m, k uint64) Compression {
-	planSmem, writeSmem, scanSmem := compressSmem(compressWarps)
-	blocks := uint32(compressGrid(Tiles(m, k)))
-	kernel := func(entry string, grid, block uint32, smem int) Kernel {
+	sampleSmem, writeSmem := compressSmem(compressWarps)
+	samples := min(Tiles(m, k), compressSamples)
+	blocks := uint32(4) // a multiprocessor: 128 registers a thread
+	if d.Capability >= 100 {
+		blocks = 3 // ptxas keeps weights without signs beside the weights there, which takes more registers than a fourth block leaves
+	}
+	kernel := func(entry string, tiles uint64, smem int) Kernel {
 		return Kernel{
 			Source: "compress.cu", Entry: entry,
-			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", compressBlocks)},
-			Grid:    grid, Block: block, Smem: uint32(smem),
+			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
+			Grid:    clampGrid(ceilDiv(tiles, compressWarps)), Block: 32 * compressWarps, Smem: uint32(smem),
 		}
 	}
-	scan := kernel("zs_compress_scan", 1, 1024, scanSmem)
-	scan.Programmatic = d.Capability >= 90
-	return Compression{
-		Plan:   kernel("zs_compress_plan", blocks, 32*compressWarps, planSmem),
-		Scan:   scan,
-		Write:  kernel("zs_compress_write", blocks, 32*compressWarps, writeSmem),
-		Blocks: blocks,
+	c := Compression{
+		Sample:  kernel("zs_compress_sample", samples, sampleSmem),
+		Write:   kernel("zs_compress", Tiles(m, k), writeSmem),
+		Samples: uint32(samples),
 	}
+	c.Write.PerSM = blocks // which stay and take tiles in order
+	return c
 }
 
-// CompressScratch is the bytes of device memory that a compression needs beside the blob.
+// CompressScratch is the bytes of device memory that a compression needs beside the blob, of which all but the first 16 are to be cleared.
 func CompressScratch(m, k uint64) uint64 {
-	tiles := Tiles(m, k)
-	return 16 + ceilDiv(8*compressGrid(tiles), 16)*16 + 8*tiles
+	return 32 + 8*ceilDiv(ceilDiv(Tiles(m, k), compressWarps), compressLook)*compressLook
 }
 
-func compressGrid(tiles uint64) uint64 {
-	return min(ceilDiv(tiles, compressRounds*compressWarps), 1<<31-1)
+// Room is the escape bytes to allocate for, from what the lists of the sampled tiles take: their sum, in units of 16 bytes, and the sum of their squares.
+// It is the sum where every tile was sampled, else the mean and six standard errors, and a little for what no sample showed. False: that much is uncertain
+// that a hundredth of the blob could stay unused, so the lists are to be counted first.
+func (c Compression) Room(m, k, sum, squares uint64) (escapeBytes uint64, certain bool) {
+	tiles, n := Tiles(m, k), uint64(c.Samples)
+	if tiles == n {
+		return 16 * sum, true
+	}
+	mean := float64(sum) / float64(n)
+	deviation := math.Sqrt(max(0, float64(squares)/float64(n)-mean*mean))
+	spare := 6*deviation/math.Sqrt(float64(n)) + 1.0/32
+	return 16 * uint64(math.Ceil((mean+spare)*float64(tiles))), 16*spare < 5632.0/100
 }
 
 const gatherThreads = 128

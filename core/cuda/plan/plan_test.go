@@ -73,13 +73,13 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 			checkKernel(t, d, plan.Decompress(d, mk[0], mk[1]))
 			checkKernel(t, d, plan.Gather(d, mk[0] > 64))
 			c := plan.Compress(d, mk[0], mk[1])
-			for _, k := range []plan.Kernel{c.Plan, c.Scan, c.Write} {
+			for _, k := range []plan.Kernel{c.Sample, c.Write} {
 				checkKernel(t, d, k)
 			}
-			assert.Equal(t, c.Blocks, c.Plan.Grid)
-			assert.Equal(t, c.Plan.Grid, c.Write.Grid)
-			assert.GreaterOrEqual(t, plan.CompressScratch(mk[0], mk[1]), 16+8*uint64(c.Blocks)+8*plan.Tiles(mk[0], mk[1]))
-			assert.Less(t, uint64(c.Plan.Grid-1)*uint64(c.Plan.Block/32), plan.Tiles(mk[0], mk[1]), "no block without work")
+			assert.Equal(t, uint32(min(plan.Tiles(mk[0], mk[1]), 1024)), c.Samples)
+			assert.Less(t, c.Sample.Grid, uint32(1<<12), "the sums of the samples are packed")
+			assert.GreaterOrEqual(t, plan.CompressScratch(mk[0], mk[1]), 32+8*uint64(c.Write.Grid))
+			assert.Less(t, uint64(c.Write.Grid-1)*uint64(c.Write.Block/32), plan.Tiles(mk[0], mk[1]), "no block without work")
 		}
 	}
 }
@@ -187,4 +187,32 @@ func TestTooSmallAGPU(t *testing.T) {
 	assert.ErrorContains(t, err, "16384 bytes of shared memory")
 	_, err = plan.ForLinear(devices["H200"], plan.Problem{M: 64, K: 0, N: 1})
 	assert.ErrorContains(t, err, "at least 1")
+}
+
+func TestRoomForLists(t *testing.T) {
+	few := plan.Compress(devices["H200"], 2048, 2048)
+	room, certain := few.Room(2048, 2048, 12345, 1<<20)
+	assert.EqualValues(t, 16*12345, room, "all tiles were sampled")
+	assert.True(t, certain)
+
+	many := plan.Compress(devices["H200"], 28672, 4096)
+	for name, c := range map[string]struct {
+		low, high uint64 // units of half of the samples each
+		certain   bool
+		spare     float64 // bytes a tile
+	}{
+		"all alike":     {7, 7, true, 0.5},
+		"gaussian":      {6, 8, true, 3.5},
+		"heavy tails":   {12, 28, true, 24.5},
+		"torn in two":   {0, 256, false, 384.5},
+		"no escapes":    {0, 0, true, 0.5},
+		"nothing helps": {256, 256, true, 0.5},
+	} {
+		t.Run(name, func(t *testing.T) {
+			room, certain := many.Room(28672, 4096, 512*(c.low+c.high), 512*(c.low*c.low+c.high*c.high))
+			assert.Equal(t, c.certain, certain)
+			assert.Zero(t, room%16)
+			assert.InDelta(t, c.spare, float64(room)/28672-8*float64(c.low+c.high), 0.01)
+		})
+	}
 }

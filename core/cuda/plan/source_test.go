@@ -34,7 +34,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 	seen := map[string]bool{}
 	for name, d := range devices {
 		c := plan.Compress(d, 4096, 4096)
-		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Plan, c.Scan, c.Write, plan.Gather(d, false), plan.Gather(d, true)}
+		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, plan.Gather(d, false), plan.Gather(d, true)}
 		for _, m := range []uint64{4096, 28672} {
 			for _, n := range []uint64{1, 64, 128} {
 				l, err := plan.ForLinear(d, plan.Problem{M: m, K: 4096, N: n})
@@ -58,12 +58,10 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 					smem, threads = "ZS_DECOMPRESS_SMEM", "32 * ZS_WARPS"
 				case "zs_gather":
 					smem, threads = "ZS_GATHER_SMEM", "ZS_THREADS"
-				case "zs_compress_plan":
-					smem, threads = "ZS_PLAN_SMEM", "32 * ZS_WARPS"
-				case "zs_compress_write":
-					smem, threads = "ZS_WRITE_SMEM", "32 * ZS_WARPS"
-				case "zs_compress_scan":
-					smem, threads = "ZS_SCAN_SMEM", "1024"
+				case "zs_compress_sample":
+					smem, threads = "ZS_SAMPLE_SMEM", "32 * ZS_WARPS"
+				case "zs_compress":
+					smem, threads = "ZS_COMPRESS_SMEM", "32 * ZS_WARPS"
 				}
 				got := constants(t, lib, files, k, d.Capability, smem, threads)
 				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")

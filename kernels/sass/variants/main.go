@@ -67,8 +67,7 @@ func main() {
 			m, k := s[0], s[1]
 			add(plan.Decompress(t.device, m, k))
 			c := plan.Compress(t.device, m, k)
-			add(c.Plan)
-			add(c.Scan)
+			add(c.Sample)
 			add(c.Write)
 			for n := uint64(1); n <= 1024; n = next(n) {
 				for _, p := range []plan.Problem{{Invariant: true}, {}, {Unaligned: true}} {

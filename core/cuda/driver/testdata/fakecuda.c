@@ -248,20 +248,18 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
   char args[512] = "";
   size_t n = 0;
-  int scan = strcmp(fn->name, "zs_compress_scan") == 0;
-  int count = (int)strlen(fn->name) == 0 ? 0 : scan ? 3 : 4; // the first parameters are enough to see that they arrive
-  for (int i = 0; i < count; i++) n += (size_t)snprintf(args + n, sizeof args - n, " %llx", (unsigned long long)*(uint64_t *)params[i]);
+  for (int i = 0; i < 4 && fn->name[0] != 0; i++) // the first parameters are enough to see that they arrive
+    n += (size_t)snprintf(args + n, sizeof args - n, " %llx", (unsigned long long)*(uint64_t *)params[i]);
   note("launch %d %s grid %u,%u,%u block %u smem %u stream %llx pdl %d%s args%s\n", fn->device, fn->name, c->gridDimX, c->gridDimY, c->gridDimZ,
        c->blockDimX, c->sharedMemBytes, (unsigned long long)(uintptr_t)c->hStream, pdl, together, args);
-  if (strcmp(fn->name, "zs_compress_write") == 0) // of what it writes, the header comes from the host
-    for (int i = 0; i < 16; i++) (*(uint64_t **)params[5])[i] = *(uint64_t *)params[6 + i];
-  // The one kernel that the host waits for: its totals are in the scratch memory already, the mail is what is left to do. A test that lets "mail" or
+  // The kernels that the host waits for: their results are in the scratch memory already, the mail is what is left to do. A test that lets "mail" or
   // cuStreamQuery fail gets none.
-  if (scan && *(uint64_t *)params[2] != 0 && strcmp(fail_call, "mail") != 0 && strcmp(fail_call, "cuStreamQuery") != 0) {
-    const uint32_t *totals = (const uint32_t *)*(uintptr_t *)params[1];
-    uint32_t *mail = (uint32_t *)*(uintptr_t *)params[2];
-    mail[0] = totals[0], mail[1] = totals[1], mail[2] = totals[2];
-    __atomic_store_n(mail + 3, 1, __ATOMIC_RELEASE);
+  if (strcmp(fn->name, "zs_compress_sample") == 0 || strcmp(fn->name, "zs_compress") == 0) {
+    uint32_t *results = (uint32_t *)*(uintptr_t *)params[4], *mail = (uint32_t *)*(uintptr_t *)params[5];
+    if (strcmp(fail_call, "mail") != 0 && strcmp(fail_call, "cuStreamQuery") != 0) {
+      mail[0] = results[0], mail[1] = results[1];
+      __atomic_store_n(mail + 3, 1, __ATOMIC_RELEASE);
+    }
   }
   return OK;
 }
