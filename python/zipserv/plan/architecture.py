@@ -193,7 +193,7 @@ def _ignore(matrix: Matrix, patterns: list[str]) -> Matrix:
 
 
 def _decoder(build: _Builder, notes: list[str]) -> int:
-    config, kind, tp = build.config, build.kind, build.tp
+    kind, tp = build.kind, build.tp
     hidden, layers = build.size("hidden_size"), build.size("num_hidden_layers", most=_MOST_LAYERS)
     attention: Callable[[_Builder, str], int] = _latent if kind.get("latent") else _grouped
     kv = 0
