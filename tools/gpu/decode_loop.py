@@ -465,6 +465,7 @@ class Run:
 
     def loop(self, models: dict[str, Model], batch: int, alone: dict[int, torch.Tensor] | None) -> dict[str, Any]:
         row: dict[str, Any] = {"batch": batch}
+        near = 0.1 if self.spec.experts else 0.05  # a router near a tie may choose another expert after a rounding
         state = State(self.spec, batch, self.options.context, self.device)
         eager, replays, outputs = {}, {}, {}
         for name, model in models.items():
@@ -494,13 +495,13 @@ class Run:
             got = (outputs[name] if self.device.type == "cuda" else eager[name]).float()
             far = distance(got, eager[name])
             row[f"graph to eager, {name}"] = far
-            check(far < 0.02, f"{name}, batch {batch}: the graph's logits are {far:.3g} from the eager loop's")
+            check(far < 0.4 * near, f"{name}, batch {batch}: the graph's logits are {far:.3g} from the eager loop's")
             if name != "plain":
                 far = row[f"to plain, {name}"] = distance(got, eager["plain"])
-                check(far < 0.05, f"{name}, batch {batch}: logits are {far:.3g} from the uncompressed loop's")
+                check(far < near, f"{name}, batch {batch}: logits are {far:.3g} from the uncompressed loop's")
         if alone is not None:
             far = row["to one GPU"] = distance(eager["zipserv"], alone[batch].to(self.device))
-            check(far < 0.05, f"batch {batch}: logits are {far:.3g} from one GPU's")
+            check(far < near, f"batch {batch}: logits are {far:.3g} from one GPU's")
         row["same tokens"] = self.same_tokens(models, replays, state)
         row["seconds"] = self.timed(replays, state)
         base = row["seconds"]["plain"]
