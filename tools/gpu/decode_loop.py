@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,6 +302,7 @@ class Run:
         self.kind = standin.get_quantization_config("zipserv")
         self.context = standin.vllm_config(tied=spec.tied)
         self.told: dict[str, Any] = {"family": name, **vars(spec), "tensor_parallel": standin.tp_size(), "checks": []}
+        self.failed: list[str] = []
 
     def say(self, text: str) -> None:
         if standin.tp_rank() == 0:
@@ -325,18 +327,32 @@ class Run:
         return model.eval()
 
     def run(self, alone: dict[int, torch.Tensor] | None) -> dict[str, Any]:
+        """What was found; `failed` says what is wrong."""
         plain, packed = self.build(None), self.build(self.kind())
         self.told["weight_bytes"] = {"plain": plain.bytes(), "zipserv": packed.bytes()}
         self.say(f"weights {plain.bytes() / 1e9:.2f} GB -> {packed.bytes() / 1e9:.2f} GB a rank ({packed.bytes() / plain.bytes():.3f} x)")
         models = {"plain": plain, "zipserv": packed}
         if self.spec.experts:
             models["zipserv, experts plain"] = self.build(self.kind(ignore=["*.experts"]))
-        self.check_weights(plain, packed)
-        self.check_layers(plain, packed)
-        self.check_folder(packed)
-        rows = [self.loop(models, batch, alone) for batch in self.options.batch]
-        self.check_invariance(packed)
-        return {**self.told, "rows": rows}
+        self.told["rows"] = []
+        self.attempt(self.check_weights, plain, packed)
+        self.attempt(self.check_layers, plain, packed)
+        self.attempt(self.check_folder)
+        for batch in self.options.batch:
+            self.attempt(self.loop, models, batch, alone)
+        self.attempt(self.check_invariance, packed)
+        return self.told
+
+    def attempt(self, step: Callable[..., None], *arguments: Any) -> None:
+        """What goes wrong in one step is told, and the next is taken: time on a GPU is dear. Several ranks wait for each other: there all end."""
+        try:
+            step(*arguments)
+        except Exception as error:
+            text = str(error) if isinstance(error, Wrong) else traceback.format_exc()
+            self.failed.append(f"{self.name}: {text}")
+            print(f"rank {standin.tp_rank()}: WRONG: {self.failed[-1]}", flush=True)
+            if standin.tp_size() > 1:
+                os._exit(1)
 
     # -- checks
 
@@ -386,7 +402,7 @@ class Run:
         bits = "; the same bits by decompression" if self.device.type == "cuda" else ""
         self.passed(f"{len(chosen)} layers x {sizes} tokens: error at most {worst:.3f} x F.linear's{bits}")
 
-    def check_folder(self, packed: Model) -> None:
+    def check_folder(self) -> None:
         """A compressed folder, each rank taking its own tiles, against the plain checkpoint compressed while it loads."""
         spec = replace(self.spec, layers=min(self.spec.layers, 2 if not self.spec.experts else 1), vocab=min(self.spec.vocab, 8192))
         place = [tempfile.mkdtemp(prefix="zipserv-loop-") if standin.tp_rank() == 0 else ""]
@@ -463,7 +479,7 @@ class Run:
 
     # -- the loop
 
-    def loop(self, models: dict[str, Model], batch: int, alone: dict[int, torch.Tensor] | None) -> dict[str, Any]:
+    def loop(self, models: dict[str, Model], batch: int, alone: dict[int, torch.Tensor] | None) -> None:
         row: dict[str, Any] = {"batch": batch}
         near = 0.1 if self.spec.experts else 0.05  # a router near a tie may choose another expert after a rounding
         state = State(self.spec, batch, self.options.context, self.device)
@@ -510,7 +526,7 @@ class Run:
         ratios = ", ".join(f"{name} {r:.3f} x" for name, r in row["speedup"].items())
         distances = ", ".join(f"{k} {v:.2g}" for k, v in row.items() if isinstance(v, float) and "to" in k.split())
         self.say(f"batch {batch}: {told}; {ratios}; same tokens {row['same tokens']:.0%}; logits' distances: {distances}")
-        return row
+        self.told["rows"].append(row)
 
     def same_tokens(self, models: dict[str, Model], replays: dict[str, Callable[[], object]], state: State) -> float:
         """Greedy tokens of both loops, each fed with the uncompressed one's."""
@@ -560,6 +576,7 @@ def barrier() -> None:
 def one_gpu(name: str, spec: Spec, options: argparse.Namespace, device: torch.device) -> dict[int, torch.Tensor]:
     """The uncompressed model's first logits without tensor parallelism."""
     run = Run(name, spec, options, device)
+    run.glue = Glue(compiled=False)  # for one step
     model = run.build(None)
     logits = {batch: model.step(State(spec, batch, options.context, device)).float().cpu() for batch in options.batch}
     del model
@@ -613,16 +630,14 @@ def main() -> int:
             alone = {name: one_gpu(name, spec, options, device) for name, spec in specs.items()}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
     about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "ranks": world}
-    found, failed = [], []
+    found: list[dict[str, Any]] = []
+    failed: list[str] = []
     for name, spec in specs.items():
-        try:
-            with torch.no_grad():
-                found.append(Run(name, spec, options, device).run(alone.get(name)))
-        except Wrong as error:
-            failed.append(f"{name}: {error}")
-            print(f"rank {rank}: WRONG: {failed[-1]}", flush=True)
-            if world > 1:
-                os._exit(1)  # the others wait in a collective call that will not come
+        run = Run(name, spec, options, device)
+        with torch.no_grad():
+            run.attempt(lambda run=run, name=name: found.append(run.run(alone.get(name))))  # type: ignore[misc]
+        failed += run.failed
+        del run
         if rank == 0 and options.out:
             options.out.write_text(json.dumps({"about": about, "families": found, "failed": failed}, indent=1) + "\n")
         release(device)
