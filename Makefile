@@ -13,7 +13,7 @@ NATIVE := $(shell find $(GODIRS) go.mod -type f -not -name '*_test.go' 2>/dev/nu
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help dev native demo bench test test-go test-c test-python lint lint-go lint-python test-gpu bench-gpu test-vllm test-vllm-newest wheel clean
+.PHONY: help dev native demo bench test test-go test-c test-python lint lint-go lint-python test-gpu bench-gpu test-vllm test-vllm-newest test-vllm-engine wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,9 @@ bench-gpu: ## speed on an NVIDIA GPU against cuBLAS and memcpy
 
 test-vllm: ## the plugin against the real vLLM; makes an environment of its own, about 8 GB, kept in the user's cache folder
 	PYTHON=$(PYTHON) tests/vllm/run.sh
+
+test-vllm-engine: ## vLLM's own engine and server on the CPU with the plugin, in a build of others for CPUs; about 6 minutes
+	PYTHON=$(PYTHON) ENGINE=0.32.0 tests/vllm/run.sh
 
 test-vllm-newest: ## the same with the newest vLLM that installs; failures are warnings
 	PYTHON=$(PYTHON) VLLM=newest tests/vllm/run.sh

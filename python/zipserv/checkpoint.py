@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import _zipserv, proof
+from . import _zipserv, devices, proof
 from .container import HEADER_KEY, Container, read_container
 from .errors import Error
 from .format import HEADER_BYTES, SUFFIX, Header, parse_header
@@ -130,8 +130,9 @@ def load_file(path: str | os.PathLike[str], device: torch.device | str = "cpu", 
         Tensors and ZipTensors by their original names.
 
     Raises:
-        Error: the file is damaged, in whatever way.
+        Error: the file is damaged, in whatever way; there is no GPU.
         OSError: it can't be opened.
+        TypeError, ValueError: ``device`` is none that zipserv runs on.
     """
     with open_file(path, device, verify=verify) as file:
         return file.load()
@@ -166,9 +167,7 @@ class TensorFile:
     """An open checkpoint: a mapping from original names to tensors that are read and checked on access."""
 
     def __init__(self, path: str | os.PathLike[str], device: torch.device | str = "cpu", *, verify: bool = True) -> None:
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and self.device.index is None and torch.cuda.is_available():
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device = devices.named(device)
         self.verify = verify
         self.files, weight_map = _resolve(Path(path))
         self._raw: list[BinaryIO] = []

@@ -395,13 +395,23 @@ def merge_layers(
 
     Args:
         model: weights loaded. Layers are taken that are plain :class:`zipserv.ZipLinear`, on one device, of one width and
-            dtype, of a multiple of 64 rows (one of a group may have others), shared with nothing else.
+            dtype, of a multiple of 64 rows (one of a group may have others), shared with nothing else, and held by a module that is
+            called (not by a ``ModuleDict``).
         names: groups of names of layers in one module; where only some of a group are there, these are merged.
         where: layers to merge; others are left as they are.
 
     Returns:
         The names of the layers of each group.
+
+    Raises:
+        TypeError, ValueError: the arguments are none of that.
     """
+    _require(model, where)
+    for group in names if isinstance(names, Sequence) and not isinstance(names, str) else [names]:
+        if isinstance(group, str) or not isinstance(group, Sequence) or not all(isinstance(name, str) for name in group):
+            raise TypeError(f"names are groups of names of layers, as [('q_proj', 'k_proj', 'v_proj')], not {group!r:.80} among them")
+        if len(set(group)) < 2 or len(set(group)) < len(group):
+            raise ValueError(f"a group is of two layers or more, each named once, not {group!r:.80}")
     holders: dict[int, int] = {}
     owners: dict[int, int] = {}
     for module in model.modules():
@@ -411,6 +421,8 @@ def merge_layers(
             owners[id(child)] = owners.get(id(child), 0) + 1
     merged = []
     for path, parent in _parents(model):
+        if not _is_called(parent):
+            continue
         for group in names:
             wanted = group[1:] if len(group) == 3 and _is_cross(path, parent) else group
             found = {name: parent._modules.get(name) for name in wanted}
@@ -440,6 +452,7 @@ def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None 
     Returns:
         The names of these layers.
     """
+    _require(model, where)
     found = [module for module in model.modules() if isinstance(module, MergedLinear)]
     groups = {id(layer._group) for layer in found if where is None or where(layer)}
     del found
@@ -457,9 +470,22 @@ def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None 
     return names
 
 
+def _require(model: object, where: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
+    if where is not None and not callable(where):
+        raise TypeError(f"where is a function of a layer, not {type(where).__name__}")
+
+
 def _parents(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that hold others. Without the layers themselves: what is replaced is to be freed at once."""
     return [(path, module) for path, module in model.named_modules() if module._modules]
+
+
+def _is_called(holder: nn.Module) -> bool:
+    """False for containers without a ``forward`` (``nn.ModuleDict``): within no call of theirs could layers share a product."""
+    forward = getattr(holder, "forward", None)
+    return getattr(forward, "__func__", forward) is not nn.Module.forward
 
 
 def _is_cross(path: str, parent: nn.Module) -> bool:

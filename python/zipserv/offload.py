@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from . import devices
 from .errors import Error
 from .pinned import pinned_empty
 from .streams import copy_stream, forget
@@ -154,17 +155,15 @@ def apply(model: nn.Module, device: torch.device | str | int | None = None, *, s
         A handle that tells sizes and can undo it. The model keeps all it needs without it.
 
     Raises:
-        TypeError: not a module.
-        ValueError: weights are on the meta device or not on the CPU, or are sharded.
+        TypeError: not a module, no device.
+        ValueError: weights are on the meta device or not on the CPU, or are sharded; no such device.
         Error: the model is under the hooks of accelerate, which moves weights too; host memory can't be pinned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, not {type(model).__name__}")
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is a CUDA device or the CPU, not {where}")
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = devices.named(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "meta":
+        raise ValueError("device is a CUDA device or the CPU, not meta")
     for name, module in model.named_modules():
         if hasattr(module, "_hf_hook"):
             raise Error(f"accelerate's hooks are on {name or 'the model'}: load it without device_map, or remove the hooks")

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -309,3 +310,42 @@ def test_bits_of_a_loaded_layer_equal_the_original(tmp_path: Path) -> None:
     zipserv.save_file({"w": zipserv.compress(every)}, tmp_path / "m.safetensors")
     loaded = zipserv.load_file(tmp_path / "m.safetensors")["w"]
     assert torch.equal(bits(loaded.decompress()), bits(every))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("device", "kind", "said"),
+    [
+        ("x", ValueError, "'x' is no device; 'cpu', 'cuda' and 'cuda:1' are"),
+        ("cuda:x", ValueError, "is no device"),
+        ("mps", ValueError, "zipserv runs on 'cpu' and 'cuda'"),
+        (None, TypeError, "not NoneType"),
+        (1.5, TypeError, "not float"),
+        (True, TypeError, "not bool"),
+    ],
+)
+def test_devices_that_are_none(tmp_path: Path, device: Any, kind: type[Exception], said: str) -> None:
+    zipserv.save_file({"w": torch.ones(3)}, tmp_path / "m.safetensors")
+    for call in (zipserv.load_file, zipserv.open_file):
+        with pytest.raises(kind, match=said):
+            call(tmp_path / "m.safetensors", device=device)
+    with pytest.raises(kind, match=said):
+        zipserv.load_model(torch.nn.Linear(3, 3), tmp_path / "m.safetensors", device=device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", 0])
+def test_no_gpu(tmp_path: Path, device: Any) -> None:
+    zipserv.save_file({"w": torch.ones(3)}, tmp_path / "m.safetensors")
+    with pytest.raises(zipserv.Error, match="torch sees no GPU here; `zipserv doctor`"):
+        zipserv.load_file(tmp_path, device=device)
+
+
+def test_the_gpus_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from zipserv import devices
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert devices.named("cuda") == torch.device("cuda:1") and devices.named(0) == torch.device("cuda:0") == devices.named("cuda:0")
+    with pytest.raises(ValueError, match="'cuda:2': there are 2 GPUs here"):
+        devices.named("cuda:2")

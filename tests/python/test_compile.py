@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import io
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,56 @@ def test_sharding_over_processes(tmp_path: Path) -> None:
             zipserv.compress(torch.distributed.tensor.distribute_tensor(net().down.weight.detach(), mesh))
     finally:
         torch.distributed.destroy_process_group()
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+import zipserv
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+torch.manual_seed(0)
+zipserv.set_cpu_linear("exact")
+plain = torch.nn.Sequential(torch.nn.Linear(192, 256), torch.nn.GELU(), torch.nn.Linear(256, 192), torch.nn.LayerNorm(192)).bfloat16()
+inputs = torch.randn(2, 5, 192).bfloat16()  # one batch for each rank
+made = torch.nn.Sequential(*plain)
+zipserv.compress_model(made)
+before = [buffer.clone() for buffer in made.buffers()]
+expected = [made(x) for x in inputs]
+loss = sum(y.float().square().mean() for y in expected) / 2
+want = {name: grad for (name, _), grad in zip(made.named_parameters(), torch.autograd.grad(loss, list(made.parameters())))}
+mesh = dist.init_device_mesh("cpu", (2,))
+for layer in made:
+    if isinstance(layer, zipserv.ZipLinear):
+        fully_shard(layer, mesh=mesh)
+fully_shard(made, mesh=mesh)
+assert sum(p.to_local().numel() for p in made.parameters()) < sum(g.numel() for g in want.values()), "nothing was sharded"
+y = made(inputs[rank])
+assert torch.equal(y, expected[rank])
+y.float().square().mean().backward()
+for name, parameter in made.named_parameters():
+    torch.testing.assert_close(parameter.grad.full_tensor(), want[name], rtol=2e-2, atol=1e-3)
+torch.optim.AdamW(made.parameters(), lr=0.1).step()
+assert len(before) == 2 and all(torch.equal(a, b) for a, b in zip(made.buffers(), before)), "compressed bytes are whole on each rank"
+dist.destroy_process_group()
+"""
+
+
+def test_sharding_over_two_ranks(tmp_path: Path) -> None:
+    """FSDP2 with a batch for each rank: the outputs and gradients of one process, and whole compressed bytes on both."""
+    if not torch.distributed.is_available():
+        pytest.skip("this PyTorch has no torch.distributed")
+    commands = [[sys.executable, "-c", TWO_RANKS, str(rank), str(tmp_path / "store")] for rank in (0, 1)]
+    ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for command in commands]
+    try:
+        for process in ranks:
+            told, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, told
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 @pytest.mark.slow

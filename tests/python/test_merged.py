@@ -137,6 +137,11 @@ def zipped(rows: int, columns: int = 128, dtype: torch.dtype = torch.bfloat16) -
     return ZipLinear.from_linear(nn.Linear(columns, rows, bias=False).to(dtype))
 
 
+class Called(nn.ModuleDict):
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.values()]
+
+
 def test_layers_that_do_not_fit() -> None:
     shared = zipped(64)
     noise = nn.Linear(128, 64, bias=False).bfloat16()
@@ -155,10 +160,40 @@ def test_layers_that_do_not_fit() -> None:
         "cross_attention": ({"q_proj": zipped(64), "k_proj": zipped(64), "v_proj": zipped(64)}, ("k_proj", "v_proj")),
         "other_names": ({"left": zipped(64), "right": zipped(64)}, None),
     }
-    model = nn.ModuleDict({name: nn.ModuleDict(layers) for name, (layers, _) in holders.items()})
+    model = nn.ModuleDict({name: Called(layers) for name, (layers, _) in holders.items()})
     expected = [tuple(f"{name}.{layer}" for layer in layers) for name, (_, layers) in holders.items() if layers]
     assert merge_layers(model) == expected
     assert merge_layers(model, [("left", "right")]) == [("other_names.left", "other_names.right")]
+
+
+def test_a_holder_that_is_never_called_shares_nothing() -> None:
+    """Nobody calls a ModuleDict: each of its layers would multiply by the rows of all."""
+    layers = {name: zipped(64) for name in ("q_proj", "k_proj", "v_proj")}
+    assert merge_layers(nn.ModuleDict(layers)) == [] == merge_layers(nn.ModuleList([nn.ModuleDict(layers)]))
+    assert all(type(layer) is ZipLinear for layer in layers.values())
+    assert merge_layers(Called(layers)) == [("q_proj", "k_proj", "v_proj")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "said"),
+    [
+        ((zipped(64).ziptensor,), TypeError, "torch.nn.Module, not ZipTensor"),
+        ((None,), TypeError, "not NoneType"),
+        ((nn.Identity(), "q_proj"), TypeError, "groups of names of layers"),
+        ((nn.Identity(), ["q_proj", "k_proj"]), TypeError, "groups of names of layers"),
+        ((nn.Identity(), [("q_proj", 3)]), TypeError, "groups of names of layers"),
+        ((nn.Identity(), True), TypeError, "groups of names of layers"),
+        ((nn.Identity(), [("q_proj",)]), ValueError, "two layers or more"),
+        ((nn.Identity(), [("q_proj", "q_proj")]), ValueError, "each named once"),
+    ],
+)
+def test_wrong_arguments(arguments: tuple[object, ...], kind: type[Exception], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        merge_layers(*arguments)
+    with pytest.raises(TypeError, match="function of a layer, not str"):
+        merge_layers(nn.Identity(), where="q_proj")
+    with pytest.raises(TypeError):
+        split_layers("model")
 
 
 class Writes(Attention):

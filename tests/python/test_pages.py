@@ -47,8 +47,10 @@ def test_c_block(tmp_path: Path) -> None:
     assert "->" in out and "found:" in out
 
 
-@pytest.mark.parametrize("name", ["transformers_model.py", "offload_model.py", "checkpoint.py"])
+@pytest.mark.parametrize("name", ["transformers_model.py", "offload_model.py", "checkpoint.py", "lora.py"])
 def test_examples(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "lora.py":
+        pytest.importorskip("peft")
     monkeypatch.setattr(sys, "argv", [name])
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
     assert capsys.readouterr().out

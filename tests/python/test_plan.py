@@ -106,6 +106,16 @@ def test_heads_of_keys_and_values_are_copied_where_ranks_are_more() -> None:
         ({"dtype": "float16"}, "the weights are float16"),
         ({"torch_dtype": "float32"}, "the weights are float32"),
         ({"quantization_config": {"quant_method": "fp8"}}, "quantized already (fp8)"),
+        ({"quantization_config": {"quant_method": "zipserv", "modules_to_not_convert": "lm_head"}}, "a list of names, not 'lm_head'"),
+        ({"model_type": ["llama"]}, "model_type is a name, not ['llama']"),
+        ({"model_type": None}, "model_type is a name, not None"),
+        ({"max_position_embeddings": "4096"}, "max_position_embeddings, a positive number; it says '4096'"),
+        ({"num_experts_per_tok": -2}, "num_experts_per_tok, a positive number"),
+        ({"num_local_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok is 5: there are 4 experts"),
+        ({"mlp_only_layers": 3}, "mlp_only_layers, a list of layers' numbers"),
+        ({"decoder_sparse_step": 1.5}, "decoder_sparse_step"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers 1000000000000, 16384 is the most"),
+        ({"hidden_size": 10**30}, "hidden_size 1000"),
     ],
 )
 def test_what_is_refused(change: dict[str, Any], said: str) -> None:
@@ -246,6 +256,51 @@ def test_experts_are_not_covered_by_a_table_of_dense_products() -> None:
 def test_tables_that_are_none(document: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"not a bench\.json"):
         speed.Table(document)
+
+
+#: For each value that a configuration may wrongly have: the plan is made, or a ValueError says why not, within a second.
+WRONG: list[Any] = [None, [], ["x"], {}, {"a": 1}, "96", -1, 0, 1, 1.5, True, float("inf"), 10**12, 10**400]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_no_configuration_ends_in_anything_else(name: str, tmp_path: Path) -> None:
+    good = models.KNOWN["deepseek-v3"] if name == "deepseek_v3" else config_of("llama")
+    moe = {"model_type": name, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    good = {**good, **({} if name in ("llama", "deepseek_v3") else moe), "num_hidden_layers": 3}
+    more = ["sliding_window", "max_position_embeddings", "quantization_config", "head_dim", "mlp_only_layers", "decoder_sparse_step"]
+    assert plan.make(written(tmp_path, good), gpu_memory=1 << 45)["model"]["type"] == name
+    refused = 0
+    for key in [*good, *more]:
+        for value in WRONG:
+            try:
+                plan.make(written(tmp_path, {**good, key: value}), gpu_memory=1 << 45)
+            except ValueError as error:
+                refused += bool(str(error))
+    assert refused > 60
+
+
+def written(folder: Path, values: dict[str, Any]) -> Path:
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize("key", ["blas_seconds", "zip_seconds", "tokens"])
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "x"])
+def test_times_that_no_measurement_gives(key: str, value: Any) -> None:
+    document = bench_document([(28672, 4096)])
+    for point in document["points"]:
+        point[key] = value
+    with pytest.raises(ValueError, match=r"not a bench\.json"):
+        speed.Table(document)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [({"length": "4096"}, TypeError), ({"batch": 1.5}, TypeError), ({"tp": 0}, ValueError), ({"utilization": 2}, ValueError)],
+)
+def test_arguments_that_make_no_sense(change: dict[str, Any], kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=next(iter(change))):
+        plan.make("llama-3.1-8b", **{"gpu_memory": 1 << 40, **change})
 
 
 def test_command(zipserv: Zipserv, tmp_path: Path) -> None:

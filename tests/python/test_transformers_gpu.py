@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers", minversion="5.0")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
+import test_transformers as tiny  # noqa: E402
 from zipserv import ZipEmbedding, ZipLinear, ZipServConfig, offload  # noqa: E402
 from zipserv.bench import model as bench  # noqa: E402
 
@@ -135,3 +136,102 @@ def test_bench(offloaded: str | None) -> None:
     print(bench.format_rows(result))
     assert result["graphs"] == (offloaded is None)
     assert all(row["zipserv"]["decode_tokens_per_second"] > 0 for row in result["rows"])
+
+
+# --- every architecture of test_transformers, as it runs on a GPU: merged layers, fused kernels, captured graphs ------------------------
+
+
+def on_gpu(name: str, path: Path, **kwargs: Any) -> Any:
+    model = tiny.load(name, path, device_map="cuda", **kwargs)
+    if hasattr(model, "set_experts_implementation") and "quantization_config" not in kwargs:
+        model.set_experts_implementation("eager")  # the only one for float64, and the same order of additions as the compressed experts'
+    return model
+
+
+@torch.no_grad()
+def logits(name: str, model: Any) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    if name == "vit":
+        return model(pixel_values=torch.randn(2, 3, 32, 32, generator=generator).to("cuda", model.dtype)).logits
+    ids = torch.randint(3, 320, (2, 9), generator=generator).cuda()
+    return model(input_ids=ids, **({"decoder_input_ids": ids[:, :4]} if name == "t5" else {})).logits
+
+
+def of_row(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The median distance of rows: a router that is near a tie may send a token elsewhere after a rounding."""
+    return float(((a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)).median())
+
+
+@pytest.mark.parametrize("name", tiny.MODELS)
+def test_architectures(name: str, tmp_path: Path) -> None:
+    path = tiny.make(name, tmp_path / "plain")
+    plain, exact = logits(name, on_gpu(name, path)), logits(name, on_gpu(name, path).double())
+    model = on_gpu(name, path, quantization_config=ZipServConfig())
+    assert tiny.compressed_modules(model)
+    found = logits(name, model)
+    assert of_row(found, exact) <= 1.5 * of_row(plain, exact)
+    model.save_pretrained(tmp_path / "zip")
+    again = on_gpu(name, tmp_path / "zip")
+    assert of_row(logits(name, again), exact) <= 1.5 * of_row(plain, exact)
+    assert torch.equal(logits(name, again.dequantize()), plain), "the weights have other bits"
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3", "gpt2", "mixtral"])
+@torch.no_grad()
+def test_tokens_and_captured_steps(name: str, tmp_path: Path) -> None:
+    """Greedy tokens, eager and with a static cache, and a captured forward pass."""
+    path = tiny.make(name, tmp_path / "plain")
+    plain, model = on_gpu(name, path), on_gpu(name, path, quantization_config=ZipServConfig())
+    ids = torch.randint(3, 320, (1, 6), generator=torch.Generator().manual_seed(3)).cuda()
+    arguments = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids), "pad_token_id": 0}
+    tokens = [each.generate(ids, **arguments) for each in (plain, model)]
+    if name not in ("gpt2", "mixtral"):
+        tokens.append(model.generate(ids, cache_implementation="static", **arguments))
+    first = {int(each[0, 6]) for each in tokens}
+    assert all((each == tokens[0]).float().mean() > 0.7 for each in tokens) or len(first) == 1
+    if name != "mixtral":  # experts that were hit are found on the host
+        expected = model(ids).logits
+        compiled = torch.compile(model, mode="reduce-overhead")
+        for _ in range(3):
+            assert of_row(compiled(ids).logits.clone(), expected) < 0.02
+
+
+def test_an_adapter_trains(folder: Path) -> None:
+    """On merged layers: PEFT's losses as on the uncompressed model, the base's bytes as they were, nothing of it in the optimizer."""
+    peft = pytest.importorskip("peft")
+    losses = []
+    for config in ({"quantization_config": ZipServConfig()}, {}):
+        torch.manual_seed(3)
+        model = peft.get_peft_model(load(folder, device_map="cuda", **config), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+        before = {name: buffer.clone() for name, buffer in model.named_buffers() if name.endswith("_zipserv")}
+        assert bool(before) == bool(config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        assert all(p.is_floating_point() for p in trained)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        own = []
+        for _ in range(4):
+            loss = model(input_ids=IDS.cuda(), labels=IDS.cuda()).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own.append(float(loss.detach()))
+        losses.append(own)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if name in before)
+    assert losses[0][-1] < losses[0][0] and losses[0] == pytest.approx(losses[1], rel=3e-2)
+
+
+@torch.no_grad()
+def test_a_model_over_two_gpus(folder: Path) -> None:
+    """accelerate's `device_map` over several GPUs: the layers' device counts, not torch's current one."""
+    pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    plain = load(folder, device_map="cuda:0")
+    device_map = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    device_map |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    model = load(folder, device_map=device_map, quantization_config=ZipServConfig())
+    assert {tensor.device.index for tensor in model.buffers()} == {0, 1}
+    for _ in range(3):
+        found = model(IDS.cuda()).logits
+        assert of_row(found.to("cuda:0"), plain(IDS.cuda()).logits) < 0.02
+    assert model.generate(IDS[:1].cuda(), max_new_tokens=4, do_sample=False).shape == (1, 37)

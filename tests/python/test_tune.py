@@ -239,11 +239,13 @@ def test_interrupt_keeps_what_was_measured(zipserv: Zipserv, gpu_machine: FakeGP
         ((), 2, "name a model"),
         (("64",), 2, "pairs of numbers"),
         (("64", "0"), 2, "pairs of numbers"),
-        (("no-such-model",), 2, "no model configuration"),
         (("llama-3.1-8b", "qwen2.5-7b"), 2, "one model"),
         (("64", "64", "--tokens", "x"), 2, "not a positive number"),
         (("--list", "--clear"), 2, "stand alone"),
         (("64", "64", "--list"), 2, "stand alone"),
+        (("64", "\u00b2"), 2, "pairs of numbers"),
+        (("no-such-model",), 3, "no model configuration 'no-such-model'"),
+        (("no/such/folder",), 3, "no model configuration"),
     ],
 )
 def test_refusals(zipserv: Zipserv, arguments: tuple[str, ...], code: int, words: str) -> None:

@@ -5,6 +5,8 @@
 #   run.sh test              correctness on the device, then memcheck and racecheck on small shapes
 #   run.sh check             correctness alone
 #   run.sh bench [ARGS]      correctness, then `zipserv bench ARGS`; results in out/
+#   run.sh models            in a checkout: whole models, loading and offload (tests/python; needs transformers, accelerate, peft)
+#   run.sh loop [ARGS]       in a checkout: tools/gpu/decode_loop.py, the vLLM plugin's methods in a decode loop; on all GPUs if there are several
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 python=${PYTHON:-python3}
@@ -39,6 +41,22 @@ correctness() {
     "$python" -m pytest -q --maxfail=40 -p no:cacheprovider "$root/tests/gpu"
 }
 
+models() {
+    echo "== models"
+    "$python" -m pytest -q --maxfail=40 -p no:cacheprovider -m gpu "$root/tests/python"
+}
+
+loop() {
+    echo "== decode loop"
+    local count
+    count=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$count" -gt 1 ]; then
+        "$python" -m torch.distributed.run --standalone --nproc-per-node "$count" "$root/tools/gpu/decode_loop.py" --out "$root/out/loop.json" "$@"
+    else
+        "$python" "$root/tools/gpu/decode_loop.py" --out "$root/out/loop.json" "$@"
+    fi
+}
+
 sanitizer() {
     local tool
     tool=$(command -v compute-sanitizer || ls "${CUDA_HOME:-/usr/local/cuda}"/bin/compute-sanitizer 2>/dev/null || true)
@@ -66,5 +84,7 @@ case $what in
 check) correctness ;;
 test) correctness && sanitizer && echo "== all passed" ;;
 bench) correctness && bench "$@" ;;
-*) echo "usage: run.sh test|check|bench" >&2 && exit 2 ;;
+models) models ;;
+loop) loop "$@" ;;
+*) echo "usage: run.sh test|check|bench|models|loop" >&2 && exit 2 ;;
 esac

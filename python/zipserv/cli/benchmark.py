@@ -25,7 +25,7 @@ def _names(_ctx: click.Context, _param: click.Parameter, value: str | None) -> l
 
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:
     names = _names(ctx, param, value)
-    wrong = [name for name in names if not name.isdigit() or int(name) < 1]
+    wrong = [name for name in names if not name.isdecimal() or int(name) < 1]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is not a positive number")
     return [int(name) for name in names]
@@ -328,7 +328,7 @@ def _chosen(shapes: Sequence[str], model_patterns: Sequence[str], layer_patterns
     found = []
     for text in shapes:
         m, _, k = text.lower().partition("x")
-        if not (m.isdigit() and k.isdigit() and int(m) and int(k)):
+        if not (m.isdecimal() and k.isdecimal() and int(m) and int(k)):
             raise ValueError(f"--shapes {text!r}: give rows and columns like 4096x4096")
         found.append(Shape("custom", "weight", int(m), int(k)))
     return found

@@ -18,7 +18,7 @@ from .output import Code, Failure, emit, json_option
 
 def _numbers(_ctx: click.Context, _param: click.Parameter, value: str | None) -> list[int]:
     parts = [part.strip() for part in value.split(",")] if value else []
-    wrong = [part for part in parts if not part.isdigit() or int(part) < 1]
+    wrong = [part for part in parts if not part.isdecimal() or int(part) < 1]
     if wrong:
         raise click.BadParameter(f"{wrong[0]!r} is not a positive number")
     return [int(part) for part in parts]
@@ -28,15 +28,17 @@ def shapes_of(what: Sequence[str], tp: int) -> list[tuple[int, int]]:
     """The weight shapes that the arguments name: pairs of numbers, or one model.
 
     A model is what ``zipserv plan`` takes: its stacked matrices (q, k and v; gate and up) as one rank holds them, and where there is a
-    compressed checkpoint of it, the matrices of that. Raises ValueError where nothing is named.
+    compressed checkpoint of it, the matrices of that.
+
+    Raises click.UsageError where the arguments are no shapes and no single model, ValueError where the model is none that can be read.
     """
-    if what[0].isdigit():
-        if len(what) % 2 or not all(part.isdigit() and int(part) for part in what):
-            raise ValueError(f"weight shapes are pairs of numbers, rows and columns: {' '.join(what)!r}")
+    if what[0].isdecimal():
+        if len(what) % 2 or not all(part.isdecimal() and int(part) for part in what):
+            raise click.UsageError(f"weight shapes are pairs of numbers, rows and columns: {' '.join(what)!r}")
         numbers = [int(part) for part in what]
         return list(zip(numbers[::2], numbers[1::2], strict=True))
     if len(what) > 1:
-        raise ValueError("give one model, or pairs of rows and columns")
+        raise click.UsageError("give one model, or pairs of rows and columns")
     source = models.find(what[0])
     found = [(x.m, x.k) for x in architecture.layout(source.config, tp).matrices if x.plain is None and x.read]
     if source.folder is not None and tp == 1:
@@ -147,10 +149,7 @@ def tune_command(
         return Code.OK
     if not what:
         raise click.UsageError("name a model, or rows and columns of weights; --list shows what was chosen before")
-    try:
-        shapes = shapes_of(what, tp)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
+    shapes = shapes_of(what, tp)
     target = _device(device)
     todo = tune.problems(shapes, tokens, invariant=invariant)
     found: list[tune.Outcome] = []

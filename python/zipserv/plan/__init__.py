@@ -61,8 +61,12 @@ def make(
         ValueError: no such model, one of an unknown kind, or numbers that make no sense.
     """
     for what, value in (("batch", batch), ("length", length), ("gpu_memory", gpu_memory), ("tp", tp)):
+        if not isinstance(value, int):
+            raise TypeError(f"{what} is a whole number, not {value!r:.80}")
         if value < 1:
             raise ValueError(f"{what} is at least 1, not {value}")
+    if not 0 < utilization <= 1 or reserve < 0:
+        raise ValueError(f"utilization is a share, above 0 and at most 1, and reserve bytes, not {utilization} and {reserve}")
     if kv_bytes not in (1, 2):
         raise ValueError(f"an element of the KV cache has 2 bytes (BF16) or 1 (FP8), not {kv_bytes}")
     source = models.find(str(model))

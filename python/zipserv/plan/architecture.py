@@ -13,6 +13,9 @@ Config = Mapping[str, Any]
 _TILE = 64
 _VOCAB_PADDING = 64
 
+#: What a size may be at most; more than any model has, and little enough that nothing takes forever.
+_MOST, _MOST_LAYERS = 1 << 31, 1 << 14
+
 #: What a kind of model does: ``attention_bias`` "qkv" always has these biases; ``tie_word_embeddings`` where its configuration is silent;
 #: ``norms`` a layer, 2 where nothing is said; ``qk_norm``: one for queries and one for keys; ``latent``: attention as in DeepSeek (MLA).
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -90,11 +93,28 @@ class _Builder:
     vectors: int = 0
     original_vectors: int = 0
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, most: int = _MOST) -> int:
         value = self.config.get(key)
         value = default if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"the configuration ({self.config['model_type']}) needs {key}, a positive number; it says {value!r}")
+            raise ValueError(f"the configuration ({self.config['model_type']}) needs {key}, a positive number; it says {value!r:.80}")
+        if value > most:
+            raise ValueError(f"the configuration ({self.config['model_type']}) says {key} {value!r:.40}, {most} is the most that is believed")
+        return value
+
+    def optional(self, *keys: str) -> int:
+        """The first of these sizes that is not null, missing or 0; 0 where there is none."""
+        for key in keys:
+            if (value := self.config.get(key)) is not None and (value != 0 or value is False):
+                return self.size(key)
+        return 0
+
+    def layers(self, key: str) -> list[int]:
+        """Numbers of layers."""
+        value = self.config.get(key)
+        value = [] if value is None else value
+        if not isinstance(value, list) or not all(isinstance(number, int) for number in value):
+            raise ValueError(f"the configuration ({self.config['model_type']}) has {key}, a list of layers' numbers; it says {value!r:.80}")
         return value
 
     def cut(self, what: str, size: int) -> int:
@@ -122,6 +142,8 @@ def layout(config: Config, tp: int = 1) -> Layout:
             be cut into ``tp`` parts.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise ValueError(f"model_type is a name, not {kind!r:.80}; known are {', '.join(SUPPORTED)}")
     if kind not in _DEFAULTS:
         inside = "text_config" in config or "llm_config" in config
         more = " (a language model inside a larger one: plan it with a config.json of its text_config alone)" if inside else ""
@@ -135,8 +157,11 @@ def layout(config: Config, tp: int = 1) -> Layout:
     matrices = tuple(_ignore(matrix, ignored) for matrix in build.matrices)
     if config.get("sliding_window") and config.get("use_sliding_window", True):
         notes.append("layers with a sliding window keep fewer tokens than counted here: the KV cache is an upper bound")
-    longest = config.get("max_position_embeddings")
-    top_k = config.get("num_experts_per_tok") or 1
+    longest = build.optional("max_position_embeddings") or None
+    top_k = build.optional("num_experts_per_tok") or 1
+    experts = max(matrix.experts for matrix in matrices)
+    if top_k > experts > 1:
+        raise ValueError(f"num_experts_per_tok is {top_k}: there are {experts} experts")
     return Layout(kind, tp, matrices, build.vectors, build.original_vectors, kv, top_k, longest, tuple(notes))
 
 
@@ -151,7 +176,10 @@ def _check_weights(config: Config) -> list[str]:
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method != "zipserv":
         raise ValueError(f"the weights are quantized already ({method}): ZipServ compresses BF16 weights")
-    return list(quantization.get("modules_to_not_convert") or [])
+    ignored = quantization.get("modules_to_not_convert") if isinstance(quantization, dict) else None
+    if ignored is not None and not (isinstance(ignored, list) and all(isinstance(name, str) for name in ignored)):
+        raise ValueError(f"modules_to_not_convert is a list of names, not {ignored!r:.80}")
+    return ignored or []
 
 
 def _ignore(matrix: Matrix, patterns: list[str]) -> Matrix:
@@ -165,8 +193,8 @@ def _ignore(matrix: Matrix, patterns: list[str]) -> Matrix:
 
 
 def _decoder(build: _Builder, notes: list[str]) -> int:
-    config, kind, tp = build.config, build.kind, build.tp
-    hidden, layers = build.size("hidden_size"), build.size("num_hidden_layers")
+    kind, tp = build.kind, build.tp
+    hidden, layers = build.size("hidden_size"), build.size("num_hidden_layers", most=_MOST_LAYERS)
     attention: Callable[[_Builder, str], int] = _latent if kind.get("latent") else _grouped
     kv = 0
     for number in range(layers):
@@ -181,7 +209,7 @@ def _decoder(build: _Builder, notes: list[str]) -> int:
         notes.append("latent attention: vLLM keeps an uncompressed copy of kv_b_proj beside it (W_UK, W_UV), counted here")
         if tp > 1:
             notes.append("latent attention: every rank keeps the whole KV cache")
-    if config.get("num_experts_per_tok"):
+    if build.optional("num_experts_per_tok"):
         notes.append("experts: today's kernels run them one after the other; the roofline says what a grouped kernel could reach")
     return kv
 
@@ -206,7 +234,7 @@ def _grouped(build: _Builder, prefix: str) -> int:
     config, tp = build.config, build.tp
     hidden, heads = build.size("hidden_size"), build.size("num_attention_heads")
     kv_heads = build.size("num_key_value_heads", heads)
-    head = build.size("head_dim", hidden // heads)
+    head = build.size("head_dim", hidden // heads or None)
     mine = build.cut("the attention heads", heads)
     if kv_heads % tp and tp % kv_heads:
         raise ValueError(f"{kv_heads} heads of keys and values can be neither dealt nor copied to {tp} ranks: take another --tp")
@@ -233,8 +261,7 @@ def _latent(build: _Builder, prefix: str) -> int:
     rank, nope = build.size("kv_lora_rank"), build.size("qk_nope_head_dim")
     rope, value = build.size("qk_rope_head_dim"), build.size("v_head_dim")
     query, down = nope + rope, rank + rope
-    if build.config.get("q_lora_rank"):
-        low = build.size("q_lora_rank")
+    if low := build.optional("q_lora_rank"):
         parts = (f"{prefix}.q_a_proj", f"{prefix}.kv_a_proj_with_mqa")
         build.matrix("qkv", low + down, hidden, (low + down) * hidden, *parts)
         build.matrix("q_b", mine * query, low, heads * query * low, f"{prefix}.q_b_proj")
@@ -253,16 +280,16 @@ def _latent(build: _Builder, prefix: str) -> int:
 def _feed_forward(build: _Builder, prefix: str, layer: int) -> None:
     config = build.config
     hidden = build.size("hidden_size")
-    count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
-    dense = layer < (config.get("first_k_dense_replace") or 0) or layer in (config.get("mlp_only_layers") or [])
-    dense = dense or (layer + 1) % (config.get("decoder_sparse_step") or 1) != 0
+    count = build.optional("num_local_experts", "num_experts", "n_routed_experts")
+    dense = layer < build.optional("first_k_dense_replace") or layer in build.layers("mlp_only_layers")
+    dense = dense or (layer + 1) % (build.optional("decoder_sparse_step") or 1) != 0
     if not count or dense:
         _gated(build, prefix, build.size("intermediate_size"), "")
         if config.get("mlp_bias"):
             build.vector(2 * build.size("intermediate_size"), cut=True)
             build.vector(hidden)
         return
-    inner = build.size("moe_intermediate_size", config.get("intermediate_size"))
+    inner = build.optional("moe_intermediate_size") or build.size("intermediate_size")
     mine = build.cut("an expert's inner size", inner)
     experts = f"{prefix}.experts"
     build.matrix("experts gate_up", 2 * mine, hidden, 2 * inner * hidden, experts, count=count, experts=count)
@@ -270,10 +297,10 @@ def _feed_forward(build: _Builder, prefix: str, layer: int) -> None:
     build.matrix("router", count, hidden, count * hidden, f"{prefix}.gate", plain="a router")
     if config["model_type"].startswith("deepseek"):
         build.vector(count)  # e_score_correction_bias
-        if config.get("n_shared_experts"):
-            _gated(build, f"{prefix}.shared_experts", inner * build.size("n_shared_experts"), "shared ")
-    elif config.get("shared_expert_intermediate_size"):
-        _gated(build, f"{prefix}.shared_expert", build.size("shared_expert_intermediate_size"), "shared ")
+        if shared := build.optional("n_shared_experts"):
+            _gated(build, f"{prefix}.shared_experts", inner * shared, "shared ")
+    elif shared := build.optional("shared_expert_intermediate_size"):
+        _gated(build, f"{prefix}.shared_expert", shared, "shared ")
         build.matrix("router", 1, hidden, hidden, f"{prefix}.shared_expert_gate", plain="a router")
 
 

@@ -93,13 +93,21 @@ def roofline(layout: Layout, bits: Bits, *, batch: int, length: int, kv_bytes: i
     return Estimate("roofline", detail, before / after_, before, after_)
 
 
+def _positive(row: Row, key: str) -> float:
+    value = float(row[key])
+    if not 0 < value < math.inf:
+        raise ValueError(f"{key} is {row[key]!r:.40}, which no measurement gives")
+    return value
+
+
 class Table:
     """A bench.json of `zipserv bench`. Raises ValueError where the document is something else."""
 
     def __init__(self, document: Row) -> None:
         try:
             self.about, limits = document["about"], document["limits"]
-            self.machine = Machine(self.about.get("gpu") or self.about["cpu"], float(limits["copy_bandwidth"]), float(limits["flops"]), "measured")
+            name = str(self.about.get("gpu") or self.about["cpu"])
+            self.machine = Machine(name, _positive(limits, "copy_bandwidth"), _positive(limits, "flops"), "measured")
             points = list(document["points"])
             kinds = {str(p["weights"]) for p in points}
             self.weights = "trained" if "trained" in kinds else min(kinds)
@@ -107,7 +115,7 @@ class Table:
             for p in points:
                 if p["weights"] == self.weights:
                     at = self._seconds.setdefault((int(p["m"]), int(p["k"])), {})
-                    at[int(p["tokens"])] = (float(p["blas_seconds"]), float(p["zip_seconds"]))
+                    at[int(_positive(p, "tokens"))] = (_positive(p, "blas_seconds"), _positive(p, "zip_seconds"))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"not a bench.json of `zipserv bench --out`: {error!r}") from error
 
