@@ -89,9 +89,12 @@ def test_memory_while_loading(folder: Path) -> None:
 def test_compiled_generation_with_a_static_cache(folder: Path) -> None:
     model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
     arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS[:1]).cuda()}
-    eager = model.generate(IDS[:1].cuda(), **arguments)
     compiled = model.generate(IDS[:1].cuda(), cache_implementation="static", **arguments)
-    assert (eager == compiled).float().mean() > 0.9
+    assert compiled.shape[1] == IDS.shape[1] + 12
+    # Greedy tokens of a random model hang on near ties, so: each is a best one by eager logits, but for rounding.
+    logits = model(compiled[:, :-1]).logits.float()[:, IDS.shape[1] - 1 :]
+    chosen = logits.gather(-1, compiled[:, IDS.shape[1] :, None]).squeeze(-1)
+    assert (logits.amax(-1) - chosen).max() <= 2.0**-6 * logits.abs().amax()
 
 
 @torch.no_grad()
