@@ -146,8 +146,13 @@ def test_bench(offloaded: str | None) -> None:
 
 def on_gpu(name: str, path: Path, **kwargs: Any) -> Any:
     model = tiny.load(name, path, device_map="cuda", **kwargs)
-    if hasattr(model, "set_experts_implementation") and "quantization_config" not in kwargs:
-        model.set_experts_implementation("eager")  # the only one for float64, and the same order of additions as the compressed experts'
+    return model if "quantization_config" in kwargs else one_by_one(name, model)
+
+
+def one_by_one(name: str, model: Any) -> Any:
+    """Experts in a loop: the only implementation for float64, and the order of additions of the compressed ones."""
+    if "moe" in name or name == "mixtral":
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -176,7 +181,7 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "zip")
     again = on_gpu(name, tmp_path / "zip")
     assert of_row(logits(name, again), exact) <= 1.5 * of_row(plain, exact)
-    assert torch.equal(logits(name, again.dequantize()), plain), "the weights have other bits"
+    assert torch.equal(logits(name, one_by_one(name, again.dequantize())), plain), "the weights have other bits"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3", "gpt2", "mixtral"])
