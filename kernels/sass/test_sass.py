@@ -67,7 +67,7 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, float* y
     if (threadIdx.x == 0) {
         mbarrier_wait(bar + 8, 1);
         mbarrier_arrive_expect_tx(bar, 65536);
-        tensor_copy_multicast<256>(smem + cluster_rank() * 32768, map, TensorRows{}, 0, cluster_rank() * 256, bar, 3);
+        tensor_copy_multicast(smem + cluster_rank() * 32768, map, TensorRows{}, 0, cluster_rank() * 256, bar, 3);
     }
     mbarrier_wait(bar, 0);
     float acc[128] = {};

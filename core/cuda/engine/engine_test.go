@@ -113,7 +113,7 @@ func TestManyTokens(t *testing.T) {
 	for i, line := range launches(f) {
 		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*128*i), "the activations move on")
 	}
-	assert.Contains(t, f.Log(), "tensor 72x512 ld 512 box 128x64", "and so does their map")
+	assert.Contains(t, f.Log(), "tensor 72x512 ld 512 box 72x64", "and so does their map")
 }
 
 // Rows that begin anywhere are no matter for a tensor map.

@@ -66,7 +66,7 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 			if p.N == 1 { // the distance to a next row means nothing then
 				ld = p.K
 			}
-			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: box}
+			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: min(box, uint32(n+7)/8*8)}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
 			return false, err
