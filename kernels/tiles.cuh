@@ -39,7 +39,7 @@ struct Share {
         begin = start_of(cluster), end = start_of(cluster + 1);
     }
     // First unit of a cluster.
-    ZS_DEVICE int32_t start_of(uint32_t c) const { return (int32_t)((uint64_t)streamed * ksteps * c / clusters); }
+    ZS_DEVICE int32_t start_of(uint32_t c) const { return part_begin(streamed * ksteps, c, clusters); }
     ZS_DEVICE int32_t units() const { return end - begin + (int32_t)((tiles - streamed) / clusters) * ksteps; }
     // First strip of this block and first token of an output tile: panels of ZS_PANEL token tiles, in a panel row groups major, so that tiles under way at
     // the same time share weights and activations in L2.
