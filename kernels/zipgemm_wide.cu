@@ -6,13 +6,15 @@
 // by tensor copies; the blocks of a cluster have neighbouring strips of the same tokens and bring each other's, so that they come once from L2. tiles.cuh
 // says which block makes what.
 //
-// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid <= min(blocks resident at once, ZS_CLUSTER * units of a cluster), dynamic shared memory ZS_GEMM_SMEM.
+// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid <= min(blocks resident at once, ZS_CLUSTER * units), where the units are those of all output tiles: every
+// cluster has one at least. Dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * ZS_GROUPS * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k
-// columns, boxes of ZS_N / ZS_CLUSTER rows of 64 columns in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
+// columns, boxes of ZS_N / ZS_CLUSTER rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of
+// 16 bytes).
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
-#define ZS_N 256  // tokens of an output tile: 128, 256
+#define ZS_N 256  // tokens of an output tile: 8 * ZS_CLUSTER to 256, a power of two (a box has whole groups of eight rows). The plans take multiples of 64
 #endif
 #ifndef ZS_GROUPS
 #define ZS_GROUPS 2  // consumer warpgroups: 1 to 3
@@ -21,7 +23,7 @@
 #define ZS_XSTAGES 2  // units of activations in their ring
 #endif
 #ifndef ZS_CLUSTER
-#define ZS_CLUSTER 2
+#define ZS_CLUSTER 2  // blocks of a cluster: 1, 2
 #endif
 #define ZS_MW ZS_GROUPS
 #define ZS_KW 2

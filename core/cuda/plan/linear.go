@@ -70,8 +70,14 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 		}
 	}
 	n := Class(p.N)
-	if !p.Invariant && n > f.tokens && expandTime(d, p) < fusedTime(d, p, f) {
-		return Linear{Expand: true}, nil
+	if !p.Invariant && n > f.tokens {
+		few, expand := fusedTime(d, p, f), expandTime(d, p)
+		if w, t := bestWide(d, p); w != nil && t < min(few, expand) {
+			return w.launch(d, p, w.clusters(d, p)), nil
+		}
+		if expand < few {
+			return Linear{Expand: true}, nil
+		}
 	}
 	return f.launch(d, v, p.M, p.K, min(n, f.tokens)), nil
 }
