@@ -65,14 +65,13 @@ def load(parts: Sequence[Part], device: torch.device, check: Callable[[int], Non
     table = array("Q")
     for part in parts:
         table.extend((part.file, part.offset, part.target.numel(), part.target.data_ptr()))
-    stream, run = _zipserv.cuda_load_start(index, current, table.buffer_info()[0], len(parts), lanes or min(MOST_LANES, _processors()))
+    run = _zipserv.cuda_load_start(index, current, table.buffer_info()[0], len(parts), lanes or min(MOST_LANES, _processors()))
     failed = -1
     try:
         for number in range(len(parts)):
-            failed = _zipserv.cuda_load_wait(run, number)
+            failed = _zipserv.cuda_load_wait(run, number, current)
             if failed >= 0:
                 break
-            _zipserv.cuda_follow(index, current, stream)
             check(number)
     except BaseException:
         _finish(run, stop=True)

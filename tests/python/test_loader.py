@@ -181,7 +181,7 @@ raises(zipserv.Error, ["beyond: the file was cut short"], load, parts, cpu, id)
 os.close(file)
 raises(zipserv.Error, ["closed: reading: bad file descriptor"], load, [Part("closed", file, 0, target[:2])], cpu, id)
 raises(ValueError, ["1 to 16 lanes"], load, [], cpu, id, 17)
-raises(ValueError, ["load 999 is not known"], _zipserv.cuda_load_wait, 999, 0)
+raises(ValueError, ["load 999 is not known"], _zipserv.cuda_load_wait, 999, 0, 0)
 
 # Two loads at once: one after the other.
 file = os.open(path, os.O_RDONLY)

@@ -41,6 +41,7 @@ type loadLane struct{ slots []*loadSlot }
 type loadSlot struct {
 	buffer []byte
 	sent   driver.Event
+	turn   uint64 // how often `sent` was recorded
 }
 
 // Load is a load under way: lanes read pieces of files into page-locked buffers and queue their copies on a side stream.
@@ -56,7 +57,8 @@ type Load struct {
 	mu      sync.Mutex
 	changed sync.Cond
 	left    []int // pieces of each part that are not queued yet
-	failed  int   // the part that could not be read, or -1
+	last    []loadSent
+	failed  int // the part that could not be read, or -1
 	err     error
 }
 
@@ -65,12 +67,18 @@ type loadPiecePlace struct {
 	begin, end uint64
 }
 
+// loadSent is the copy of a part that was queued last.
+type loadSent struct {
+	slot *loadSlot
+	turn uint64
+}
+
 // StartLoad begins to load; work that is in the stream `after` now comes before the first copy. Finish must follow.
 func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*Load, error) {
 	if lanes < 1 || lanes > MostLoadLanes {
 		return nil, badArgument("1 to %d lanes, got %d", MostLoadLanes, lanes)
 	}
-	l := &Load{device: d, stream: d.pool.Side(copyStream), parts: parts, left: make([]int, len(parts)), failed: -1}
+	l := &Load{device: d, stream: d.pool.Side(copyStream), parts: parts, left: make([]int, len(parts)), last: make([]loadSent, len(parts)), failed: -1}
 	l.changed.L = &l.mu
 	for i, p := range parts {
 		for begin := uint64(0); begin < p.Bytes; begin += loadPiece {
@@ -93,20 +101,21 @@ func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*L
 	return l, nil
 }
 
-// Stream is the stream of the copies.
-func (l *Load) Stream() driver.Stream { return l.stream }
-
 // Parts is the number of parts.
 func (l *Load) Parts() int { return len(l.parts) }
 
-// Await waits until all copies of a part are queued. It returns -1, or the part that could not be read; the reason comes with Finish.
-func (l *Load) Await(part int) int {
+// Await waits until all copies of a part are queued; work that comes into `after` from then on waits for them, and not for those of later parts, of which
+// some milliseconds may be queued as well. It returns -1, or the part that could not be read; the reason comes with Finish.
+func (l *Load) Await(part int, after driver.Stream) (failed int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.failed < 0 && l.left[part] > 0 {
 		l.changed.Wait()
 	}
-	return l.failed
+	if last := l.last[part]; l.failed < 0 && last.slot != nil && last.slot.turn == last.turn { // else its lane has waited for the copy
+		err = l.device.ctx.Wait(after, last.slot.sent)
+	}
+	return l.failed, err
 }
 
 // Finish waits for what is under way; with stop nothing new begins. When it returns all copies are done.
@@ -133,8 +142,11 @@ func (l *Load) run(lane *loadLane) {
 			return
 		}
 		place := l.pieces[i]
-		err := l.copy(lane, turn%loadBuffers, place)
+		slot, piece, err := l.read(lane, turn%loadBuffers, place)
 		l.mu.Lock()
+		if err == nil {
+			err = l.send(slot, piece, place)
+		}
 		l.left[place.part]--
 		if err != nil && l.failed < 0 {
 			l.failed, l.err = place.part, err
@@ -147,27 +159,32 @@ func (l *Load) run(lane *loadLane) {
 	}
 }
 
-func (l *Load) copy(lane *loadLane, turn int, place loadPiecePlace) error {
+// read fills a buffer of the lane, once the copy from it is done.
+func (l *Load) read(lane *loadLane, turn int, place loadPiecePlace) (*loadSlot, []byte, error) {
 	ctx := l.device.ctx
 	if turn == len(lane.slots) { // the lane makes its own buffers: page-locking takes its time, and so the others can begin
 		s, err := newLoadSlot(ctx)
 		if err != nil {
-			return err
+			return nil, nil, err
 		}
 		lane.slots = append(lane.slots, s)
 	}
 	s, p := lane.slots[turn], l.parts[place.part]
 	if err := ctx.Await(s.sent); err != nil {
-		return err
+		return nil, nil, err
 	}
 	piece := s.buffer[:place.end-place.begin]
-	if err := readAll(p.File, piece, p.Offset+place.begin); err != nil {
+	return s, piece, readAll(p.File, piece, p.Offset+place.begin)
+}
+
+// send queues the copy of a piece. Under the lock, so that the event of a part's last one comes after all others of the part in the stream.
+func (l *Load) send(s *loadSlot, piece []byte, place loadPiecePlace) error {
+	if err := l.device.ctx.Write(l.stream, l.parts[place.part].To+driver.Pointer(place.begin), piece); err != nil {
 		return err
 	}
-	if err := ctx.Write(l.stream, p.To+driver.Pointer(place.begin), piece); err != nil {
-		return err
-	}
-	return ctx.Record(s.sent, l.stream)
+	s.turn++
+	l.last[place.part] = loadSent{s, s.turn}
+	return l.device.ctx.Record(s.sent, l.stream)
 }
 
 func newLoadSlot(ctx *driver.Context) (*loadSlot, error) {
@@ -176,7 +193,7 @@ func newLoadSlot(ctx *driver.Context) (*loadSlot, error) {
 		return nil, fmt.Errorf("%d bytes of page-locked host memory: %w", loadPiece, err)
 	}
 	sent, err := ctx.NewSleepEvent()
-	return &loadSlot{buffer, sent}, err
+	return &loadSlot{buffer: buffer, sent: sent}, err
 }
 
 func readAll(file int, to []byte, at uint64) error {
