@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from safetensors import SafetensorError, safe_open
 
-from . import _zipserv, devices, proof
+from . import _zipserv, devices
 from .container import HEADER_KEY, Container, read_container
 from .errors import Error
 from .format import HEADER_BYTES, SUFFIX, Header, parse_header
@@ -291,49 +291,56 @@ class TensorFile:
         return {name: self._checked(name, self._mapped(name)).to(self.device) for name in names}
 
     def _stage(self, names: list[str]) -> dict[str, Value]:
-        """Tensors on the device, read through page-locked buffers, checked in the file's pages, or (zipserv.proof) on the device."""
+        """Tensors on the device, read through page-locked buffers, checked there (zipserv.proof), or in the file's pages."""
         device = self.device
         order = sorted(names, key=self._place)
-        mapped = {name: self._mapped(name) for name in order}
-        targets = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for name, tensor in mapped.items()}
-        parts = []
+        targets, parts, pages = {}, [], {}
         for name in order:
-            number, offset = self._place(name)
+            number, begin, end = self._place(name)
+            if self._where[name][1] == name:
+                pages[name] = like = self._mapped(name)
+                targets[name] = torch.empty(like.shape, dtype=like.dtype, device=device)
+            else:  # a blob's pages are mapped when it is there: reading begins sooner so
+                targets[name] = torch.empty(end - begin, dtype=torch.uint8, device=device)
             target = targets[name].reshape(-1).view(torch.uint8)
-            parts.append(Part(f"{self.files[number]}: {name!r}", self._raw[number].fileno(), offset, target))
+            parts.append(Part(f"{self.files[number]}: {name!r}", self._raw[number].fileno(), begin, target))
         loaded: dict[str, Value] = {}
         proofs = Proofs()
 
         def check(part: int) -> None:
             name = order[part]
-            header = self._begin_proof(name, mapped[name], targets[name], proofs)
+            mapped = pages[name] if name in pages else self._mapped(name)
+            header = self._begin_proof(name, mapped, targets[name], proofs)
             if header is None:
-                value = self._checked(name, mapped[name])
+                value = self._checked(name, mapped)
                 header = value.header if isinstance(value, ZipTensor) else None
             loaded[name] = targets[name] if header is None else ZipTensor._trusted(targets[name], header)
 
         load(parts, device, check)
         for name in proofs.open_questions():
-            self._checked(name, mapped[name])
-            if not torch.equal(targets[name].cpu(), mapped[name]):
+            mapped = self._mapped(name)
+            self._checked(name, mapped)
+            if not torch.equal(targets[name].cpu(), mapped):
                 raise Error(f"{self.files[self._where[name][0]]}: {name!r}: its bytes changed on the way to {device}")
         forget([value.blob for value in loaded.values() if isinstance(value, ZipTensor)])
         return {name: loaded[name] for name in names}
 
     def _begin_proof(self, name: str, mapped: torch.Tensor, target: torch.Tensor, proofs: Proofs) -> Header | None:
-        """The header of a blob whose full check the GPU has begun."""
+        """The header of a blob whose check the GPU has begun: of all of it, also where the checksum need not be right."""
         number, key = self._where[name]
-        if key == name or not self.verify or not proof.wanted() or mapped.numel() < proof.LEAST_BYTES:
+        if key == name:
             return None
         with _named(self.files[number], name):
             header = read_header(mapped)
+            if not proofs.takes(target, header):
+                return None
             _zipserv.check_lists(mapped.data_ptr(), mapped.numel())
         return header if proofs.begin(name, target, header) else None
 
-    def _place(self, name: str) -> tuple[int, int]:
-        """File and first byte of a tensor."""
+    def _place(self, name: str) -> tuple[int, int, int]:
+        """A tensor's file, its first byte there, and the one behind the last."""
         number, key = self._where[name]
-        return number, self._containers[number].places[key][0]
+        return number, *self._containers[number].places[key]
 
     def _mapped(self, name: str) -> torch.Tensor:
         """A stored tensor as the file has it, mapped; nothing of it is read yet."""
