@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 )
@@ -21,13 +22,16 @@ type LoadPart struct {
 }
 
 const (
-	// loadPiece is large enough for the bus, and small enough that a tensor is work for many lanes.
-	loadPiece = 4 << 20
-	// loadBuffers is the buffers of a lane: one is filled while the other is copied.
-	loadBuffers = 2
 	// MostLoadLanes bounds the host memory of the buffers, which stay.
 	MostLoadLanes = 16
 	copyStream    = 1 // side stream of copies; workspaces are filled on the other
+)
+
+var (
+	// loadPiece is large enough for the bus, and small enough that a tensor is work for many lanes.
+	loadPiece = uint64(loadSetting("PIECE_KIB", 4<<10)) << 10
+	// loadBuffers is the buffers of a lane: one is filled while the other is copied.
+	loadBuffers = loadSetting("BUFFERS", 2)
 )
 
 // loader is a device's ring of page-locked buffers. One load at a time has it.
@@ -36,7 +40,10 @@ type loader struct {
 	lanes []*loadLane
 }
 
-type loadLane struct{ slots []*loadSlot }
+type loadLane struct {
+	slots []*loadSlot
+	trace loadTrace
+}
 
 type loadSlot struct {
 	buffer []byte
@@ -60,6 +67,8 @@ type Load struct {
 	last    []loadSent
 	failed  int // the part that could not be read, or -1
 	err     error
+
+	begun, lastSent time.Time // of a trace
 }
 
 type loadPiecePlace struct {
@@ -91,6 +100,7 @@ func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*L
 		d.loader.mu.Unlock()
 		return nil, err
 	}
+	l.begun = time.Now()
 	lanes = min(lanes, len(l.pieces))
 	for len(d.loader.lanes) < lanes {
 		d.loader.lanes = append(d.loader.lanes, &loadLane{})
@@ -132,10 +142,12 @@ func (l *Load) Finish(stop bool) error {
 			}
 		}
 	}
+	l.tell()
 	return l.err
 }
 
 func (l *Load) run(lane *loadLane) {
+	lane.trace = loadTrace{}
 	for turn := 0; !l.stop.Load(); turn++ {
 		i := int(l.next.Add(1)) - 1
 		if i >= len(l.pieces) {
@@ -143,10 +155,13 @@ func (l *Load) run(lane *loadLane) {
 		}
 		place := l.pieces[i]
 		slot, piece, err := l.read(lane, turn%loadBuffers, place)
+		clock := lane.trace.start()
 		l.mu.Lock()
+		clock = lane.trace.lap(&lane.trace.lock, clock)
 		if err == nil {
 			err = l.send(slot, piece, place)
 		}
+		l.lastSent = lane.trace.lap(&lane.trace.queue, clock)
 		l.left[place.part]--
 		if err != nil && l.failed < 0 {
 			l.failed, l.err = place.part, err
@@ -161,20 +176,24 @@ func (l *Load) run(lane *loadLane) {
 
 // read fills a buffer of the lane, once the copy from it is done.
 func (l *Load) read(lane *loadLane, turn int, place loadPiecePlace) (*loadSlot, []byte, error) {
-	ctx := l.device.ctx
+	ctx, clock := l.device.ctx, lane.trace.start()
 	if turn == len(lane.slots) { // the lane makes its own buffers: page-locking takes its time, and so the others can begin
 		s, err := newLoadSlot(ctx)
 		if err != nil {
 			return nil, nil, err
 		}
 		lane.slots = append(lane.slots, s)
+		clock = lane.trace.lap(&lane.trace.alloc, clock)
 	}
 	s, p := lane.slots[turn], l.parts[place.part]
 	if err := ctx.Await(s.sent); err != nil {
 		return nil, nil, err
 	}
+	clock = lane.trace.lap(&lane.trace.wait, clock)
 	piece := s.buffer[:place.end-place.begin]
-	return s, piece, readAll(p.File, piece, p.Offset+place.begin)
+	err := readAll(p.File, piece, p.Offset+place.begin)
+	lane.trace.lap(&lane.trace.read, clock)
+	return s, piece, err
 }
 
 // send queues the copy of a piece. Under the lock, so that the event of a part's last one comes after all others of the part in the stream.
@@ -188,7 +207,7 @@ func (l *Load) send(s *loadSlot, piece []byte, place loadPiecePlace) error {
 }
 
 func newLoadSlot(ctx *driver.Context) (*loadSlot, error) {
-	buffer, err := ctx.AllocHost(loadPiece)
+	buffer, err := ctx.AllocHost(int(loadPiece))
 	if err != nil {
 		return nil, fmt.Errorf("%d bytes of page-locked host memory: %w", loadPiece, err)
 	}
