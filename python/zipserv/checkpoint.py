@@ -48,7 +48,7 @@ __all__ = ["SUFFIX", "FileWriter", "TensorFile", "TensorInfo", "load_file", "ope
 
 Value = torch.Tensor | ZipTensor
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-#: One processor looks at the lists of 55 GB/s: as much as a bus brings, so two do, while the GPU checks the blobs before.
+#: One processor (an EPYC) looks at the lists of 55 GB/s: as much as a bus brings, so two do, while the GPU checks the blobs before.
 _LISTS_AHEAD = 2
 _INDEX_SUFFIX = ".safetensors.index.json"
 
