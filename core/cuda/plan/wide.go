@@ -62,10 +62,15 @@ func (w wideLayout) tiles(p Problem) (tiles, steps uint64) {
 	return groups * ceilDiv(p.N, w.tokens), ceilDiv(ceilDiv(p.K, tileSide), wideKW)
 }
 
-// clusters: all that fit, or one a unit; the kernel does not know of clusters without work.
+// clusters: all that fit, or one a unit (the kernel does not know of clusters without work), or a tenth less where then all tiles are shared by as many in
+// equal runs: they add up two by two.
 func (w wideLayout) clusters(d Device, p Problem) uint64 {
 	tiles, steps := w.tiles(p)
-	return min(uint64(d.SMs/wideCluster), tiles*steps)
+	all := min(uint64(d.SMs/wideCluster), tiles*steps)
+	if even := all / tiles * tiles; 10*even >= 9*all {
+		return even
+	}
+	return all
 }
 
 // run is the longest run of a cluster in units, as Share in tiles.cuh deals them, and how many clusters share a tile that is dealt by units.
@@ -80,7 +85,10 @@ func (w wideLayout) run(d Device, p Problem) (units, helpers float64) {
 		}
 	}
 	units = float64(streamed*steps) / float64(clusters)
-	if streamed > 0 {
+	switch {
+	case streamed == tiles && clusters%tiles == 0:
+		helpers = float64(clusters/tiles-1) / 2
+	case streamed > 0:
 		helpers = float64(steps) / units
 	}
 	return units + float64((tiles-streamed)/clusters*steps), helpers
