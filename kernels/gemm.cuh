@@ -9,8 +9,8 @@
 // The last one may begin in earlier blocks: it adds their sums, which were published long ago. A block waits only for lower block indices, so waiting ends
 // whatever order the blocks are scheduled in.
 #pragma once
+#include "bits.cuh"
 #include "format.cuh"
-
 
 // Units of one launch.
 struct Work {
@@ -27,23 +27,6 @@ struct Work {
     // First unit of a block.
     ZS_DEVICE int32_t start_of(uint32_t block) const { return (int32_t)((uint64_t)units * block / gridDim.x); }
 };
-
-ZS_DEVICE float as_float(uint32_t v) {
-    union {
-        uint32_t u;
-        float f;
-    } c;
-    c.u = v;
-    return c.f;
-}
-ZS_DEVICE uint32_t as_bits(float v) {
-    union {
-        uint32_t u;
-        float f;
-    } c;
-    c.f = v;
-    return c.u;
-}
 
 struct Output {
     const uint16_t* bias;

@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+// How the grouped product is dealt to blocks, and its walks through weights and activations.
+//
+// Units are counted through all items (routing.cuh), in an item strip groups major, as gemm.cuh deals those of one weight. How many there are the blocks learn from
+// the device, so where a run begins and ends depends on how many experts were hit. Where a pair's bits must not, ZS_WHOLE = 1: then runs
+// are of whole strip groups, and every sum over k is made by one block. Runs are of whole groups too where that makes none longer by more than 2 %.
+#pragma once
+#include "mma.cuh"
+#include "routing.cuh"
+
+struct Deal {
+    int32_t strips, col_tiles, ksteps, groups, begin, end;  // groups: of one item
+    uint32_t total, scale, blocks;                          // start_of: runs of `total` pieces of `scale` units, dealt to `blocks` blocks
+    ZS_DEVICE Deal(uint32_t m, uint32_t k, uint32_t items) {
+        strips = (int32_t)((m + ZS_TILE - 1) / ZS_TILE), col_tiles = (int32_t)((k + ZS_TILE - 1) / ZS_TILE);
+        ksteps = (col_tiles + ZS_KW - 1) / ZS_KW, groups = (strips + ZS_MW - 1) / ZS_MW;
+        const uint32_t all = items * (uint32_t)groups, units = all * (uint32_t)ksteps;
+        const uint32_t longest = (all + gridDim.x - 1) / gridDim.x;  // whole groups of a block
+        const bool whole = ZS_WHOLE || (uint64_t)100 * longest * ksteps <= (uint64_t)102 * ((units + gridDim.x - 1) / gridDim.x);
+        total = whole ? all : units, scale = whole ? (uint32_t)ksteps : 1;
+        blocks = min(gridDim.x, total);  // a block between two others that has nothing would be waited for
+        begin = end = 0;
+        if (blockIdx.x < blocks) begin = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
+    }
+    ZS_DEVICE int32_t start_of(uint32_t block) const { return (int32_t)((uint32_t)((uint64_t)total * block / blocks) * scale); }
+};
+
+// Sections of every expert's blob, from its start: all are of one shape.
+struct Sections {
+    uint64_t fixed, escapes;
+    ZS_DEVICE explicit Sections(const Deal& deal) {
+        const uint64_t tiles = (uint64_t)deal.strips * (uint64_t)deal.col_tiles;
+        fixed = ZS_BLOB_HEADER + ((tiles * 8 + 127) & ~(uint64_t)127);
+        escapes = fixed + tiles * ZS_FIXED;
+    }
+};
+
+// A walk through a block's units from the end to the beginning.
+struct Place {
+    int32_t left, kstep, group;  // units left; column step; strip group of the item
+    uint32_t item;
+    ZS_DEVICE explicit Place(const Deal& deal) {
+        left = deal.end - deal.begin;
+        const int32_t all = (deal.end - 1) / deal.ksteps;
+        kstep = (deal.end - 1) - all * deal.ksteps;
+        item = (uint32_t)(all / deal.groups);
+        group = all - (int32_t)item * deal.groups;
+    }
+    // True: to another item, if there is any.
+    ZS_DEVICE bool advance(const Deal& deal) {
+        left--;
+        if (kstep-- > 0) return false;
+        kstep = deal.ksteps - 1;
+        if (group-- > 0) return false;
+        group = deal.groups - 1;
+        item--;
+        return left > 0;
+    }
+};
+
+// The same with the tile of one consumer.
+struct GroupedCursor {
+    Place place;
+    uint32_t mw, kw, next;  // next: expert of the item after this one, under way since this one began
+    const uint8_t* blob;
+    ZS_DEVICE GroupedCursor(const Deal& deal, const Routing& routing, const uint8_t* blobs, uint64_t step, uint32_t mw_, uint32_t kw_) : place(deal), mw(mw_), kw(kw_) {
+        next = routing.expert(place.item);
+        open(routing, blobs, step);
+    }
+    ZS_DEVICE void open(const Routing& routing, const uint8_t* blobs, uint64_t step) {
+        blob = blobs + next * step;
+        if (place.item > 0) next = routing.expert(place.item - 1);
+    }
+    ZS_DEVICE void advance(const Deal& deal, const Routing& routing, const uint8_t* blobs, uint64_t step) {
+        if (place.advance(deal)) open(routing, blobs, step);
+    }
+    ZS_DEVICE int32_t strip() const { return place.group * ZS_MW + (int32_t)mw; }
+    ZS_DEVICE int32_t ktile() const { return place.kstep * ZS_KW + (int32_t)kw; }
+    ZS_DEVICE bool exists(const Deal& deal) const { return place.left > 0 && ktile() < deal.col_tiles && strip() < deal.strips; }
+    ZS_DEVICE uint64_t tile(const Deal& deal) const { return (uint32_t)(strip() * deal.col_tiles + ktile()); }
+};
+
+// The activations of the warps (.., kw): rows x[pair / share] of an item's pairs, tile by tile. The ZS_MW warps copy together, ZS_XSTAGES - 1 tiles ahead, and all
+// read. Rows beyond an item's pairs keep what was there: each column of a product depends on its own row alone.
+struct GroupedActivations {
+    static constexpr uint32_t ROWS = (ZS_N + ZS_XROWS - 1) / ZS_XROWS;
+    const uint16_t* x;
+    uint32_t share, k, kw, chunk, row0;  // chunk: this thread's eight columns of 64
+    uint32_t n, rows[ROWS];              // of the item that is copied: pairs, rows of x
+    uint32_t data, bars, use_stage, use_parity, fill_stage, fill_parity, fill_to;
+    int32_t whole;                       // columns of tiles that can be copied in 16-byte pieces
+    Place place;
+
+    ZS_DEVICE GroupedActivations(const uint16_t* x_, uint32_t share_, uint32_t k_, uint32_t xs, uint32_t barriers, uint32_t mw, uint32_t kw_, uint32_t lane, const Place& from)
+        : x(x_), share(share_), k(k_), kw(kw_), place(from) {
+        chunk = lane % 8, row0 = (mw * 32 + lane) / 8;
+        data = xs + kw * (ZS_XSTAGES * ZS_XBYTES), bars = barriers + kw * (16 * ZS_XSTAGES);
+        fill_to = data + row0 * ZS_XROW + chunk * 16;
+        use_stage = use_parity = fill_stage = 0, fill_parity = 1;  // a fresh barrier's previous phase counts as complete
+        whole = k % 8 == 0 && (uint64_t)x % 16 == 0 ? (int32_t)(k / 64) : 0;
+    }
+    ZS_DEVICE void open(const Routing& routing) {
+        const uint32_t* const pairs = routing.pairs + routing.first(place.item);
+        n = routing.tokens(place.item);
+#pragma unroll
+        for (uint32_t i = 0; i < ROWS; i++)
+            if (row0 + i * ZS_XROWS < n) rows[i] = pairs[row0 + i * ZS_XROWS] / share;
+    }
+    ZS_DEVICE void start(const Deal& deal, const Routing& routing) {
+        open(routing);
+        for (uint32_t s = 0; s + 1 < ZS_XSTAGES; s++) fill(deal, routing);
+    }
+    ZS_DEVICE void fill_tile(int32_t ktile, uint32_t full) {
+        uint32_t dst = fill_to + fill_stage * ZS_XBYTES;
+        if (ktile < whole) {
+#pragma unroll
+            for (uint32_t i = 0; i < ROWS; i++)
+                if (row0 + i * ZS_XROWS < n) cp_async_16(dst + i * (ZS_XROWS * ZS_XROW), x + (uint64_t)rows[i] * k + (uint32_t)ktile * 64 + chunk * 8);
+            cp_async_mbarrier_arrive(full);
+        } else {
+            const uint32_t column = (uint32_t)ktile * 64 + chunk * 8;
+#pragma unroll 1
+            for (uint32_t i = 0; i < ROWS; i++)
+                if (row0 + i * ZS_XROWS < n) st_shared_v4(dst + i * (ZS_XROWS * ZS_XROW), load_x(x + (uint64_t)rows[i] * k + column, column, k));
+            mbarrier_arrive(full);
+        }
+    }
+    // Starts the next copy.
+    ZS_DEVICE void fill(const Deal& deal, const Routing& routing) {
+        if (place.left <= 0) return;
+        const uint32_t full = bars + 16 * fill_stage;
+        mbarrier_wait(full + 8, fill_parity);
+        fill_tile(place.kstep * ZS_KW + (int32_t)kw, full);
+        if (++fill_stage == ZS_XSTAGES) fill_stage = 0, fill_parity ^= 1;
+        if (place.advance(deal)) open(routing);
+    }
+    // Waits for the present tile's rows.
+    ZS_DEVICE uint32_t wait() const {
+        mbarrier_wait(bars + 16 * use_stage, use_parity);
+        return data + use_stage * ZS_XBYTES;
+    }
+    // On to the next tile; returns the barrier on which one lane of each warp has to arrive when the warp is through with this one.
+    ZS_DEVICE uint32_t next() {
+        const uint32_t empty = bars + 16 * use_stage + 8;
+        if (++use_stage == ZS_XSTAGES) use_stage = 0, use_parity ^= 1;
+        return empty;
+    }
+};
+
+// Rows y[pair] of an item's pairs.
+struct GroupedOutput {
+    const uint32_t* pairs;
+    uint16_t* y;
+    uint32_t m, n;
+    // One 16x8 piece's four values of a lane: rows row, row + 8 of the weight; tokens token, token + 1.
+    ZS_DEVICE void store(const float (&v)[4], uint32_t row0, uint32_t token0, uint32_t lane) const {
+        const uint32_t row = row0 + lane / 4, token = token0 + 2 * (lane % 4);
+#pragma unroll
+        for (uint32_t t = 0; t < 2; t++) {
+            if (token + t >= n) continue;
+            uint16_t* const to = y + (uint64_t)pairs[token + t] * m;
+            const uint32_t two = pack_bf16(v[t], v[2 + t]);
+            if (row < m) to[row] = (uint16_t)two;
+            if (row + 8 < m) to[row + 8] = (uint16_t)(two >> 16);
+        }
+    }
+};

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// zipgemm_grouped: y[pair, m] = sum_k x[pair / share, k] * w[expert of the pair][m, k] for all experts that were hit, in one launch; w compressed, BF16 in and out,
+// FP32 sums. sm_80 and later. share = top: the rows of x are tokens; share = 1: pairs.
+//
+// It is zipgemm_mma over items instead of one weight (grouped.cuh): which experts those are, the router's kernels have written to device memory. So the host knows
+// nothing of it and a CUDA graph can hold it. Limit: the bytes of the experts that were hit; those of one with more than ZS_N pairs once for every ZS_N.
+//
+// The blobs of all experts lie `step` bytes apart, 16-byte aligned. x [.., k] and y [pairs, m] have no gaps.
+//
+// Launch: block ZS_THREADS, grid <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
+// Its bytes are 0xFF before the first launch, and every launch leaves them so. It may be launched early (programmatic dependent launch); which weights it
+// needs the kernel ahead of it may be about to write, so it waits for that before anything else.
+
+#ifndef ZS_N
+#define ZS_N 8  // pairs of an item, rounded up: 8, 16, 32, 64
+#endif
+#ifndef ZS_MW
+#define ZS_MW 2  // warps side by side in m
+#endif
+#ifndef ZS_KW
+#define ZS_KW 4  // warps side by side in k
+#endif
+#ifndef ZS_XSTAGES
+#define ZS_XSTAGES 2
+#endif
+#ifndef ZS_WHOLE
+#define ZS_WHOLE 0  // 1: a pair's bits depend on nothing but its own row and expert
+#endif
+#ifndef ZS_BLOCKS
+#define ZS_BLOCKS 1  // blocks a multiprocessor
+#endif
+
+#include "grouped.cuh"
+
+// Shared memory: decoded tiles | activation stages | barriers | spare bytes (Escapes::patch).
+#define ZS_TILE_SMEM (ZS_WARPS * 8192)
+#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
+
+extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
+zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint16_t* x, uint32_t share, uint16_t* y, uint32_t m, uint32_t k, const uint32_t* words, uint32_t pairs,
+                   float* __restrict__ workspace) {
+    ZS_SMEM(smem);
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, mw = warp / ZS_KW, kw = warp % ZS_KW;
+    const uint32_t tiles = smem_addr(smem), xs = tiles + ZS_TILE_SMEM, bars = xs + ZS_X_SMEM, spare = bars + ZS_KW * ZS_XSTAGES * 16 + warp * 128, tile = tiles + warp * 8192;
+    griddep_launch();
+    if (threadIdx.x < ZS_KW * ZS_XSTAGES) {
+        mbarrier_init(bars + 16 * threadIdx.x, 32 * ZS_MW);
+        mbarrier_init(bars + 16 * threadIdx.x + 8, ZS_MW);
+    }
+    for (uint32_t i = threadIdx.x * 16; i < ZS_X_SMEM; i += ZS_THREADS * 16) st_shared_v4(xs + i, Vec4{0, 0, 0, 0});
+    __syncthreads();
+    griddep_wait();
+
+    const Routing routing(words, pairs);
+    const Deal deal(m, k, routing.count());
+    if (deal.end <= deal.begin) return;
+    const Sections sections(deal);
+    // Of the tile after the present one the words and escapes are under way, of the one after that the header.
+    GroupedCursor ahead(deal, routing, blobs, step, mw, kw);  // two tiles further on, in the loop
+    Place at = ahead.place;
+    TileStream stream;
+    uint64_t head = 0, next_head = 0;
+    const uint8_t *blob = ahead.blob, *next_blob = ahead.blob;
+    if (ahead.exists(deal)) {
+        head = ld_stream_u64(blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
+        stream.load(blob + sections.fixed + ZS_FIXED * ahead.tile(deal), lane);
+    }
+    bool exists = ahead.exists(deal);
+    GroupedActivations acts(x, share, k, xs, bars, mw, kw, lane, at);
+    acts.start(deal, routing);
+    ahead.advance(deal, routing, blobs, step);
+    const uint8_t* next_fixed = 0;
+    if (ahead.exists(deal)) {
+        next_blob = ahead.blob, next_fixed = next_blob + sections.fixed + ZS_FIXED * ahead.tile(deal);
+        next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
+    }
+    ahead.advance(deal, routing, blobs, step);
+    Escapes now;
+    now.load(blob + sections.escapes + 4 * lane, head, lane);
+
+    while (at.left > 0) {
+        const uint32_t item = at.item, strip = (uint32_t)at.group * ZS_MW + mw;
+        const int32_t group = (int32_t)item * deal.groups + at.group, last = deal.begin + at.left - 1;
+        float acc[ZS_QUADS][4];
+#pragma unroll
+        for (uint32_t q = 0; q < ZS_QUADS; q++) acc[q][0] = acc[q][1] = acc[q][2] = acc[q][3] = 0.0f;
+        const int32_t units = min(at.kstep + 1, at.left);
+        for (int32_t u = 0; u < units; u++) {
+            const uint64_t head_after = next_head;
+            const uint8_t *const fixed = next_fixed, *const blob_after = next_blob;
+            next_fixed = 0, next_head = 0;
+            if (ahead.exists(deal)) {
+                next_blob = ahead.blob, next_fixed = next_blob + sections.fixed + ZS_FIXED * ahead.tile(deal);
+                next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
+            }
+            ahead.advance(deal, routing, blobs, step);
+            acts.fill(deal, routing);
+            if (exists) {
+                stream.decode(tile, now.head().base, fixed, lane);
+                __syncwarp();
+                now.patch(blob + sections.escapes, tile, spare, lane);
+                __syncwarp();
+                multiply(acc, tile, acts.wait(), lane);
+            } else {
+                if (fixed) stream.load(fixed, lane);
+                acts.wait();
+            }
+            blob = blob_after, exists = fixed != 0;
+            now.load(blob + sections.escapes + 4 * lane, head_after, lane);
+            __syncwarp();
+            const uint32_t through = acts.next();
+            if (lane == 0) mbarrier_arrive(through);
+            at.advance(deal);
+        }
+        const GroupedOutput out = {routing.pairs + routing.first(item), y, m, routing.tokens(item)};
+        finish(acc, out, deal, group, strip, last, tiles, mw, kw, lane, workspace);
+    }
+}
