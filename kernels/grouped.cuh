@@ -80,71 +80,52 @@ struct GroupedCursor {
     ZS_DEVICE uint64_t tile(const Deal& deal) const { return (uint32_t)(strip() * deal.col_tiles + ktile()); }
 };
 
-// The activations of the warps (.., kw): rows x[pair / share] of an item's pairs, tile by tile. The ZS_MW warps copy together, ZS_XSTAGES - 1 tiles ahead, and all
-// read. Rows beyond an item's pairs keep what was there: each column of a product depends on its own row alone.
+// The activations of the warps (.., kw): the rows of x of an item's pairs, by a list of their numbers, tile by tile. The ZS_MW warps copy together, one tile ahead
+// in two stages, and all read. Rows beyond an item's pairs keep what was there: each column of a product depends on its own row alone.
+//
+// Which stage, and in which round, follows from the unit's number in the block's run, and where the next unit is from where the present one is: there are no registers for more.
 struct GroupedActivations {
+    static_assert(ZS_XSTAGES == 2, "a stage is read while the other is filled");
     static constexpr uint32_t ROWS = (ZS_N + ZS_XROWS - 1) / ZS_XROWS;
-    const uint16_t* x;
-    uint32_t share, k, kw, chunk, row0;  // chunk: this thread's eight columns of 64
-    uint32_t n, rows[ROWS];              // of the item that is copied: pairs, rows of x
-    uint32_t data, bars, use_stage, use_parity, fill_stage, fill_parity, fill_to;
-    int32_t whole;                       // columns of tiles that can be copied in 16-byte pieces
-    Place place;
+    const uint16_t* x;             // at this thread's eight columns of 64
+    const uint32_t *list, *rows;   // numbers of all rows; of the item that is copied, from this thread's first on. They are read again for each tile, from L1
+    int32_t n;                     // this thread's first row beyond the item's pairs is its row n / ZS_XROWS
+    uint32_t k, kw, data, bars, fill_to;
 
-    ZS_DEVICE GroupedActivations(const uint16_t* x_, uint32_t share_, uint32_t k_, uint32_t xs, uint32_t barriers, uint32_t mw, uint32_t kw_, uint32_t lane, const Place& from)
-        : x(x_), share(share_), k(k_), kw(kw_), place(from) {
-        chunk = lane % 8, row0 = (mw * 32 + lane) / 8;
+    ZS_DEVICE GroupedActivations(const uint16_t* x_, const uint32_t* list_, uint32_t k_, uint32_t xs, uint32_t barriers, uint32_t mw, uint32_t kw_, uint32_t lane) : k(k_), kw(kw_) {
+        const uint32_t row0 = (mw * 32 + lane) / 8;
+        x = x_ + lane % 8 * 8, list = list_ + row0;
         data = xs + kw * (ZS_XSTAGES * ZS_XBYTES), bars = barriers + kw * (16 * ZS_XSTAGES);
-        fill_to = data + row0 * ZS_XROW + chunk * 16;
-        use_stage = use_parity = fill_stage = 0, fill_parity = 1;  // a fresh barrier's previous phase counts as complete
-        whole = k % 8 == 0 && (uint64_t)x % 16 == 0 ? (int32_t)(k / 64) : 0;
+        fill_to = data + row0 * ZS_XROW + lane % 8 * 16;
     }
-    ZS_DEVICE void open(const Routing& routing) {
-        const uint32_t* const pairs = routing.pairs + routing.first(place.item);
-        n = routing.tokens(place.item);
-#pragma unroll
-        for (uint32_t i = 0; i < ROWS; i++)
-            if (row0 + i * ZS_XROWS < n) rows[i] = pairs[row0 + i * ZS_XROWS] / share;
+    ZS_DEVICE void open(const Routing& routing, uint32_t item, uint32_t mw, uint32_t lane) {
+        rows = list + routing.first(item);
+        n = (int32_t)routing.tokens(item) - (int32_t)((mw * 32 + lane) / 8);
     }
-    ZS_DEVICE void start(const Deal& deal, const Routing& routing) {
-        open(routing);
-        for (uint32_t s = 0; s + 1 < ZS_XSTAGES; s++) fill(deal, routing);
-    }
-    ZS_DEVICE void fill_tile(int32_t ktile, uint32_t full) {
-        uint32_t dst = fill_to + fill_stage * ZS_XBYTES;
-        if (ktile < whole) {
-#pragma unroll
+    // Starts the copy for unit number `unit`, which is at column step kstep.
+    ZS_DEVICE void fill(uint32_t unit, int32_t kstep, uint32_t lane) const {
+        const uint32_t full = bars + 16 * (unit & 1), dst = fill_to + (unit & 1) * ZS_XBYTES;
+        mbarrier_wait(full + 8, (unit >> 1 & 1) ^ 1);  // a fresh barrier's previous phase counts as complete
+        const uint32_t column = ((uint32_t)kstep * ZS_KW + kw) * 64;
+        if (column + 64 <= k && k % 8 == 0 && (uint64_t)x % 16 == 0) {
+#pragma unroll ZS_UNROLL_K
             for (uint32_t i = 0; i < ROWS; i++)
-                if (row0 + i * ZS_XROWS < n) cp_async_16(dst + i * (ZS_XROWS * ZS_XROW), x + (uint64_t)rows[i] * k + (uint32_t)ktile * 64 + chunk * 8);
+                if ((int32_t)(i * ZS_XROWS) < n) cp_async_16(dst + i * (ZS_XROWS * ZS_XROW), x + (uint64_t)rows[i * ZS_XROWS] * k + column);
             cp_async_mbarrier_arrive(full);
         } else {
-            const uint32_t column = (uint32_t)ktile * 64 + chunk * 8;
 #pragma unroll 1
-            for (uint32_t i = 0; i < ROWS; i++)
-                if (row0 + i * ZS_XROWS < n) st_shared_v4(dst + i * (ZS_XROWS * ZS_XROW), load_x(x + (uint64_t)rows[i] * k + column, column, k));
+            for (uint32_t i = 0; (int32_t)(i * ZS_XROWS) < n; i++)
+                st_shared_v4(dst + i * (ZS_XROWS * ZS_XROW), load_x(x + (uint64_t)rows[i * ZS_XROWS] * k + column, column + lane % 8 * 8, k));
             mbarrier_arrive(full);
         }
     }
-    // Starts the next copy.
-    ZS_DEVICE void fill(const Deal& deal, const Routing& routing) {
-        if (place.left <= 0) return;
-        const uint32_t full = bars + 16 * fill_stage;
-        mbarrier_wait(full + 8, fill_parity);
-        fill_tile(place.kstep * ZS_KW + (int32_t)kw, full);
-        if (++fill_stage == ZS_XSTAGES) fill_stage = 0, fill_parity ^= 1;
-        if (place.advance(deal)) open(routing);
+    // Waits for the rows of unit number `unit`.
+    ZS_DEVICE uint32_t wait(uint32_t unit) const {
+        mbarrier_wait(bars + 16 * (unit & 1), unit >> 1 & 1);
+        return data + (unit & 1) * ZS_XBYTES;
     }
-    // Waits for the present tile's rows.
-    ZS_DEVICE uint32_t wait() const {
-        mbarrier_wait(bars + 16 * use_stage, use_parity);
-        return data + use_stage * ZS_XBYTES;
-    }
-    // On to the next tile; returns the barrier on which one lane of each warp has to arrive when the warp is through with this one.
-    ZS_DEVICE uint32_t next() {
-        const uint32_t empty = bars + 16 * use_stage + 8;
-        if (++use_stage == ZS_XSTAGES) use_stage = 0, use_parity ^= 1;
-        return empty;
-    }
+    // The barrier on which one lane of each warp has to arrive when the warp is through with that unit.
+    ZS_DEVICE uint32_t through(uint32_t unit) const { return bars + 16 * (unit & 1) + 8; }
 };
 
 // Rows y[pair] of an item's pairs.

@@ -39,7 +39,8 @@ func newGrouped(t *testing.T, files fs.FS, v variant, whole bool) grouped {
 type layer struct {
 	experts  []matrix
 	ids      []int // of each pair, token * top + slot
-	share    int   // pairs of a row of x
+	top      int
+	byPair   bool // rows of x are pairs, else tokens
 	x        []uint16
 	m, k     int
 	grid     int
@@ -48,8 +49,8 @@ type layer struct {
 }
 
 // routing is what zs_moe_route has to write (kernels/routing.cuh); ^0 where it writes nothing.
-func routing(ids []int, experts, tile int) []uint32 {
-	words := make([]uint32, 4+5*len(ids))
+func routing(ids []int, top, experts, tile int) []uint32 {
+	words := make([]uint32, 4+6*len(ids))
 	for i := range words {
 		words[i] = ^uint32(0)
 	}
@@ -58,7 +59,7 @@ func routing(ids []int, experts, tile int) []uint32 {
 		first := at
 		for p, id := range ids {
 			if id == e {
-				words[4+4*len(ids)+at] = uint32(p)
+				words[4+4*len(ids)+at], words[4+5*len(ids)+at] = uint32(p), uint32(p/top)
 				at++
 			}
 		}
@@ -97,11 +98,15 @@ func (g grouped) run(l layer) ([]uint16, error) {
 	}
 	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*len(l.ids)*l.m), Mode: emu.Out, Align: align, Dependent: true}
 	workspace := &emu.Buffer{Name: "workspace", Data: bytes.Repeat([]byte{0xFF}, 4*l.grid*g.mw*64*g.n), Mode: emu.InOut, Dependent: true}
+	byToken := 1
+	if l.byPair {
+		byToken = 0
+	}
 	_, err := g.program.Run(context.Background(), emu.Launch{
 		Kernel: "zs_zipgemm_grouped", Grid: [3]int{l.grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"),
 		Args: []any{
 			&emu.Buffer{Name: "blobs", Data: all, Mode: emu.In}, step, &emu.Buffer{Name: "x", Data: halves(l.x), Mode: emu.In, Align: align, Dependent: true},
-			l.share, y, l.m, l.k, &emu.Buffer{Name: "routing", Data: words32(routing(l.ids, len(l.experts), g.n)), Mode: emu.In, Dependent: true}, len(l.ids), workspace,
+			byToken, y, l.m, l.k, &emu.Buffer{Name: "routing", Data: words32(routing(l.ids, l.top, len(l.experts), g.n)), Mode: emu.In, Dependent: true}, len(l.ids), workspace,
 		},
 		Seed: l.seed, PDL: true,
 	})
@@ -127,8 +132,12 @@ func (l layer) check(t *testing.T, y []uint16) {
 				continue
 			}
 			var sum, magnitude float64
+			row := p / l.top
+			if l.byPair {
+				row = p
+			}
 			for k := range l.k {
-				v := fromBF16(l.x[p/l.share*l.k+k]) * fromBF16(l.experts[id].w[m*l.k+k])
+				v := fromBF16(l.x[row*l.k+k]) * fromBF16(l.experts[id].w[m*l.k+k])
 				sum += v
 				magnitude += math.Abs(v)
 			}
@@ -151,7 +160,7 @@ var routings = map[string]func(rng *rand.Rand, pair int) int{
 
 func newLayer(kind string, tokens, top, m, k int, seed uint64) layer {
 	rng := rand.New(rand.NewPCG(seed, 5))
-	l := layer{m: m, k: k, share: top, seed: seed}
+	l := layer{m: m, k: k, top: top, seed: seed}
 	for e := range 6 {
 		l.experts = append(l.experts, newMatrix([]string{"moderate", "tiles", "gaussian"}[e%3], m, k, seed+uint64(e)))
 	}
@@ -160,7 +169,7 @@ func newLayer(kind string, tokens, top, m, k int, seed uint64) layer {
 	}
 	rows := tokens
 	if seed%3 == 0 {
-		l.share, rows = 1, tokens*top
+		l.byPair, rows = true, tokens*top
 	}
 	for range rows * k {
 		l.x = append(l.x, bf16(rng.NormFloat64()))
@@ -169,7 +178,7 @@ func newLayer(kind string, tokens, top, m, k int, seed uint64) layer {
 }
 
 var groupedVariants = []variant{
-	{n: 8, mw: 2, kw: 4, xstages: 2}, {n: 8, mw: 1, kw: 2, xstages: 3}, {n: 16, mw: 3, kw: 2, xstages: 2}, {n: 32, mw: 2, kw: 1, xstages: 2},
+	{n: 8, mw: 2, kw: 4, xstages: 2}, {n: 8, mw: 1, kw: 2, xstages: 2}, {n: 16, mw: 3, kw: 2, xstages: 2}, {n: 32, mw: 2, kw: 1, xstages: 2},
 }
 
 func TestGroupedGEMM(t *testing.T) {
@@ -199,8 +208,8 @@ func TestGroupedGEMM(t *testing.T) {
 // The same bits in every schedule; with whole runs, the same bits for a pair whatever else is there, in every variant for another number of pairs.
 func TestGroupedInvariance(t *testing.T) {
 	t.Parallel()
-	l := newLayer("everywhere", 12, 2, 130, 600, 4)
-	l.grid, l.share = 7, 2
+	l := newLayer("everywhere", 12, 2, 130, 600, 4) // rows of x are tokens
+	l.grid = 7
 	split := newGrouped(t, kernels.Sources, variant{n: 8, mw: 1, kw: 2, xstages: 2}, false)
 	want, err := split.run(l)
 	require.NoError(t, err)
@@ -250,11 +259,11 @@ func integers(ids []int, bytes int) []byte {
 	return out
 }
 
-func route(p *emu.Program, ids []int, experts, tile, idBytes int, seed uint64) ([]byte, error) {
-	out := &emu.Buffer{Name: "routing", Data: make([]byte, 4*(4+5*len(ids))), Mode: emu.Out, Dependent: true}
+func route(p *emu.Program, ids []int, top, experts, tile, idBytes int, seed uint64) ([]byte, error) {
+	out := &emu.Buffer{Name: "routing", Data: make([]byte, 4*(4+6*len(ids))), Mode: emu.Out, Dependent: true}
 	_, err := p.Run(context.Background(), emu.Launch{
 		Kernel: "zs_moe_route", Grid: [3]int{1}, Block: [3]int{p.Constant("ZS_THREADS")}, Shared: p.Constant("ZS_ROUTE_SMEM"),
-		Args: []any{&emu.Buffer{Name: "ids", Data: integers(ids, idBytes), Mode: emu.In, Align: idBytes, Dependent: true}, idBytes, len(ids), experts, tile, out},
+		Args: []any{&emu.Buffer{Name: "ids", Data: integers(ids, idBytes), Mode: emu.In, Align: idBytes, Dependent: true}, idBytes, len(ids), top, experts, tile, out},
 		Seed: seed, PDL: true,
 	})
 	return out.Data, err
@@ -271,9 +280,9 @@ func TestRoute(t *testing.T) {
 				for i := range ids {
 					ids[i] = rng.IntN(s.experts+2) - 1 // one below, one beyond
 				}
-				got, err := route(p, ids, s.experts, s.tile, 4+4*int(seed>>9%2), seed)
+				got, err := route(p, ids, 1+int(seed%4), s.experts, s.tile, 4+4*int(seed>>9%2), seed)
 				require.NoError(t, err)
-				want := words32(routing(ids, s.experts, s.tile))
+				want := words32(routing(ids, 1+int(seed%4), s.experts, s.tile))
 				for i := range want { // the unused words are the kernel's own business
 					if i >= 4 && i < 16 || want[i] == 0xFF && got[i] == 0xFF {
 						continue

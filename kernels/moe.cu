@@ -22,7 +22,7 @@ ZS_DEVICE uint32_t read_expert(const uint8_t* ids, uint32_t id_bytes, uint32_t p
 }
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS)
-zs_moe_route(const uint8_t* ids, uint32_t id_bytes, uint32_t pairs, uint32_t experts, uint32_t tile, uint32_t* words) {
+zs_moe_route(const uint8_t* ids, uint32_t id_bytes, uint32_t pairs, uint32_t top, uint32_t experts, uint32_t tile, uint32_t* words) {
     ZS_SMEM(smem);
     uint32_t *const expert_of = (uint32_t*)smem, *const counts = expert_of + ZS_ROUTE_PAIRS, *const item_of = counts + ZS_THREADS;  // of an expert, then where it begins
     griddep_launch();
@@ -70,7 +70,7 @@ zs_moe_route(const uint8_t* ids, uint32_t id_bytes, uint32_t pairs, uint32_t exp
     uint32_t* const list = words + ZS_ROUTING_HEAD + (uint64_t)ZS_ROUTING_ITEM * pairs;
     uint32_t at = counts[e] + sum - mine;
     for (uint32_t p = begin; p < end; p++)
-        if (expert_of[p] == e) list[at++] = p;
+        if (expert_of[p] == e) list[at] = p, list[pairs + at++] = p / top;
     for (uint32_t i = part; i * tile < count; i += parts) {
         uint32_t* const item = words + ZS_ROUTING_HEAD + (uint64_t)ZS_ROUTING_ITEM * (item_of[e] + i);
         item[0] = e, item[1] = counts[e] + i * tile, item[2] = min(tile, count - i * tile), item[3] = 0;

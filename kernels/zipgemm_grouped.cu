@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// zipgemm_grouped: y[pair, m] = sum_k x[pair / share, k] * w[expert of the pair][m, k] for all experts that were hit, in one launch; w compressed, BF16 in and out,
-// FP32 sums. sm_80 and later. share = top: the rows of x are tokens; share = 1: pairs.
+// zipgemm_grouped: y[pair, m] = sum_k x[row of the pair, k] * w[expert of the pair][m, k] for all experts that were hit, in one launch; w compressed, BF16 in and out,
+// FP32 sums. sm_80 and later. The rows of x are tokens or, with by_token = 0, pairs.
 //
 // It is zipgemm_mma over items instead of one weight (grouped.cuh): which experts those are, the router's kernels have written to device memory. So the host knows
 // nothing of it and a CUDA graph can hold it. Limit: the bytes of the experts that were hit; those of one with more than ZS_N pairs once for every ZS_N.
@@ -21,7 +21,7 @@
 #define ZS_KW 4  // warps side by side in k
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 2
+#define ZS_XSTAGES 2  // no other number
 #endif
 #ifndef ZS_WHOLE
 #define ZS_WHOLE 0  // 1: a pair's bits depend on nothing but its own row and expert
@@ -37,7 +37,7 @@
 #define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
-zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint16_t* x, uint32_t share, uint16_t* y, uint32_t m, uint32_t k, const uint32_t* words, uint32_t pairs,
+zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint16_t* x, uint32_t by_token, uint16_t* y, uint32_t m, uint32_t k, const uint32_t* words, uint32_t pairs,
                    float* __restrict__ workspace) {
     ZS_SMEM(smem);
     const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, mw = warp / ZS_KW, kw = warp % ZS_KW;
@@ -66,8 +66,9 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
         stream.load(blob + sections.fixed + ZS_FIXED * ahead.tile(deal), lane);
     }
     bool exists = ahead.exists(deal);
-    GroupedActivations acts(x, share, k, xs, bars, mw, kw, lane, at);
-    acts.start(deal, routing);
+    GroupedActivations acts(x, by_token ? routing.owners : routing.pairs, k, xs, bars, mw, kw, lane);
+    acts.open(routing, at.item, mw, lane);
+    acts.fill(0, at.kstep, lane);
     ahead.advance(deal, routing, blobs, step);
     const uint8_t* next_fixed = 0;
     if (ahead.exists(deal)) {
@@ -94,22 +95,25 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
                 next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
             }
             ahead.advance(deal, routing, blobs, step);
-            acts.fill(deal, routing);
+            const uint32_t unit = (uint32_t)(deal.end - deal.begin - at.left);
+            if (at.left > 1) {  // the next unit's activations
+                if (at.kstep == 0 && at.group == 0) acts.open(routing, at.item - 1, mw, lane);
+                acts.fill(unit + 1, at.kstep > 0 ? at.kstep - 1 : deal.ksteps - 1, lane);
+            }
             if (exists) {
                 stream.decode(tile, now.head().base, fixed, lane);
                 __syncwarp();
                 now.patch(blob + sections.escapes, tile, spare, lane);
                 __syncwarp();
-                multiply(acc, tile, acts.wait(), lane);
+                multiply(acc, tile, acts.wait(unit), lane);
             } else {
                 if (fixed) stream.load(fixed, lane);
-                acts.wait();
+                acts.wait(unit);
             }
             blob = blob_after, exists = fixed != 0;
             now.load(blob + sections.escapes + 4 * lane, head_after, lane);
             __syncwarp();
-            const uint32_t through = acts.next();
-            if (lane == 0) mbarrier_arrive(through);
+            if (lane == 0) mbarrier_arrive(acts.through(unit));
             at.advance(deal);
         }
         const GroupedOutput out = {routing.pairs + routing.first(item), y, m, routing.tokens(item)};
