@@ -58,26 +58,29 @@ struct Place {
     }
 };
 
-// The same with the tile of one consumer.
-struct GroupedCursor {
-    Place place;
-    uint32_t mw, kw, next;  // next: expert of the item after this one, under way since this one began
+// A consumer's tile of a place.
+struct GroupedTile {
+    int32_t strip, ktile;
+    bool exists;
+    ZS_DEVICE GroupedTile(const Deal& deal, const Place& at, uint32_t mw, uint32_t kw) {
+        strip = at.group * ZS_MW + (int32_t)mw, ktile = at.kstep * ZS_KW + (int32_t)kw;
+        exists = at.left > 0 && ktile < deal.col_tiles && strip < deal.strips;
+    }
+    ZS_DEVICE uint64_t number(const Deal& deal) const { return (uint32_t)(strip * deal.col_tiles + ktile); }
+};
+
+// Blobs of the experts along a walk: the next one's number is under way since this one began.
+struct Blobs {
     const uint8_t* blob;
-    ZS_DEVICE GroupedCursor(const Deal& deal, const Routing& routing, const uint8_t* blobs, uint64_t step, uint32_t mw_, uint32_t kw_) : place(deal), mw(mw_), kw(kw_) {
-        next = routing.expert(place.item);
-        open(routing, blobs, step);
+    uint32_t next;
+    ZS_DEVICE Blobs(const Routing& routing, const uint8_t* blobs, uint64_t step, uint32_t item) {
+        next = routing.expert(item);
+        open(routing, blobs, step, item);
     }
-    ZS_DEVICE void open(const Routing& routing, const uint8_t* blobs, uint64_t step) {
+    ZS_DEVICE void open(const Routing& routing, const uint8_t* blobs, uint64_t step, uint32_t item) {
         blob = blobs + next * step;
-        if (place.item > 0) next = routing.expert(place.item - 1);
+        if (item > 0) next = routing.expert(item - 1);
     }
-    ZS_DEVICE void advance(const Deal& deal, const Routing& routing, const uint8_t* blobs, uint64_t step) {
-        if (place.advance(deal)) open(routing, blobs, step);
-    }
-    ZS_DEVICE int32_t strip() const { return place.group * ZS_MW + (int32_t)mw; }
-    ZS_DEVICE int32_t ktile() const { return place.kstep * ZS_KW + (int32_t)kw; }
-    ZS_DEVICE bool exists(const Deal& deal) const { return place.left > 0 && ktile() < deal.col_tiles && strip() < deal.strips; }
-    ZS_DEVICE uint64_t tile(const Deal& deal) const { return (uint32_t)(strip() * deal.col_tiles + ktile()); }
 };
 
 // The activations of the warps (.., kw): the rows of x of an item's pairs, by a list of their numbers, tile by tile. The ZS_MW warps copy together, one tile ahead

@@ -46,7 +46,7 @@ var mutations = []struct {
 	{"no barrier before the scratch is written again", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, 1, "", "race"},
 	{"no wait for the kernel before", "mma", "zipgemm_mma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"partial sums taken from one block only", "mma", "mma.cuh", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
-	{"weights of the wrong item", "grouped", "grouped.cuh", `next = routing\.expert\(place\.item - 1\);`, 0, "next = routing.expert(place.item);", "wrong"},
+	{"weights of the wrong item", "grouped", "grouped.cuh", `next = routing\.expert\(item - 1\);`, 0, "next = routing.expert(item);", "wrong"},
 	{"rows of the first item", "grouped", "grouped.cuh", `rows = list \+ routing\.first\(item\);`, 0, "rows = list;", "wrong uninitialised bounds"},
 	{"escapes of the expert before", "grouped", "zipgemm_grouped.cu", `blob = blob_after, exists`, 0, "exists", "wrong bounds race uninitialised"},
 	{"blocks with nothing to do between others", "grouped", "grouped.cuh", `min\(gridDim\.x, total\)`, 0, "gridDim.x", "deadlock"},

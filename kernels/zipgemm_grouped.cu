@@ -56,26 +56,30 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
     if (deal.end <= deal.begin) return;
     const Sections sections(deal);
     // Of the tile after the present one the words and escapes are under way, of the one after that the header.
-    GroupedCursor ahead(deal, routing, blobs, step, mw, kw);  // two tiles further on, in the loop
-    Place at = ahead.place;
+    Place at(deal);
+    Blobs ahead(routing, blobs, step, at.item);  // of the tile two further on, in the loop
+    GroupedActivations acts(x, by_token ? routing.owners : routing.pairs, k, xs, bars, mw, kw, lane);
     TileStream stream;
     uint64_t head = 0, next_head = 0;
-    const uint8_t *blob = ahead.blob, *next_blob = ahead.blob;
-    if (ahead.exists(deal)) {
-        head = ld_stream_u64(blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
-        stream.load(blob + sections.fixed + ZS_FIXED * ahead.tile(deal), lane);
+    const uint8_t *blob = ahead.blob, *next_blob, *next_fixed = 0;
+    const GroupedTile first(deal, at, mw, kw);
+    bool exists = first.exists;
+    if (exists) {
+        head = ld_stream_u64(blob + ZS_BLOB_HEADER + 8 * first.number(deal));
+        stream.load(blob + sections.fixed + ZS_FIXED * first.number(deal), lane);
     }
-    bool exists = ahead.exists(deal);
-    GroupedActivations acts(x, by_token ? routing.owners : routing.pairs, k, xs, bars, mw, kw, lane);
     acts.open(routing, at.item, mw, lane);
     acts.fill(0, at.kstep, lane);
-    ahead.advance(deal, routing, blobs, step);
-    const uint8_t* next_fixed = 0;
-    if (ahead.exists(deal)) {
-        next_blob = ahead.blob, next_fixed = next_blob + sections.fixed + ZS_FIXED * ahead.tile(deal);
-        next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
+    {
+        Place second = at;
+        if (second.advance(deal)) ahead.open(routing, blobs, step, second.item);
+        next_blob = ahead.blob;
+        const GroupedTile tile2(deal, second, mw, kw);
+        if (tile2.exists) {
+            next_fixed = next_blob + sections.fixed + ZS_FIXED * tile2.number(deal);
+            next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * tile2.number(deal));
+        }
     }
-    ahead.advance(deal, routing, blobs, step);
     Escapes now;
     now.load(blob + sections.escapes + 4 * lane, head, lane);
 
@@ -90,15 +94,18 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
             const uint64_t head_after = next_head;
             const uint8_t *const fixed = next_fixed, *const blob_after = next_blob;
             next_fixed = 0, next_head = 0;
-            if (ahead.exists(deal)) {
-                next_blob = ahead.blob, next_fixed = next_blob + sections.fixed + ZS_FIXED * ahead.tile(deal);
-                next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * ahead.tile(deal));
-            }
-            ahead.advance(deal, routing, blobs, step);
+            Place then = at;
+            const bool turns = then.advance(deal);  // the next unit is of another item
             const uint32_t unit = (uint32_t)(deal.end - deal.begin - at.left);
-            if (at.left > 1) {  // the next unit's activations
-                if (at.kstep == 0 && at.group == 0) acts.open(routing, at.item - 1, mw, lane);
-                acts.fill(unit + 1, at.kstep > 0 ? at.kstep - 1 : deal.ksteps - 1, lane);
+            if (at.left > 1) {
+                if (turns) acts.open(routing, then.item, mw, lane);
+                acts.fill(unit + 1, then.kstep, lane);
+            }
+            if (then.advance(deal)) ahead.open(routing, blobs, step, then.item);
+            const GroupedTile later(deal, then, mw, kw);
+            if (later.exists) {
+                next_blob = ahead.blob, next_fixed = next_blob + sections.fixed + ZS_FIXED * later.number(deal);
+                next_head = ld_stream_u64(next_blob + ZS_BLOB_HEADER + 8 * later.number(deal));
             }
             if (exists) {
                 stream.decode(tile, now.head().base, fixed, lane);

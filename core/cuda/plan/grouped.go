@@ -19,18 +19,6 @@ const (
 // GroupedTiles are the numbers of pairs of one expert that the grouped product is compiled for.
 var GroupedTiles = classes[:4]
 
-// GroupedTile is how many pairs of an expert to multiply at a time, for a layer of so many experts: twice what each has if the router spreads the pairs evenly, so
-// that an expert's weights are seldom read twice, but no more than there are tokens. Up to 32 the kernel waits for memory whatever the tile is.
-func GroupedTile(pairs, experts, tokens uint64) uint64 {
-	want := min(tokens, 2*ceilDiv(pairs, max(experts, 1)))
-	for _, tile := range GroupedTiles {
-		if want <= tile {
-			return tile
-		}
-	}
-	return GroupedTiles[len(GroupedTiles)-1]
-}
-
 // Grouped plans the product with the experts that a router chose, each M x K, `tile` pairs at a time. The layout, and with it the order of a pair's sums, is the same for
 // every tile. The grid is all blocks that fit: how much work there is only the device knows.
 func Grouped(d Device, m, k, tile uint64, invariant bool) (Linear, error) {
