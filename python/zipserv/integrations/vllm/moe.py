@@ -177,8 +177,8 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         count, (tokens, top) = len(self.w13.spans), ids.shape
         most = grouped.MAX_PAIRS // top
         if tokens > most:
-            parts = zip(x.split(most), weights.split(most), ids.split(most), strict=True)
-            return torch.cat([self._grouped(*part) for part in parts])
+            starts = range(0, tokens, most)
+            return torch.cat([self._grouped(x[i : i + most], weights[i : i + most], ids[i : i + most]) for i in starts])
         tile = grouped.tile_for(tokens, top, count)
         routing = grouped.moe_route(ids, count, tile)
         inner = _activate(self.moe.activation, self.w13.together(x, routing, tile))
