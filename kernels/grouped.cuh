@@ -131,6 +131,16 @@ struct GroupedActivations {
     ZS_DEVICE uint32_t through(uint32_t unit) const { return bars + 16 * (unit & 1) + 8; }
 };
 
+// multiply for an item of n pairs. With 64 the tensor cores are what the kernel waits for, so half the columns are left out if no pair has them.
+ZS_DEVICE void multiply_some(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, uint32_t n, uint32_t lane) {
+#if ZS_HALF
+    if (n <= ZS_N / 2)
+        multiply<ZS_NTILES / 2>(acc, tile, x, lane);
+    else
+#endif
+        multiply(acc, tile, x, lane);
+}
+
 // Rows y[pair] of an item's pairs.
 struct GroupedOutput {
     const uint32_t* pairs;

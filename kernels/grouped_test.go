@@ -29,7 +29,7 @@ func newGrouped(t *testing.T, files fs.FS, v variant, whole bool) grouped {
 	if whole {
 		define = "ZS_WHOLE=1"
 	}
-	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_grouped.cu", Defines: append(v.defines(), define), Kernels: []string{"zs_zipgemm_grouped"},
+	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_grouped.cu", Defines: append(v.defines(), define, fmt.Sprintf("ZS_HALF=%d", v.n/32)), Kernels: []string{"zs_zipgemm_grouped"},
 		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
 	require.NoError(t, err)
 	return grouped{p, v.n, v.mw, v.kw}

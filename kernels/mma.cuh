@@ -27,7 +27,8 @@ ZS_DEVICE Vec4 load_x(const uint16_t* src, uint32_t col, uint32_t k) {
     return Vec4{v[0], v[1], v[2], v[3]};
 }
 
-// acc += decoded tile (shared address `tile`) * activations (`x`: ZS_N rows of 64 columns).
+// acc += decoded tile (shared address `tile`) * activations (`x`: ZS_N rows of 64 columns, of which the first 8 * TILES count).
+template <uint32_t TILES = ZS_NTILES>
 ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, uint32_t lane) {
     const uint32_t a_row = lane & 15, a_chunk = lane >> 4, b_row = lane & 7, b_matrix = lane >> 3;
 #pragma unroll ZS_UNROLL_K
@@ -41,7 +42,7 @@ ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, ui
         b[0][1] = r[2 * (j & 1) + 1];
 #else
 #pragma unroll
-        for (uint32_t t = 0; t < ZS_NTILES; t += 2) {
+        for (uint32_t t = 0; t < TILES; t += 2) {
             uint32_t r[4];
             ldmatrix_x4(r, x + (8 * (t + b_matrix / 2) + b_row) * ZS_XROW + (2 * j + (b_matrix & 1)) * 16);
             b[t][0] = r[0], b[t][1] = r[1], b[t + 1][0] = r[2], b[t + 1][1] = r[3];
@@ -52,7 +53,7 @@ ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, ui
             uint32_t a[4];
             ldmatrix_x4(a, tile + s * 2048 + swizzle_chunk(a_row, 2 * j + a_chunk));
 #pragma unroll
-            for (uint32_t t = 0; t < ZS_NTILES; t++) mma_m16n8k16_bf16(acc[s * ZS_NTILES + t], a, b[t][0], b[t][1]);
+            for (uint32_t t = 0; t < TILES; t++) mma_m16n8k16_bf16(acc[s * ZS_NTILES + t], a, b[t][0], b[t][1]);
         }
     }
 }

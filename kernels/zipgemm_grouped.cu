@@ -26,6 +26,9 @@
 #ifndef ZS_WHOLE
 #define ZS_WHOLE 0  // 1: a pair's bits depend on nothing but its own row and expert
 #endif
+#ifndef ZS_HALF
+#define ZS_HALF 0  // 1: an item of at most ZS_N / 2 pairs takes half the arithmetic, for some more registers
+#endif
 #ifndef ZS_BLOCKS
 #define ZS_BLOCKS 1  // blocks a multiprocessor
 #endif
@@ -84,7 +87,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
     now.load(blob + sections.escapes + 4 * lane, head, lane);
 
     while (at.left > 0) {
-        const uint32_t item = at.item, strip = (uint32_t)at.group * ZS_MW + mw;
+        const uint32_t item = at.item, n = ZS_HALF ? routing.tokens(item) : 0, strip = (uint32_t)at.group * ZS_MW + mw;
         const int32_t group = (int32_t)item * deal.groups + at.group, last = deal.begin + at.left - 1;
         float acc[ZS_QUADS][4];
 #pragma unroll
@@ -112,7 +115,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
                 __syncwarp();
                 now.patch(blob + sections.escapes, tile, spare, lane);
                 __syncwarp();
-                multiply(acc, tile, acts.wait(unit), lane);
+                multiply_some(acc, tile, acts.wait(unit), n, lane);
             } else {
                 if (fixed) stream.load(fixed, lane);
                 acts.wait(unit);
@@ -123,7 +126,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
             if (lane == 0) mbarrier_arrive(acts.through(unit));
             at.advance(deal);
         }
-        const GroupedOutput out = {routing.pairs + routing.first(item), y, m, routing.tokens(item)};
+        const GroupedOutput out = {routing.pairs + routing.first(item), y, m, ZS_HALF ? n : routing.tokens(item)};
         finish(acc, out, deal, group, strip, last, tiles, mw, kw, lane, workspace);
     }
 }

@@ -37,15 +37,19 @@ func Grouped(d Device, m, k, tile uint64, invariant bool) (Linear, error) {
 			continue
 		}
 		grid := uint32(d.SMs * blocksPerSM)
-		whole := 0
+		whole, half := 0, 0
 		if invariant {
 			whole = 1
 		}
+		if tile == 64 && d.Capability != 80 { // there ptxas would spill
+			half = 1
+		}
+		defines := []string{
+			fmt.Sprintf("ZS_N=%d", tile), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw), fmt.Sprintf("ZS_WHOLE=%d", whole), fmt.Sprintf("ZS_HALF=%d", half),
+		}
 		return Linear{
 			Kernel: Kernel{
-				Source: "zipgemm_grouped.cu", Entry: "zs_zipgemm_grouped",
-				Defines: append([]string{fmt.Sprintf("ZS_N=%d", tile), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw), fmt.Sprintf("ZS_WHOLE=%d", whole)},
-					mma.defines(v, tile)...),
+				Source: "zipgemm_grouped.cu", Entry: "zs_zipgemm_grouped", Defines: append(defines, mma.defines(v, tile)...),
 				Grid: grid, Resident: blocksPerSM, Block: uint32(mma.threads(v, tile)), Smem: uint32(mma.smem(v, tile)), Programmatic: d.Capability >= 90,
 			},
 			Tokens:    tile,
