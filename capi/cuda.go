@@ -122,7 +122,7 @@ func zsgo_cuda_grouped(device C.int32_t, job *C.zs_cuda_grouped_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
 		return d.Grouped(&engine.Grouped{
 			Stream: driver.Stream(job.stream), Blobs: driver.Pointer(job.blobs), Step: uint64(job.step), M: uint64(job.m), K: uint64(job.k), X: driver.Pointer(job.x),
-			ByPair: job.by_pair != 0, Y: driver.Pointer(job.y), Words: driver.Pointer(job.routing), Pairs: uint64(job.pairs), Tile: uint64(job.tile),
+			ByPair: job.by_pair != 0, Gated: job.gated != 0, Y: driver.Pointer(job.y), Words: driver.Pointer(job.routing), Pairs: uint64(job.pairs), Tile: uint64(job.tile),
 		})
 	})
 }
@@ -139,8 +139,8 @@ func zsgo_cuda_combine(device C.int32_t, job *C.zs_cuda_combine_t) C.int32_t {
 }
 
 //export zsgo_cuda_warm_grouped
-func zsgo_cuda_warm_grouped(device C.int32_t, m, k C.uint64_t) C.int32_t {
-	return onDevice(device, func(d *engine.Device) error { return d.WarmGrouped(uint64(m), uint64(k)) })
+func zsgo_cuda_warm_grouped(device C.int32_t, m, k C.uint64_t, gated C.int32_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error { return d.WarmGrouped(uint64(m), uint64(k), gated != 0) })
 }
 
 //export zsgo_cuda_compress_scratch

@@ -87,6 +87,7 @@ typedef struct zs_cuda_grouped_t {
     uint64_t y; /* BF16 [pairs, m]; rows of nobody's pairs are left as they are */
     uint64_t routing, pairs, tile;
     int32_t by_pair;
+    int32_t gated; /* y is [pairs, m / 2]: silu(upper half of the rows of w) * lower half; m is a multiple of 128, tile 32 at most */
 } zs_cuda_grouped_t;
 /* y[pair] = x[its token, or itself] w[its expert]^T. One launch, whatever was chosen. */
 ZS_API int32_t zs_cuda_grouped(int32_t device, const zs_cuda_grouped_t *job);
@@ -104,7 +105,7 @@ typedef struct zs_cuda_combine_t {
 ZS_API int32_t zs_cuda_combine(int32_t device, const zs_cuda_combine_t *job);
 
 /* Compiles and loads what experts of m x k weights need for any number of pairs. */
-ZS_API int32_t zs_cuda_warm_grouped(int32_t device, uint64_t m, uint64_t k);
+ZS_API int32_t zs_cuda_warm_grouped(int32_t device, uint64_t m, uint64_t k, int32_t gated);
 
 /* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory. zs_cuda_compress_plan reads some of the weights, waits and
  * tells in nbytes what to allocate for the blob (16-byte aligned): nearly always enough, and about 1 % more than it takes at most; 0: nothing yet.

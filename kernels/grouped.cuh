@@ -13,7 +13,7 @@ struct Deal {
     uint32_t total, scale, blocks;                          // start_of: runs of `total` pieces of `scale` units, dealt to `blocks` blocks
     ZS_DEVICE Deal(uint32_t m, uint32_t k, uint32_t items) {
         strips = (int32_t)((m + ZS_TILE - 1) / ZS_TILE), col_tiles = (int32_t)((k + ZS_TILE - 1) / ZS_TILE);
-        ksteps = (col_tiles + ZS_KW - 1) / ZS_KW, groups = (strips + ZS_MW - 1) / ZS_MW;
+        ksteps = (col_tiles + ZS_KW - 1) / ZS_KW, groups = ZS_GATED ? (strips / 2 + ZS_MW / 2 - 1) / (ZS_MW / 2) : (strips + ZS_MW - 1) / ZS_MW;
         const uint32_t all = items * (uint32_t)groups, units = all * (uint32_t)ksteps;
         const uint32_t longest = (all + gridDim.x - 1) / gridDim.x;  // whole groups of a block
         const bool whole = ZS_WHOLE || (uint64_t)100 * longest * ksteps <= (uint64_t)102 * ((units + gridDim.x - 1) / gridDim.x);
@@ -58,13 +58,20 @@ struct Place {
     }
 };
 
+// The strip of y that a warp has a part in.
+ZS_DEVICE int32_t out_strip(int32_t group, uint32_t mw) {
+    return ZS_GATED ? group * (ZS_MW / 2) + (int32_t)(mw / 2) : group * ZS_MW + (int32_t)mw;
+}
+
 // A consumer's tile of a place.
 struct GroupedTile {
     int32_t strip, ktile;
     bool exists;
     ZS_DEVICE GroupedTile(const Deal& deal, const Place& at, uint32_t mw, uint32_t kw) {
-        strip = at.group * ZS_MW + (int32_t)mw, ktile = at.kstep * ZS_KW + (int32_t)kw;
-        exists = at.left > 0 && ktile < deal.col_tiles && strip < deal.strips;
+        const int32_t strips = ZS_GATED ? deal.strips / 2 : deal.strips;
+        strip = out_strip(at.group, mw), ktile = at.kstep * ZS_KW + (int32_t)kw;
+        exists = at.left > 0 && ktile < deal.col_tiles && strip < strips;
+        if (ZS_GATED && (mw & 1)) strip += strips;  // the lower half of the weight
     }
     ZS_DEVICE uint64_t number(const Deal& deal) const { return (uint32_t)(strip * deal.col_tiles + ktile); }
 };

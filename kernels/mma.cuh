@@ -4,6 +4,10 @@
 // A kernel says before it includes this: ZS_N (tokens of an output tile), ZS_MW and ZS_KW (warps side by side in m and in k), ZS_XSTAGES.
 #pragma once
 
+#ifndef ZS_GATED
+#define ZS_GATED 0  // 1: of two warps side by side in m one has gates, the other what they are for; the result is silu(gate) * up
+#endif
+
 #define ZS_WARPS (ZS_MW * ZS_KW)
 #define ZS_THREADS (32 * ZS_WARPS)
 #define ZS_NTILES (ZS_N / 8)
@@ -58,6 +62,19 @@ ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, ui
     }
 }
 
+#if ZS_GATED
+// silu(gate) * up of four values each, rounded to BF16 where separate kernels would.
+ZS_DEVICE void apply_gate(float (&v)[4], const Vec4& up) {
+    const float u[4] = {as_float(up.x), as_float(up.y), as_float(up.z), as_float(up.w)};
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        const uint32_t both = pack_bf16(v[i], u[i]);
+        const float gate = as_float(both << 16);
+        v[i] = as_float(pack_bf16(gate / (1.0f + expf(-gate)), 0.0f) << 16) * as_float(both & 0xFFFF0000u);
+    }
+}
+#endif
+
 // Adds up one strip group: over the ZS_KW warps of the block that shared k, over the blocks that shared the group; writes y or publishes.
 // A warp holds ZS_QUADS pieces of 16 x 8, piece q at rows 16 (q / ZS_NTILES), tokens 8 (q mod ZS_NTILES); its decoded tile serves as scratch. The warps that share
 // k call this together.
@@ -111,11 +128,30 @@ ZS_DEVICE void finish(const float (&acc)[ZS_QUADS][4], const Out& out, const Dea
                 st_relaxed_v4(theirs + i * STEP, Vec4{ZS_EMPTY, ZS_EMPTY, ZS_EMPTY, ZS_EMPTY});
             }
         }
+#if ZS_GATED
+        if (owner) {  // in all warps or in none
+            named_barrier_sync(7 + mw, 32 * ZS_KW);  // the scratch has been read
+            const uint32_t ups = scratch + ((mw | 1) * ZS_KW + kw) * SCRATCH + lane * 16;
+            if (mw & 1) {
+#pragma unroll
+                for (uint32_t i = 0; i < SHARE; i++)
+                    if (kw + i * ZS_KW < ROUND) st_shared_v4(ups + i * PIECE, Vec4{as_bits(v[i][0]), as_bits(v[i][1]), as_bits(v[i][2]), as_bits(v[i][3])});
+            }
+            named_barrier_sync(11 + mw / 2, 64 * ZS_KW);
+            if (!(mw & 1)) {
+#pragma unroll
+                for (uint32_t i = 0; i < SHARE; i++)
+                    if (kw + i * ZS_KW < ROUND) apply_gate(v[i], ld_shared_v4(ups + i * PIECE));
+            }
+            named_barrier_sync(11 + mw / 2, 64 * ZS_KW);  // the scratch may be written again
+        }
+#endif
 #pragma unroll
         for (uint32_t i = 0; i < SHARE; i++) {
             const uint32_t q = q0 + kw + i * ZS_KW;
             if (kw + i * ZS_KW >= ROUND) continue;
             if (owner) {
+                if (ZS_GATED && (mw & 1)) continue;
                 out.store(v[i], strip * ZS_TILE + q / ZS_NTILES * 16, q % ZS_NTILES * 8, lane);
             } else {
                 put_sum(slot + blockIdx.x * BLOCK + i * STEP, v[i]);

@@ -43,7 +43,7 @@ var mutations = []struct {
 	{"arrival that does not wait for the copies", "mma", "activations.cuh", `cp_async_mbarrier_arrive\(`, 0, "mbarrier_arrive(", "in-flight"},
 	{"stage handed back by one lane for all", "mma", "zipgemm_mma.cu", `__syncwarp\(\);`, -1, "", "race"},
 	{"no barrier before the scratch is read", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, 0, "", "race uninitialised"},
-	{"no barrier before the scratch is written again", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, 1, "", "race"},
+	{"no barrier before the scratch is written again", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, -1, "", "race"},
 	{"no wait for the kernel before", "mma", "zipgemm_mma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"partial sums taken from one block only", "mma", "mma.cuh", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
 	{"weights of the wrong item", "grouped", "grouped.cuh", `next = routing\.expert\(item - 1\);`, 0, "next = routing.expert(item);", "wrong"},
@@ -51,6 +51,8 @@ var mutations = []struct {
 	{"escapes of the expert before", "grouped", "zipgemm_grouped.cu", `blob = blob_after, exists`, 0, "exists", "wrong bounds race uninitialised"},
 	{"blocks with nothing to do between others", "grouped", "grouped.cuh", `min\(gridDim\.x, total\)`, 0, "gridDim.x", "deadlock"},
 	{"no wait for an item's activations", "grouped", "grouped.cuh", `mbarrier_wait\(bars[^;]*;`, 0, "", "in-flight race uninitialised"},
+	{"no barrier before gates are applied", "gated", "mma.cuh", `named_barrier_sync\(11[^;]*;`, 0, "", "race uninitialised wrong"},
+	{"no barrier before the scratch of gates is written again", "gated", "mma.cuh", `named_barrier_sync\(11[^;]*;`, 1, "", "race"},
 	{"no wait for the router", "grouped", "zipgemm_grouped.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"no barrier before the experts are counted", "route", "moe.cu", `__syncthreads\(\);`, 0, "", "race uninitialised"},
 	{"no barrier before the counts are added up", "route", "moe.cu", `__syncthreads\(\);`, 1, "", "race uninitialised"},
@@ -119,6 +121,22 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 			return faultKind(err)
 		}
 		if in.room == 0 && !bytes.Equal(got, encodeTiled(in.x)) {
+			return "wrong"
+		}
+		return ""
+	}
+	if kernel == "gated" {
+		l := newLayer("everywhere", 9, 2, 256, 200, 3*seed+1)
+		l.grid = 3
+		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
+		want, err := newGated(t, kernels.Sources, v).run(l)
+		require.NoError(t, err)
+		got, err := newGated(t, files, v).run(l)
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if !slices.Equal(want, got) {
 			return "wrong"
 		}
 		return ""
@@ -208,7 +226,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "grouped", "mma", "route", "wgmma"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "route", "wgmma"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

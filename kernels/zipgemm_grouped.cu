@@ -5,6 +5,8 @@
 // It is zipgemm_mma over items instead of one weight (grouped.cuh): which experts those are, the router's kernels have written to device memory. So the host knows
 // nothing of it and a CUDA graph can hold it. Limit: the bytes of the experts that were hit; those of one with more than ZS_N pairs once for every ZS_N.
 //
+// With ZS_GATED the upper half of the rows of w are gates, m is a multiple of 128, and y[pair, m / 2] = silu(gate) * up, rounded where separate kernels would.
+//
 // The blobs of all experts lie `step` bytes apart, 16-byte aligned. x [.., k] and y [pairs, m] have no gaps.
 //
 // Launch: block ZS_THREADS, grid <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
@@ -87,7 +89,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
     now.load(blob + sections.escapes + 4 * lane, head, lane);
 
     while (at.left > 0) {
-        const uint32_t item = at.item, n = ZS_HALF ? routing.tokens(item) : 0, strip = (uint32_t)at.group * ZS_MW + mw;
+        const uint32_t item = at.item, n = ZS_HALF ? routing.tokens(item) : 0, strip = (uint32_t)out_strip(at.group, mw);
         const int32_t group = (int32_t)item * deal.groups + at.group, last = deal.begin + at.left - 1;
         float acc[ZS_QUADS][4];
 #pragma unroll
@@ -126,7 +128,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
             if (lane == 0) mbarrier_arrive(acts.through(unit));
             at.advance(deal);
         }
-        const GroupedOutput out = {routing.pairs + routing.first(item), y, m, ZS_HALF ? n : routing.tokens(item)};
+        const GroupedOutput out = {routing.pairs + routing.first(item), y, ZS_GATED ? m / 2 : m, ZS_HALF ? n : routing.tokens(item)};
         finish(acc, out, deal, group, strip, last, tiles, mw, kw, lane, workspace);
     }
 }

@@ -200,17 +200,17 @@ def moe_route(ids: torch.Tensor, experts: int, tile: int) -> torch.Tensor:
 
 
 def moe_linear(
-    x: torch.Tensor, blobs: torch.Tensor, step: int, routing: torch.Tensor, pairs: int, tile: int, m: int, k: int
+    x: torch.Tensor, blobs: torch.Tensor, step: int, routing: torch.Tensor, pairs: int, tile: int, m: int, k: int, gated: bool = False
 ) -> torch.Tensor:
-    """Each pair's row by its expert, ``(pairs, m)``, in one launch; the experts' blobs lie ``step`` bytes apart."""
+    """Each pair's row by its expert, ``(pairs, m)`` or with gates ``(pairs, m / 2)``, in one launch; the experts' blobs lie ``step`` bytes apart."""
     if not (x.is_contiguous() and x.data_ptr() % 16 == 0):
         x = x.clone(memory_format=torch.contiguous_format)  # rows that begin at multiples of 16 bytes are copied eight values at a time
-    y = x.new_empty((pairs, m))
+    y = x.new_empty((pairs, m // 2 if gated else m))
     if pairs:
         index = x.get_device()
         by_pair = int(x.shape[0] == pairs)
         rows, out, words = x.data_ptr(), y.data_ptr(), routing.data_ptr()
-        _zipserv.cuda_grouped(index, _stream(index), blobs.data_ptr(), step, m, k, rows, by_pair, out, words, pairs, tile)
+        _zipserv.cuda_grouped(index, _stream(index), blobs.data_ptr(), step, m, k, rows, by_pair, out, words, pairs, tile, gated)
     return y
 
 
@@ -363,9 +363,9 @@ def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
     _zipserv.cuda_warm(blob.get_device(), m, k, tokens)
 
 
-def warm_experts(blobs: torch.Tensor, m: int, k: int) -> None:
+def warm_experts(blobs: torch.Tensor, m: int, k: int, gated: bool = False) -> None:
     """:func:`warm` for experts of shape ``(m, k)`` that are multiplied together (:mod:`zipserv.grouped`)."""
-    _zipserv.cuda_warm_grouped(blobs.get_device(), m, k)
+    _zipserv.cuda_warm_grouped(blobs.get_device(), m, k, gated)
 
 
 def changed(blob: torch.Tensor) -> None:

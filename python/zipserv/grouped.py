@@ -5,7 +5,8 @@ A *pair* is a token and one of its experts, numbered ``token * top + slot``.
 
 =================  ==================================================================================================
 ``moe_route``      the router's choice ``ids (tokens, top)`` -> an int32 tensor that the next one reads (``kernels/routing.cuh``)
-``moe_linear``     rows of tokens or of pairs, the experts' blobs, the routing -> each pair's row by its expert, ``(pairs, m)``
+``moe_linear``     rows of tokens or of pairs, the experts' blobs, the routing -> each pair's row by its expert, ``(pairs, m)``;
+                   ``gated``: ``silu(upper half of the rows) * lower half``, ``(pairs, m / 2)``
 ``moe_combine``    each pair's row, ``ids``, ``weights (tokens, top)`` -> each token's weighted sum, ``(tokens, m)``
 =================  ==================================================================================================
 
@@ -19,16 +20,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from .format import DTYPES, HEADER_BYTES, parse_header
+from .format import DTYPES, HEADER_BYTES, TILE, parse_header
 from .ops import _linear_cpu, cuda_module
 
-__all__ = ["MAX_EXPERTS", "MAX_PAIRS", "MAX_TOP", "moe_combine", "moe_linear", "moe_route", "tile_for"]
+__all__ = ["MAX_EXPERTS", "MAX_GATED_TILE", "MAX_PAIRS", "MAX_TOP", "moe_combine", "moe_linear", "moe_route", "tile_for"]
 
 MAX_PAIRS = 4096  #: of one call
 MAX_EXPERTS = 1024
 MAX_TOP = 32
 TILES = (8, 16, 32, 64)
+MAX_GATED_TILE = 32  #: with gates
 
 _BF16 = 1
 _HEAD, _ITEM = 4, 4  # words of 32 bits in front of the items, and of an item
@@ -36,7 +39,10 @@ _HEAD, _ITEM = 4, 4  # words of 32 bits in front of the items, and of an item
 _LIB: Any = torch.library.Library("zipserv", "FRAGMENT")  # type: ignore[no-untyped-call]
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIB.define("moe_route(Tensor ids, int experts, int tile) -> Tensor", tags=_TAGS)
-_LIB.define("moe_linear(Tensor x, Tensor blobs, int experts, Tensor routing, int tile, int m, int k, int dtype_code) -> Tensor", tags=_TAGS)
+_LIB.define(
+    "moe_linear(Tensor x, Tensor blobs, int experts, Tensor routing, int tile, int m, int k, int dtype_code, bool gated=False) -> Tensor",
+    tags=_TAGS,
+)
 _LIB.define("moe_combine(Tensor y, Tensor ids, Tensor weights, int experts) -> Tensor", tags=_TAGS)
 
 moe_route = torch.ops.zipserv.moe_route
@@ -64,9 +70,14 @@ def _require_ids(ids: torch.Tensor, experts: int) -> None:
         raise ValueError(f"at most {MAX_EXPERTS} experts, {MAX_TOP} of a token and {MAX_PAIRS} in all, not {wrong}")
 
 
-def _require_rows(x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, k: int, dtype_code: int) -> None:
+def _require_rows(
+    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int, gated: bool
+) -> None:
     if dtype_code != _BF16 or x.dtype is not DTYPES[_BF16]:
         raise TypeError(f"experts are multiplied together in torch.bfloat16 only, not {x.dtype}")
+    if gated and (m % (2 * TILE) or tile > MAX_GATED_TILE):
+        wrong = f"{m} and {tile}"
+        raise ValueError(f"gates need rows that are a multiple of {2 * TILE} and at most {MAX_GATED_TILE} pairs at a time, not {wrong}")
     pairs = pairs_of(routing)
     if x.dim() != 2 or x.shape[1] != k or (x.shape[0] != pairs and (x.shape[0] == 0 or pairs % x.shape[0])):
         raise ValueError(f"the input has the shape {tuple(x.shape)}, it should be (tokens, {k}) or ({pairs}, {k})")
@@ -99,9 +110,10 @@ def _route_cpu(ids: torch.Tensor, experts: int, tile: int) -> torch.Tensor:
 
 
 def _linear_grouped_cpu(
-    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int
+    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int,
+    gated: bool = False,
 ) -> torch.Tensor:
-    _require_rows(x, blobs, experts, routing, k, dtype_code)
+    _require_rows(x, blobs, experts, routing, tile, m, k, dtype_code, gated)
     count, step = pairs_of(routing), blobs.numel() // experts
     items = routing[_HEAD : _HEAD + _ITEM * int(routing[0])].view(-1, _ITEM).tolist()
     pairs, owners = routing[_HEAD + _ITEM * count :].long().chunk(2) if count else (routing.long(), routing.long())
@@ -112,6 +124,9 @@ def _linear_grouped_cpu(
         mine = pairs[first : first + length]
         rows = mine if x.shape[0] == count else owners[first : first + length]
         y[mine] = _linear_cpu(x[rows], blob, m, k, dtype_code, None)
+    if gated:
+        gates, up = y.chunk(2, dim=1)
+        return F.silu(gates) * up
     return y
 
 
@@ -136,10 +151,11 @@ def _route_cuda(ids: torch.Tensor, experts: int, tile: int) -> torch.Tensor:
 
 
 def _linear_grouped_cuda(
-    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int
+    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int,
+    gated: bool = False,
 ) -> torch.Tensor:
-    _require_rows(x, blobs, experts, routing, k, dtype_code)
-    out: torch.Tensor = cuda_module().moe_linear(x, blobs, blobs.numel() // experts, routing, pairs_of(routing), tile, m, k)
+    _require_rows(x, blobs, experts, routing, tile, m, k, dtype_code, gated)
+    out: torch.Tensor = cuda_module().moe_linear(x, blobs, blobs.numel() // experts, routing, pairs_of(routing), tile, m, k, gated)
     return out
 
 
@@ -157,9 +173,10 @@ def _route_fake(ids: torch.Tensor, experts: int, tile: int) -> torch.Tensor:
 
 
 def _linear_grouped_fake(
-    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int
+    x: torch.Tensor, blobs: torch.Tensor, experts: int, routing: torch.Tensor, tile: int, m: int, k: int, dtype_code: int,
+    gated: bool = False,
 ) -> torch.Tensor:
-    return x.new_empty((pairs_of(routing), m))
+    return x.new_empty((pairs_of(routing), m // 2 if gated else m))
 
 
 def _combine_fake(y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:

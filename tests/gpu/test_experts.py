@@ -57,6 +57,19 @@ def test_products(shape: tuple[int, int, int, int], tokens: int) -> None:
             layer.check(x, ids, layer.product(x, ids, tile))
 
 
+@pytest.mark.parametrize("shape", [(8, 2, 1024, 512), (128, 8, 1536, 2048), (5, 1, 384, 1000)])
+def test_gates(shape: tuple[int, int, int, int]) -> None:
+    experts, top, m, k = shape
+    layer = Layer(experts, m, k)
+    for tokens in (1, 8, 50):
+        ids, x = choose(tokens, top, experts), torch.randn(tokens, k, device="cuda").to(BF16)
+        for tile in (8, 32):
+            gates, up = layer.product(x, ids, tile).chunk(2, 1)
+            routing = grouped.moe_route(ids, experts, tile)
+            got = grouped.moe_linear(x, layer.blobs, experts, routing, tile, m, k, 1, True)
+            torch.testing.assert_close(got, F.silu(gates) * up, rtol=2e-2, atol=2e-3)
+
+
 def test_routing_is_the_cpu_s() -> None:
     for tokens, top, experts, tile in ((1, 1, 1, 8), (5, 2, 8, 8), (128, 8, 128, 16), (512, 8, 1000, 8), (300, 3, 7, 64)):
         ids = torch.randint(-1, experts + 1, (tokens, top), device="cuda")

@@ -58,6 +58,17 @@ def test_layer(experts, choice: str, dtype: torch.dtype, by_pair: bool) -> None:
     assert torch.equal(grouped.moe_combine(y, ids, factors, EXPERTS), total.bfloat16())
 
 
+def test_gates() -> None:
+    weights = (torch.randn(EXPERTS, 256, K) * 0.1).bfloat16()
+    blobs, ids, x = packed(weights), CHOICES["several"], torch.randn(4, K).bfloat16()
+    routing = grouped.moe_route(ids, EXPERTS, 8)
+    gates, up = grouped.moe_linear(x, blobs, EXPERTS, routing, 8, 256, K, 1).chunk(2, dim=1)
+    assert torch.equal(grouped.moe_linear(x, blobs, EXPERTS, routing, 8, 256, K, 1, True), F.silu(gates) * up)
+    torch.library.opcheck(torch.ops.zipserv.moe_linear.default, (x, blobs, EXPERTS, routing, 8, 256, K, 1, True))
+    with pytest.raises(ValueError, match="multiple of 128"):
+        grouped.moe_linear(x, blobs, EXPERTS, routing, 64, 256, K, 1, True)
+
+
 def test_routing_is_of_tiles() -> None:
     ids = torch.tensor([[1]] * 19 + [[0]])
     words = grouped.moe_route(ids, EXPERTS, 8).tolist()

@@ -26,6 +26,7 @@ type Grouped struct {
 	M, K   uint64
 	X      driver.Pointer // [tokens or pairs, K], without gaps
 	ByPair bool           // a row of x for every pair, not for every token
+	Gated  bool           // y[pair] is [M / 2], silu(upper half of the rows) * lower half; M is a multiple of 128
 	Y      driver.Pointer // [Pairs, M], without gaps
 	Words  driver.Pointer // of a Routing with the same Pairs and Tile
 	Pairs  uint64
@@ -47,8 +48,8 @@ type Combination struct {
 }
 
 type groupedKey struct {
-	m, k, tile uint64
-	invariant  bool
+	m, k, tile       uint64
+	invariant, gated bool
 }
 type routeKey struct{ combine bool }
 
@@ -103,7 +104,10 @@ func (d *Device) Grouped(p *Grouped) error {
 	if p.Blobs%16 != 0 || p.Step%16 != 0 {
 		return badArgument("the blobs at %#x, %d bytes apart, are not aligned to 16 bytes", p.Blobs, p.Step)
 	}
-	l, err := d.grouped(groupedKey{p.M, p.K, p.Tile, Invariant()})
+	if p.Gated && (p.M%128 != 0 || p.Tile > plan.GatedTile) {
+		return badArgument("gates need two halves of whole tiles, M a multiple of 128, and at most %d pairs at a time, not %d and %d", plan.GatedTile, p.M, p.Tile)
+	}
+	l, err := d.grouped(groupedKey{p.M, p.K, p.Tile, Invariant(), p.Gated})
 	if err != nil {
 		return err
 	}
@@ -139,7 +143,7 @@ func (d *Device) grouped(key groupedKey) (*linearPlan, error) {
 	if l, known := d.codecs.Load(key); known {
 		return l.(*linearPlan), nil
 	}
-	p, err := plan.Grouped(d.planDevice, key.m, key.k, key.tile, key.invariant)
+	p, err := plan.Grouped(d.planDevice, key.m, key.k, key.tile, key.invariant, key.gated)
 	if err != nil {
 		return nil, err
 	}
@@ -167,14 +171,17 @@ func (d *Device) moe(combine bool) (*kernel, error) {
 }
 
 // WarmGrouped compiles and loads what the experts of a layer need for up to the largest tile.
-func (d *Device) WarmGrouped(m, k uint64) error {
+func (d *Device) WarmGrouped(m, k uint64, gated bool) error {
 	for _, combine := range []bool{false, true} {
 		if _, err := d.moe(combine); err != nil {
 			return err
 		}
 	}
 	for _, tile := range plan.GroupedTiles {
-		if _, err := d.grouped(groupedKey{m, k, tile, Invariant()}); err != nil {
+		if gated && tile > plan.GatedTile {
+			break
+		}
+		if _, err := d.grouped(groupedKey{m, k, tile, Invariant(), gated}); err != nil {
 			return err
 		}
 	}

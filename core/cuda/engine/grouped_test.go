@@ -50,8 +50,16 @@ func TestExperts(t *testing.T) {
 	require.NoError(t, d.Grouped(&product))
 	assert.Equal(t, 1, count(f, "load"), "a variant of its own")
 	f.Reset()
-	require.NoError(t, d.WarmGrouped(1024, 512))
-	require.NoError(t, d.WarmGrouped(1024, 512))
+	require.NoError(t, d.WarmGrouped(1024, 512, false))
+	require.NoError(t, d.WarmGrouped(1024, 512, false))
 	assert.Equal(t, 3, count(f, "load"), "the other tiles")
 	assert.Empty(t, launches(f))
+
+	f.Reset()
+	product.Gated = true
+	require.NoError(t, d.Grouped(&product))
+	assert.Equal(t, 1, count(f, "load"), "a variant of its own")
+	product.M = 1088
+	var wrong engine.ArgumentError
+	require.ErrorAs(t, d.Grouped(&product), &wrong)
 }

@@ -19,9 +19,12 @@ const (
 // GroupedTiles are the numbers of pairs of one expert that the grouped product is compiled for.
 var GroupedTiles = classes[:4]
 
+// GatedTile is the largest of them with gates: ptxas would spill with 64, where a launch saved matters least.
+const GatedTile = 32
+
 // Grouped plans the product with the experts that a router chose, each M x K, `tile` pairs at a time. The layout, and with it the order of a pair's sums, is the same for
-// every tile. The grid is all blocks that fit: how much work there is only the device knows.
-func Grouped(d Device, m, k, tile uint64, invariant bool) (Linear, error) {
+// every tile. gated: the upper half of the rows are gates of the lower half. The grid is all blocks that fit: how much work there is only the device knows.
+func Grouped(d Device, m, k, tile uint64, invariant, gated bool) (Linear, error) {
 	if m == 0 || k == 0 {
 		return Linear{}, fmt.Errorf("a product needs M and K of at least 1, got %d and %d", m, k)
 	}
@@ -29,15 +32,21 @@ func Grouped(d Device, m, k, tile uint64, invariant bool) (Linear, error) {
 	for _, t := range GroupedTiles {
 		known = known || t == tile
 	}
+	if gated && tile > GatedTile {
+		return Linear{}, fmt.Errorf("the grouped product takes %d pairs at a time with gates, not %d", GatedTile, tile)
+	}
 	if !known {
 		return Linear{}, fmt.Errorf("the grouped product takes %v pairs at a time, not %d", GroupedTiles, tile)
 	}
 	for _, v := range layouts(d) {
-		if !mma.fits(d, v, mma.tokens) {
+		if !mma.fits(d, v, mma.tokens) || gated && v.mw%2 != 0 {
 			continue
 		}
 		grid := uint32(d.SMs * blocksPerSM)
-		whole, half := 0, 0
+		whole, half, gates := 0, 0, 0
+		if gated {
+			gates = 1
+		}
 		if invariant {
 			whole = 1
 		}
@@ -46,6 +55,7 @@ func Grouped(d Device, m, k, tile uint64, invariant bool) (Linear, error) {
 		}
 		defines := []string{
 			fmt.Sprintf("ZS_N=%d", tile), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw), fmt.Sprintf("ZS_WHOLE=%d", whole), fmt.Sprintf("ZS_HALF=%d", half),
+			fmt.Sprintf("ZS_GATED=%d", gates),
 		}
 		return Linear{
 			Kernel: Kernel{

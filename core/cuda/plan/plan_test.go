@@ -224,7 +224,11 @@ func TestGroupedPlans(t *testing.T) {
 			var layout string
 			for _, tile := range plan.GroupedTiles {
 				for _, invariant := range []bool{false, true} {
-					l, err := plan.Grouped(d, mk[0], mk[1], tile, invariant)
+					gated, err := plan.Grouped(d, mk[0], mk[1], min(tile, plan.GatedTile), invariant, true)
+					require.NoError(t, err, name)
+					checkKernel(t, d, gated.Kernel)
+					assert.Zero(t, define(t, gated.Kernel, "ZS_MW")%2, "gates beside what they are for")
+					l, err := plan.Grouped(d, mk[0], mk[1], tile, invariant, false)
 					require.NoError(t, err, name)
 					checkKernel(t, d, l.Kernel)
 					mw, kw := define(t, l.Kernel, "ZS_MW"), define(t, l.Kernel, "ZS_KW")
@@ -243,10 +247,10 @@ func TestGroupedPlans(t *testing.T) {
 		checkKernel(t, d, plan.Combine(d))
 	}
 	for _, wrong := range []uint64{0, 4, 12, 128} {
-		_, err := plan.Grouped(devices["H200"], 64, 64, wrong, false)
+		_, err := plan.Grouped(devices["H200"], 64, 64, wrong, false, false)
 		require.ErrorContains(t, err, "at a time")
 	}
-	_, err := plan.Grouped(devices["H200"], 0, 64, 8, false)
+	_, err := plan.Grouped(devices["H200"], 0, 64, 8, false, false)
 	require.Error(t, err)
 	assert.Equal(t, uint32(1), plan.CombineBlocks(1024))
 	assert.Equal(t, uint32(2), plan.CombineBlocks(1025))

@@ -36,7 +36,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 		c := plan.Compress(d, 4096, 4096)
 		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, plan.Gather(d, false), plan.Gather(d, true), plan.Route(d), plan.Combine(d)}
 		for _, tile := range plan.GroupedTiles {
-			g, err := plan.Grouped(d, 4096, 4096, tile, tile == 16)
+			g, err := plan.Grouped(d, 4096, 4096, tile, tile == 16, tile == 8)
 			require.NoError(t, err)
 			plans = append(plans, g.Kernel)
 		}

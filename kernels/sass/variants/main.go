@@ -66,8 +66,11 @@ func main() {
 		add(plan.Route(t.device))
 		add(plan.Combine(t.device))
 		for _, tile := range plan.GroupedTiles {
-			for _, invariant := range []bool{false, true} {
-				g, err := plan.Grouped(t.device, 4096, 4096, tile, invariant)
+			for i := range 4 {
+				if i >= 2 && tile > plan.GatedTile {
+					break
+				}
+				g, err := plan.Grouped(t.device, 4096, 4096, tile, i%2 == 1, i/2 == 1)
 				if err != nil {
 					fmt.Fprintln(os.Stderr, t.arch, err)
 					os.Exit(1)

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.model_executor.utils import set_weight_attrs
 
 from zipserv import cuda, grouped
-from zipserv.format import DTYPE_CODES
+from zipserv.format import DTYPE_CODES, TILE
 from zipserv.tensor import linear_blob
 
 from .collect import Collector
@@ -79,10 +79,10 @@ class Experts:
                 cuda.changed(together[start:stop])  # the memory may have held another blob
         setattr(self.layer, self.name, loaded_parameter(together, self.loader))
 
-    def together(self, x: torch.Tensor, routing: torch.Tensor, tile: int) -> torch.Tensor:
+    def together(self, x: torch.Tensor, routing: torch.Tensor, tile: int, gated: bool = False) -> torch.Tensor:
         """Each pair's row by its expert: :mod:`zipserv.grouped`."""
         blobs = getattr(self.layer, self.name).data
-        y: torch.Tensor = grouped.moe_linear(x, blobs, len(self.spans), routing, tile, self.m, self.k, DTYPE_CODES[self.dtype])
+        y: torch.Tensor = grouped.moe_linear(x, blobs, len(self.spans), routing, tile, self.m, self.k, DTYPE_CODES[self.dtype], gated)
         return y
 
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -181,7 +181,12 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return torch.cat([self._grouped(x[i : i + most], weights[i : i + most], ids[i : i + most]) for i in starts])
         tile = grouped.tile_for(tokens, top, count)
         routing = grouped.moe_route(ids, count, tile)
-        inner = _activate(self.moe.activation, self.w13.together(x, routing, tile))
+        # A launch less. Not in batch-invariant mode: where gates are applied depends on the tile, and the last bit may on where.
+        gated = self.moe.activation == MoEActivation.SILU and tile <= grouped.MAX_GATED_TILE and self.w13.m % (2 * TILE) == 0
+        gated = gated and not cuda.batch_invariant()
+        inner = self.w13.together(x, routing, tile, gated)
+        if not gated:
+            inner = _activate(self.moe.activation, inner)
         y: torch.Tensor = grouped.moe_combine(self.w2.together(inner, routing, tile), ids, weights, count)
         return y
 
