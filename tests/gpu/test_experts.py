@@ -142,13 +142,13 @@ def test_one_launch_each_and_no_wait() -> None:
     x, ids = torch.randn(4, 256, device="cuda").to(BF16), choose(4, 2, 8)
     layer.product(x, ids)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
             y = layer.product(x, ids)
             grouped.moe_combine(y, ids, torch.ones(4, 2, device="cuda"), 8)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
     names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA and event.name.startswith("zs_")]
     assert names == ["zs_moe_route", "zs_zipgemm_grouped", "zs_moe_combine"]
