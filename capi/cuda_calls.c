@@ -122,19 +122,18 @@ int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {
     return zsgo_cuda_warm(device, m, k, tokens);
 }
 
-int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes, uint64_t *stream,
+int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes,
                            uint64_t *load) {
     REFUSE_IN_CHILD();
     if (count > 0) REQUIRE(parts);
-    REQUIRE(stream);
     REQUIRE(load);
-    return zsgo_cuda_load_start(device, after, (zs_cuda_load_part_t *)parts, count, lanes, stream, load);
+    return zsgo_cuda_load_start(device, after, (zs_cuda_load_part_t *)parts, count, lanes, load);
 }
 
-int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, int64_t *failed) {
+int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, uint64_t after, int64_t *failed) {
     REFUSE_IN_CHILD();
     REQUIRE(failed);
-    return zsgo_cuda_load_wait(load, part, failed);
+    return zsgo_cuda_load_wait(load, part, after, failed);
 }
 
 int32_t zs_cuda_load_finish(uint64_t load, int32_t stop) {

@@ -343,21 +343,22 @@ static PyObject *py_load_start(PyObject *self, PyObject *const *args, Py_ssize_t
     ARG(2, parts);
     ARG(3, count);
     ARG(4, lanes);
-    uint64_t stream = 0, load = 0;
+    uint64_t load = 0;
     int32_t code;
-    WITHOUT_GIL(code = zs_cuda_load_start(device_number(device), after, (const zs_cuda_load_part_t *)(uintptr_t)parts, count, (int32_t)(lanes & 0xFFFF), &stream, &load));
+    WITHOUT_GIL(code = zs_cuda_load_start(device_number(device), after, (const zs_cuda_load_part_t *)(uintptr_t)parts, count, (int32_t)(lanes & 0xFFFF), &load));
     if (code != ZS_OK) return zs_py_fail(code);
-    return Py_BuildValue("KK", (unsigned long long)stream, (unsigned long long)load);
+    return PyLong_FromUnsignedLongLong(load);
 }
 
 static PyObject *py_load_wait(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("cuda_load_wait", 2);
+    ARGS("cuda_load_wait", 3);
     ARG(0, load);
     ARG(1, part);
+    ARG(2, after);
     int64_t failed = -1;
     int32_t code;
-    WITHOUT_GIL(code = zs_cuda_load_wait(load, part, &failed));
+    WITHOUT_GIL(code = zs_cuda_load_wait(load, part, after, &failed));
     if (code != ZS_OK) return zs_py_fail(code);
     return PyLong_FromLongLong(failed);
 }
@@ -404,8 +405,8 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, blob, room) -> (mode, nbytes, checksum)"),
     FUNCTION(compress_raw, "cuda_compress_raw(device, stream, src, ld, m, k, shape, scratch, checksum, blob) -> None"),
     FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
-    FUNCTION(load_start, "cuda_load_start(device, after, parts_ptr, count, lanes) -> (stream, load); a part: file, offset, bytes, address as uint64"),
-    FUNCTION(load_wait, "cuda_load_wait(load, part) -> -1 when its copies are queued, or the part that failed"),
+    FUNCTION(load_start, "cuda_load_start(device, after, parts_ptr, count, lanes) -> load; a part: file, offset, bytes, address as uint64"),
+    FUNCTION(load_wait, "cuda_load_wait(load, part, after) -> -1 when its copies are queued, before later work of that stream, or the part that failed"),
     FUNCTION(load_finish, "cuda_load_finish(load, stop) -> None: waits; raises what went wrong"),
     {"check_lists", (PyCFunction)(void (*)(void))py_check_lists, METH_FASTCALL, "check_lists(ptr, length) -> None: what decoding on a GPU relies on"},
     FUNCTION(side_stream, "cuda_side_stream(device, i) -> stream"),

@@ -32,7 +32,7 @@ func findLoad(handle C.uint64_t) (*engine.Load, error) {
 }
 
 //export zsgo_cuda_load_start
-func zsgo_cuda_load_start(device C.int32_t, after C.uint64_t, parts *C.zs_cuda_load_part_t, count C.uint64_t, lanes C.int32_t, stream, handle *C.uint64_t) C.int32_t {
+func zsgo_cuda_load_start(device C.int32_t, after C.uint64_t, parts *C.zs_cuda_load_part_t, count C.uint64_t, lanes C.int32_t, handle *C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
 		list := make([]engine.LoadPart, 0, int(count))
 		for _, p := range unsafe.Slice(parts, int(count)) {
@@ -46,21 +46,23 @@ func zsgo_cuda_load_start(device C.int32_t, after C.uint64_t, parts *C.zs_cuda_l
 		defer loads.Unlock()
 		loads.last++
 		loads.live[loads.last] = l
-		*stream, *handle = C.uint64_t(l.Stream()), C.uint64_t(loads.last)
+		*handle = C.uint64_t(loads.last)
 		return nil
 	})
 }
 
 //export zsgo_cuda_load_wait
-func zsgo_cuda_load_wait(handle, part C.uint64_t, failed *C.int64_t) C.int32_t {
+func zsgo_cuda_load_wait(handle, part, after C.uint64_t, failed *C.int64_t) C.int32_t {
 	return guard(C.ZS_ERR_CUDA, func() error {
 		l, err := findLoad(handle)
 		if err == nil && uint64(part) >= uint64(l.Parts()) {
 			err = badArgument("part %d of %d", uint64(part), l.Parts())
 		}
-		if err == nil {
-			*failed = C.int64_t(l.Await(int(part)))
+		if err != nil {
+			return err
 		}
+		first, err := l.Await(int(part), driver.Stream(after))
+		*failed = C.int64_t(first)
 		return err
 	})
 }

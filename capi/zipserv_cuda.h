@@ -123,7 +123,7 @@ typedef struct zs_cuda_compress_t {
     uint32_t checksum;
     uint64_t escape_bytes;
     uint64_t nbytes;       /* of the blob; a guess of zs_cuda_compress_plan */
-    uint64_t scratch;      /* device memory, 16-byte aligned, untouched until the work of zs_cuda_compress_write is done */
+    uint64_t scratch;      /* device memory, 16-byte aligned, untouched until the work of zs_cuda_compress_write is done; zs_cuda_compress_plan clears it, or the caller */
 } zs_cuda_compress_t;
 ZS_API int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes);
 ZS_API int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job);
@@ -138,10 +138,10 @@ ZS_API int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream);
 ZS_API int32_t zs_cuda_follow(int32_t device, uint64_t after, uint64_t before);
 
 /* Loading files: `lanes` threads (1 to 16) read pieces of the parts into page-locked buffers of the library's own and queue their copies on
- * a side stream, *stream. Work that is in the stream `after` at the start comes first. One load at a time on a device: another waits. The
+ * a side stream. Work that is in the stream `after` at the start comes first. One load at a time on a device: another waits. The
  * files must stay open and the memory allocated until zs_cuda_load_finish, which must be called.
  *
- * zs_cuda_load_wait returns when all copies of a part are queued: work that follows *stream from then on (zs_cuda_follow) sees the part. *failed is -1, or
+ * zs_cuda_load_wait returns when all copies of a part are queued: work that comes into the stream `after` from then on sees the part. *failed is -1, or
  * the number of a part that could not be read. zs_cuda_load_finish waits for all copies, and fails where a part could not be read;
  * with stop, nothing new is read. */
 typedef struct zs_cuda_load_part_t {
@@ -150,8 +150,8 @@ typedef struct zs_cuda_load_part_t {
     uint64_t to;
 } zs_cuda_load_part_t;
 ZS_API int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes,
-                                  uint64_t *stream, uint64_t *load);
-ZS_API int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, int64_t *failed);
+                                  uint64_t *load);
+ZS_API int32_t zs_cuda_load_wait(uint64_t load, uint64_t part, uint64_t after, int64_t *failed);
 ZS_API int32_t zs_cuda_load_finish(uint64_t load, int32_t stop);
 
 /* Checks of a blob in host memory what decoding it on a GPU relies on: header, tile headers and the places of the lists. zs_check

@@ -12,6 +12,12 @@
 #include "bits.cuh"
 #include "format.cuh"
 
+// The first of `units` that part `i` of `parts` equal ones has. A division of 64 bits would be a good part of what a small product waits for at its start.
+ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
+    if (units >> 20 == 0 && parts < 4096) return (int32_t)(units * i / parts);
+    return (int32_t)((uint64_t)units * i / parts);
+}
+
 // Units of one launch.
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
@@ -25,7 +31,7 @@ struct Work {
         end = start_of(blockIdx.x + 1);
     }
     // First unit of a block.
-    ZS_DEVICE int32_t start_of(uint32_t block) const { return (int32_t)((uint64_t)units * block / gridDim.x); }
+    ZS_DEVICE int32_t start_of(uint32_t block) const { return part_begin(units, block, gridDim.x); }
 };
 
 struct Output {

@@ -23,16 +23,22 @@ type gemm struct {
 	program   *emu.Program
 	entry     string
 	n, mw, kw int
+	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
+	wide      bool // any number of tokens: tiles of n
 }
 
-// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel.
+// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with cluster, of the wide one (wide_test.go).
 type variant struct {
 	n, mw, kw, xstages       int
 	groups, decoders, stages int
+	cluster                  int
 }
 
 func (v variant) String() string {
+	if v.cluster > 0 {
+		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,xstages=%d", v.n, v.mw, v.cluster, v.xstages)
+	}
 	if v.groups > 0 {
 		return fmt.Sprintf("n=%d,mw=%d,kw=%d,groups=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.groups, v.decoders, v.stages, v.xstages)
 	}
@@ -40,6 +46,9 @@ func (v variant) String() string {
 }
 
 func (v variant) defines() []string {
+	if v.cluster > 0 {
+		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
+	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.groups > 0 {
 		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_GROUPS=%d", v.groups), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
@@ -53,7 +62,7 @@ func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry},
 		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
 	require.NoError(t, err)
-	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), tensor: kernel == "wgmma"}
+	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", wide: kernel == "wide"}
 }
 
 type product struct {
@@ -67,9 +76,13 @@ type product struct {
 	seed     uint64
 }
 
-func (g gemm) units(w matrix) int {
-	strips, cols := (w.m+63)/64, (w.k+63)/64
-	return (strips + g.mw - 1) / g.mw * ((cols + g.kw - 1) / g.kw)
+// units of a cluster, or of a block where there are none.
+func (g gemm) units(p product) int {
+	strips, cols, rows, tiles := (p.w.m+63)/64, (p.w.k+63)/64, g.mw*g.cluster, 1
+	if g.wide {
+		tiles = (p.n + g.n - 1) / g.n
+	}
+	return (strips + rows - 1) / rows * ((cols + g.kw - 1) / g.kw) * tiles
 }
 
 // run returns y as BF16 bits, n x m.
@@ -77,17 +90,17 @@ func (g gemm) run(p product) ([]uint16, error) {
 	if p.ldx == 0 {
 		p.ldx = p.w.k
 	}
-	if g.tensor {
-		p.ldx, p.misalign = (p.ldx+7)/8*8, false
-	}
 	if p.ldy == 0 {
 		p.ldy = p.w.m
 	}
-	align := 16
+	alignX, alignY := 16, 16
 	if p.misalign {
-		align = 2
+		alignX, alignY = 2, 2
 	}
-	grid := min(p.grid, g.units(p.w))
+	if g.tensor {
+		p.ldx, alignX = (p.ldx+7)/8*8, 16
+	}
+	grid := g.cluster * min(max(p.grid/g.cluster, 1), g.units(p))
 	x := make([]uint16, (p.n-1)*p.ldx+p.w.k)
 	for i := range x {
 		x[i] = 0x7FFF // NaN between the rows
@@ -99,7 +112,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 	}
 	args := []any{
 		&emu.Buffer{Name: "blob", Data: encodeTiled(p.w), Mode: emu.In},
-		&emu.Buffer{Name: "x", Data: halves(x), Mode: emu.In, Align: align, Dependent: true},
+		&emu.Buffer{Name: "x", Data: halves(x), Mode: emu.In, Align: alignX, Dependent: true},
 		p.ldx, nil, nil, p.ldy, p.w.m, p.w.k, p.n, nil,
 	}
 	if p.bias != nil {
@@ -109,7 +122,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 		}
 		args[3] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
 	}
-	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: align, Dependent: true}
+	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: alignY, Dependent: true}
 	// Every word of the workspace is empty (all bits set) before and after each launch.
 	workspace := &emu.Buffer{Name: "workspace", Data: bytes.Repeat([]byte{0xFF}, 4*grid*g.mw*64*g.n), Mode: emu.InOut, Dependent: true}
 	args[4], args[9] = y, workspace
@@ -118,6 +131,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 	}
 	_, err := g.program.Run(context.Background(), emu.Launch{
 		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true,
+		Cluster: g.cluster,
 	})
 	if err != nil {
 		return nil, err
@@ -199,7 +213,10 @@ var mmaVariants = []variant{
 
 // seededVariant is the layout that tests take which are not about layouts.
 func seededVariant(kernel string, n int) variant {
-	if kernel == "wgmma" {
+	switch kernel {
+	case "wide":
+		return variant{n: max(n, 16), mw: 1, kw: 2, xstages: 2, cluster: 2}
+	case "wgmma":
 		return variant{n: n, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}
 	}
 	return variant{n: n, mw: 1, kw: 2, xstages: 2}

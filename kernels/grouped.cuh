@@ -22,7 +22,7 @@ struct Deal {
         begin = end = 0;
         if (blockIdx.x < blocks) begin = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
     }
-    ZS_DEVICE int32_t start_of(uint32_t block) const { return (int32_t)((uint32_t)((uint64_t)total * block / blocks) * scale); }
+    ZS_DEVICE int32_t start_of(uint32_t block) const { return part_begin(total, block, blocks) * (int32_t)scale; }
 };
 
 // Sections of every expert's blob, from its start: all are of one shape.

@@ -68,7 +68,26 @@ var mutations = []struct {
 	{"sums read while wgmma adds to them", "wgmma", "zipgemm_wgmma.cu", `wgmma_wait<0>\(\);`, 0, "", "wgmma race"},
 	{"barriers not made known to the copy engine", "wgmma", "zipgemm_wgmma.cu", `fence_mbarrier_init\(\);`, 0, "", "proxy"},
 	{"no wait for the kernel before the activations", "wgmma", "zipgemm_wgmma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
-	{"partial sums of a warpgroup taken from one block only", "wgmma", "zipgemm_wgmma.cu", `theirs - h \* BLOCK`, -1, "theirs", "deadlock wrong"},
+	{"partial sums of a warpgroup taken from one block only", "wgmma", "tiles.cuh", `theirs - h \* ZS_CLUSTER \* BLOCK`, -1, "theirs", "deadlock wrong"},
+	{"decoded tiles not waited for", "wide", "zipgemm_wide.cu", `mbarrier_wait\(bar, stage\.parity\);`, 0, "", "race uninitialised wrong mbarrier"},
+	{"unit multiplied before its escapes are in", "wide", "zipgemm_wide.cu", `mbarrier_wait\(bars \+ [^;]*;`, 0, "", "race uninitialised proxy mbarrier"},
+	{"no wait for a column's activations", "wide", "zipgemm_wide.cu", `mbarrier_wait\(full \+ i \* 16[^;]*;`, 0, "", "in-flight race uninitialised"},
+	{"only the first column's activations are waited for", "wide", "zipgemm_wide.cu", `mbarrier_wait\(full \+ i \* 16[^;]*;`, 0, "mbarrier_wait(full, xstage.parity);", "in-flight race uninitialised"},
+	{"no proxy fence behind the escapes", "wide", "zipgemm_wide.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
+	{"decoded while wgmma reads", "wide", "zipgemm_wide.cu", `wgmma_wait<1>\(\);`, 0, "", "race"},
+	{"a warp's unit handed over by one lane for all", "wide", "zipgemm_wide.cu", `__syncwarp\(\);`, 1, "", "race proxy"},
+	{"activations handed back before wgmma has read them", "wide", "zipgemm_wide.cu", `if \(signals && busy\) release_activations\(busy\);\s+busy = full;`, 0, "busy = full; if (signals) release_activations(busy);", "race mbarrier"},
+	{"the last activations of a piece kept", "wide", "zipgemm_wide.cu", `if \(signals\) release_activations\(busy\);`, 0, "", "deadlock"},
+	{"activations handed back to this block alone", "wide", "zipgemm_wide.cu", `mbarrier_arrive_cluster\(full \+ i \* 16 \+ 8, r\)`, 0, "mbarrier_arrive(full + i * 16 + 8)", "deadlock race mbarrier in-flight"},
+	{"the peer's half of the activations left out", "wide", "zipgemm_wide.cu", `\(1 << ZS_CLUSTER\) - 1`, 0, "1 << share.rank", "deadlock uninitialised"},
+	{"both blocks bring the same rows", "wide", "zipgemm_wide.cu", `at\.token0 \+ share\.rank \* ROWS`, 0, "at.token0", "wrong"},
+	{"a block that leaves while its peer writes to it", "wide", "zipgemm_wide.cu", `cluster_sync\(\);`, 0, "", "cluster"},
+	{"copies into a block that has no barriers yet", "wide", "zipgemm_wide.cu", `cluster_arrive_relaxed\(\);\s+cluster_wait\(\);`, 0, "__syncthreads();", "cluster mbarrier race proxy"},
+	{"sums of the peer's strips", "wide", "tiles.cuh", `\(1 \+ h0\) \* ZS_CLUSTER`, 0, "(1 + h0)", "deadlock wrong race"},
+	{"helpers counted in blocks", "wide", "tiles.cuh", `theirs - h \* ZS_CLUSTER \* BLOCK`, -1, "theirs - h * BLOCK", "deadlock wrong race"},
+	{"decoder starts the second column beyond k", "wide", "zipgemm_wide.cu", `pair = !odd \|\| [^;]*;`, 0, "pair = true;", "bounds wrong"},
+	{"whole tiles a round short", "wide", "tiles.cuh", `next \+= share\.clusters`, 0, "next += 2 * share.clusters", "wrong deadlock bounds"},
+	{"no wait for the kernel before the activations of a cluster", "wide", "zipgemm_wide.cu", `griddep_wait\(\);`, 1, "", "dependency"},
 	{"no barrier before the list is written", "compress", "compress.cu", `__syncthreads\(\);(\s+if \(writes\))`, 0, "$1", "race uninitialised wrong"},
 	{"no barrier before the plans are read", "compress", "compress.cu", `__syncthreads\(\);(\s+uint32_t before)`, 0, "$1", "race uninitialised"},
 	{"no barrier before the first group is read", "compress", "compress.cu", `__syncthreads\(\);(\s+uint32_t group)`, 0, "$1", "race uninitialised"},
@@ -207,6 +226,14 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	v := seededVariant(kernel, 8)
 	p := newProduct(130, 900, 5, 2*seed)
 	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
+	if kernel == "wide" {
+		// Three clusters. One output tile of eight units for all, or ten tiles, of which four are dealt by units.
+		p = newProduct(70, 900, 5, 2*seed)
+		if seed%2 == 1 {
+			p = newProduct(130, 400, 75, 2*seed)
+		}
+		p.grid, p.seed = 6, seed
+	}
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
@@ -226,7 +253,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "route", "wgmma"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "route", "wgmma", "wide"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

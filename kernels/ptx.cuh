@@ -202,9 +202,9 @@ struct TensorRows {
     const uint16_t* data;
     uint64_t ld;  // elements from one row to the next
     uint32_t rows, columns;
+    uint32_t box;  // rows of a copy
 };
-// ROWS rows of 64 BF16 from (row, column) on, in the 128-byte swizzle, zeros beyond the matrix; completes on the barrier with all ROWS * 128 bytes.
-template <int ROWS>
+// A box of rows of 64 BF16 from (row, column) on, in the 128-byte swizzle, zeros beyond the matrix; completes on the barrier with all box * 128 bytes.
 ZS_DEVICE void tensor_copy(uint32_t dst, const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t bar) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(&map), "r"(column), "r"(row),
                  "r"(bar)
@@ -235,7 +235,6 @@ ZS_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
         : "memory");
 }
 // tensor_copy into every block whose rank is a bit of the mask: to dst in its memory, completing on its own barrier at bar.
-template <int ROWS>
 ZS_DEVICE void tensor_copy_multicast(uint32_t dst, const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(dst), "l"(&map),
                  "r"(column), "r"(row), "r"(bar), "h"(mask)

@@ -24,6 +24,7 @@ struct Stage {
 struct Share {
     int32_t strips, col_tiles, ksteps, begin, end;
     uint32_t token_tiles, row_groups, tiles, streamed, clusters, cluster, rank;
+    uint32_t parts;  // where not 1, every output tile is shared by so many clusters, in equal runs (not looked for where tokens are few, and so are sums)
     ZS_DEVICE Share(const Blob& blob, uint32_t n) {
         strips = (int32_t)blob.row_tiles, col_tiles = (int32_t)blob.col_tiles;
         ksteps = (col_tiles + ZS_KW - 1) / ZS_KW;
@@ -34,10 +35,11 @@ struct Share {
         rank = ZS_CLUSTER > 1 ? cluster_rank() : 0;
         streamed = tiles;
         if (ZS_TOKEN_TILES && tiles >= 2 * clusters) streamed = tiles % clusters == 0 ? 0 : tiles % clusters + clusters;
+        parts = ZS_TOKEN_TILES && streamed == tiles && clusters % tiles == 0 ? clusters / tiles : 1;
         begin = start_of(cluster), end = start_of(cluster + 1);
     }
     // First unit of a cluster.
-    ZS_DEVICE int32_t start_of(uint32_t c) const { return (int32_t)((uint64_t)streamed * ksteps * c / clusters); }
+    ZS_DEVICE int32_t start_of(uint32_t c) const { return part_begin(streamed * ksteps, c, clusters); }
     ZS_DEVICE int32_t units() const { return end - begin + (int32_t)((tiles - streamed) / clusters) * ksteps; }
     // First strip of this block and first token of an output tile: panels of ZS_PANEL token tiles, in a panel row groups major, so that tiles under way at
     // the same time share weights and activations in L2.
@@ -107,26 +109,15 @@ struct Walk {
     ZS_DEVICE bool exists(const Share& share) const { return left > 0 && strip() < share.strips && ktile() < share.col_tiles; }
 };
 
-// Adds up one strip of a strip group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them:
-// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7.
-ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Share& share, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
-    // Pieces, and helpers, whose sums are under way at once: as many as there are registers for.
+// Adds the sums of `helpers` lower clusters, first, first - 1, .. before this one, to a strip's; as many of their pieces at once as there are registers for.
+ZS_DEVICE void add_sums(float (&acc)[ZS_N / 2], float* slot, uint32_t first, uint32_t helpers) {
     constexpr uint32_t FLOATS = ZS_N / 2, AT_ONCE = ZS_PIECES_AT_ONCE, PIECES = FLOATS / 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
     constexpr uint64_t BLOCK = (uint64_t)ZS_MW * FLOATS * 128;
-    float* const slot = workspace + ((mw * PIECES) * 128 + tid) * 4;
-    if (first != share.ksteps - 1) {
-#pragma unroll
-        for (uint32_t q = 0; q < PIECES; q++) put_sum(slot + blockIdx.x * BLOCK + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
-        return;
-    }
-    uint32_t helpers = 0;  // lower blocks that hold the rest of the group
-    if (at.tile < share.streamed)
-        while (share.start_of(share.cluster - helpers) > (int32_t)at.tile * share.ksteps) helpers++;
     for (uint32_t h0 = 0; h0 < helpers; h0 += HELPERS) {
 #pragma unroll
         for (uint32_t q0 = 0; q0 < PIECES; q0 += ROUND) {
             Vec4 p[HELPERS][ROUND];
-            float* const theirs = slot + (blockIdx.x - (1 + h0) * ZS_CLUSTER) * BLOCK + q0 * 512;
+            float* const theirs = slot + (blockIdx.x - (first + h0) * ZS_CLUSTER) * BLOCK + q0 * 512;
 #pragma unroll
             for (uint32_t h = 0; h < HELPERS; h++)
 #pragma unroll
@@ -145,7 +136,37 @@ ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Share& sh
                     }
         }
     }
+}
+
+ZS_DEVICE void publish_sums(const float (&acc)[ZS_N / 2], float* slot) {
+    constexpr uint32_t PIECES = ZS_N / 8;
 #pragma unroll
     for (uint32_t q = 0; q < PIECES; q++)
+        put_sum(slot + blockIdx.x * ((uint64_t)ZS_MW * (ZS_N / 2) * 128) + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
+}
+
+// Adds up one strip of a strip group over the clusters that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them:
+// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7. `first`: the column step that the piece began at.
+ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Share& share, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
+    float* const slot = workspace + ((mw * (ZS_N / 8)) * 128 + tid) * 4;
+    // In equal runs all come to their end at the same time: they add up two by two, then these two by two, .. Else the last adds the sums of all others, which
+    // were published long ago.
+    const bool even = ZS_TOKEN_TILES && share.parts > 1;
+    const uint32_t below = share.parts - 1 - share.cluster % share.parts, end = even ? share.parts : 2;  // how far from the last one; of the distances
+#pragma unroll 1
+    for (uint32_t d = 1; d < end; d *= 2) {
+        if (even ? (below & d) != 0 : first != share.ksteps - 1) {
+            publish_sums(acc, slot);
+            return;
+        }
+        uint32_t others = 0;  // d below this one, and lower
+        if (even)
+            others = below + d < share.parts;
+        else if (at.tile < share.streamed)
+            while (share.start_of(share.cluster - others) > (int32_t)at.tile * share.ksteps) others++;
+        add_sums(acc, slot, d, others);
+    }
+#pragma unroll
+    for (uint32_t q = 0; q < ZS_N / 8; q++)
         out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)at.strip0 + mw) * ZS_TILE + tid / 32 * 16, at.token0 + q * 8, tid % 32);
 }

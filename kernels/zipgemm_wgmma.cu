@@ -7,8 +7,8 @@
 // work is dealt out. A tile's *place* in its unit counts down its column of tiles first, then to the right.
 //
 // Launch: block ZS_THREADS, grid <= min(blocks resident at once, units), dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
-// Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N. x_map: x as n rows of k columns, boxes of ZS_N rows of 64 columns
-// in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
+// Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N. x_map: x as n rows of k columns, boxes of n rows,
+// rounded up to 8, of 64 columns in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
@@ -114,15 +114,27 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Share& share, uint32_t d, ui
     }
 }
 
+// Rows of a tensor copy: rows beyond x would be filled with zeros, which takes the copy engine longer than reading them.
+ZS_DEVICE uint32_t box_rows(uint32_t n) { return min((uint32_t)ZS_N, (n + 7) / 8 * 8); }
+
+// The rows that no copy brings.
+ZS_DEVICE void clear_activations(uint32_t rows, uint32_t tid, uint32_t smem) {
+    if (rows == ZS_N) return;
+    for (uint32_t box = 0; box < ZS_XSTAGES * ZS_KW; box++)
+        for (uint32_t i = rows * 128 + tid * 16; i < ZS_XBOX; i += ZS_CONSUMERS * 16) st_shared_v4(smem + ZS_TILE_SMEM + box * ZS_XBOX + i, Vec4{0, 0, 0, 0});
+    fence_proxy_async();
+}
+
 // One thread brings the activations of every unit.
 ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Share& share, uint32_t smem) {
+    const uint32_t rows = box_rows(n);
     Stage stage(0);
     for (Walk at(share, 0); at.left > 0; at.advance(share, ZS_PLACES)) {
         const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
         mbarrier_wait(full + 8, stage.parity ^ 1);
-        mbarrier_arrive_expect_tx(full, ZS_XBYTES);
+        mbarrier_arrive_expect_tx(full, ZS_KW * rows * 128);
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_KW; i++) tensor_copy<ZS_N>(to + i * ZS_XBOX, x_map, TensorRows{x, ldx, n, k}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
+        for (uint32_t i = 0; i < ZS_KW; i++) tensor_copy(to + i * ZS_XBOX, x_map, TensorRows{x, ldx, n, k, rows}, (uint32_t)(at.kstep * ZS_KW + i) * 64, 0, full);
         stage.advance(1, ZS_XSTAGES);
     }
 }
@@ -214,6 +226,7 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
             }
             fence_mbarrier_init();
         }
+        clear_activations(box_rows(n), threadIdx.x, smem);
         __syncthreads();
         griddep_wait();
         multiply_tiles(share, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);

@@ -6,27 +6,27 @@
 // by tensor copies; the blocks of a cluster have neighbouring strips of the same tokens and bring each other's, so that they come once from L2. tiles.cuh
 // says which block makes what.
 //
-// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid <= min(blocks resident at once, ZS_CLUSTER * units of a cluster), dynamic shared memory ZS_GEMM_SMEM.
+// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid <= min(blocks resident at once, ZS_CLUSTER * units), where the units are those of all output tiles: every
+// cluster has one at least. Dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * ZS_GROUPS * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k
-// columns, boxes of ZS_N / ZS_CLUSTER rows of 64 columns in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
+// columns, boxes of ZS_N / ZS_CLUSTER rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of
+// 16 bytes).
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
-#define ZS_N 256  // tokens of an output tile: 128, 256
+#define ZS_N 256  // tokens of an output tile: 8 * ZS_CLUSTER to 256, a power of two (a box has whole groups of eight rows). The plans take multiples of 64
 #endif
 #ifndef ZS_GROUPS
 #define ZS_GROUPS 2  // consumer warpgroups: 1 to 3
 #endif
 #ifndef ZS_XSTAGES
-#define ZS_XSTAGES 5  // units of activations in their ring
+#define ZS_XSTAGES 2  // units of activations in their ring
 #endif
 #ifndef ZS_CLUSTER
-#define ZS_CLUSTER 2
+#define ZS_CLUSTER 2  // blocks of a cluster: 1, 2
 #endif
 #define ZS_MW ZS_GROUPS
-#ifndef ZS_KW
-#define ZS_KW 1  // 1 or 2
-#endif
+#define ZS_KW 2
 #define ZS_TOKEN_TILES 1
 #define ZS_NTILES (ZS_N / 8)
 
@@ -40,7 +40,7 @@
 #define ZS_FREE_REGISTERS ((ZS_LAUNCH_REGISTERS * ZS_THREADS - 128 * ZS_LOADER_REGISTERS) / ZS_CONSUMERS / 8 * 8)
 #define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
 #define ZS_SPARE_REGISTERS (ZS_CONSUMER_REGISTERS - ZS_N / 2 - 40)
-#define ZS_PIECES_AT_ONCE (ZS_SPARE_REGISTERS >= 80 ? 16 : ZS_SPARE_REGISTERS >= 64 ? 8 : 4)
+#define ZS_PIECES_AT_ONCE (ZS_SPARE_REGISTERS >= 80 ? 16 : ZS_SPARE_REGISTERS >= 56 ? 8 : 4)
 #define ZS_XBOX (ZS_N * 128)  // bytes of the activations of one column of tiles
 #define ZS_XBYTES (ZS_KW * ZS_XBOX)
 
@@ -69,9 +69,9 @@ ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint6
             mbarrier_wait(full + 8, stage.parity ^ 1);
             mbarrier_arrive_expect_tx(full, ZS_XBOX);
 #if ZS_CLUSTER > 1
-            tensor_copy_multicast<ROWS>(to + share.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k}, column, at.token0 + share.rank * ROWS, full, (1 << ZS_CLUSTER) - 1);
+            tensor_copy_multicast(to + share.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k, ROWS}, column, at.token0 + share.rank * ROWS, full, (1 << ZS_CLUSTER) - 1);
 #else
-            tensor_copy<ROWS>(to, x_map, TensorRows{x, ldx, n, k}, column, at.token0, full);
+            tensor_copy(to, x_map, TensorRows{x, ldx, n, k, ROWS}, column, at.token0, full);
 #endif
         }
         stage.advance(1, ZS_XSTAGES);
@@ -135,10 +135,7 @@ struct Decoder {
     // Starts the loads of the next unit. Not before the fence behind the decode, which would wait for them.
     ZS_DEVICE void start(const Share& share) {
         pair = !odd || ahead.kstep + 1 < share.ksteps;
-        load(words[0], 0);
-#if ZS_KW == 2
-        load(words[1], pair ? ZS_FIXED : 0);
-#endif
+        load(words[0], 0), load(words[1], pair ? ZS_FIXED : 0);
         headers_part = ld_stream_u32(h);
         const uint32_t tile = ahead.tile;
         ahead.advance(share);

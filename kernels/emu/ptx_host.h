@@ -126,15 +126,13 @@ struct TensorMap {
 struct TensorRows {
   const uint16_t* data;
   uint64_t ld;
-  uint32_t rows, columns;
+  uint32_t rows, columns, box;
 };
-template <int ROWS>
 inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar) {
-  zsemu::tensor_g2s(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, ROWS, bar);
+  zsemu::tensor_g2s(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, bar);
 }
-template <int ROWS>
 inline void tensor_copy_multicast(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
-  zsemu::tensor_multicast(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, ROWS, bar, mask);
+  zsemu::tensor_multicast(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, bar, mask);
 }
 
 // ---- barriers

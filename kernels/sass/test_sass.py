@@ -35,6 +35,8 @@ def test_decode_core_within_ceiling(arch: str) -> None:
 def test_every_source_is_compiled() -> None:
     """No .cu file escapes the checks: each is in a launch plan."""
     assert {p.name for p in sass.KERNELS.glob("*.cu")} == {v.source for v in sass.variants()}
+    wide = {(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_wide.cu"}
+    assert wide == {("sm_90a", "ZS_N=256", "ZS_GROUPS=2"), ("sm_90a", "ZS_N=128", "ZS_GROUPS=3")}
 
 
 def test_page_is_current() -> None:
@@ -67,7 +69,7 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, float* y
     if (threadIdx.x == 0) {
         mbarrier_wait(bar + 8, 1);
         mbarrier_arrive_expect_tx(bar, 65536);
-        tensor_copy_multicast<256>(smem + cluster_rank() * 32768, map, TensorRows{}, 0, cluster_rank() * 256, bar, 3);
+        tensor_copy_multicast(smem + cluster_rank() * 32768, map, TensorRows{}, 0, cluster_rank() * 256, bar, 3);
     }
     mbarrier_wait(bar, 0);
     float acc[128] = {};

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA implementations of the ops: tensors in, addresses out to the native engine, work on torch's current stream.
 
-Imported at the first CUDA call. Nothing here waits for the device, except ``compress``, which needs the size before it can allocate.
+Imported at the first CUDA call. Nothing here waits for the device, except ``compress`` and ``compress_into``, which tell the size.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
 __all__ = [
-    "batch_invariant", "changed", "clear_cache", "compress", "decompress", "describe", "embedding", "linear", "moe_combine", "moe_linear",
-    "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
+    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "moe_combine",
+    "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
 ]
 
 _BF16 = 1
@@ -307,6 +307,16 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
     elif nbytes < room:
         blob = blob[:nbytes] if _SPARE * (room - nbytes) <= room else blob[:nbytes].clone()
     return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
+
+
+def compress_into(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], blob: torch.Tensor) -> int:
+    """Compress a contiguous BF16 tensor into memory that is there, 16-byte aligned, and return the bytes of its blob. It is complete if these are not
+    more than there are. 0: the blob is a raw one, of which nothing is written. Waits for the device once, for the size."""
+    index = weight.get_device()
+    scratch = torch.zeros(_zipserv.cuda_compress_scratch(index, m, k), dtype=torch.uint8, device=weight.device)
+    job = (index, _stream(index), weight.data_ptr(), k, m, k, shape, scratch.data_ptr())
+    mode, nbytes, _ = _zipserv.cuda_compress_write(*job, blob.data_ptr(), blob.numel())
+    return 0 if mode == _RAW else nbytes
 
 
 _SPARE = 64  # a result may leave that part of its memory unused

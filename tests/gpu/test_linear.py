@@ -8,6 +8,10 @@ import torch
 from gpu_cases import assert_like_cublas, gaussian, islands, on_gpu, same_bits, trained
 
 import zipserv
+from zipserv import choices, tune
+from zipserv.choices import Problem
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 TOKENS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 200, 512]
 
@@ -88,6 +92,82 @@ def test_the_same_from_run_to_run(m: int, n: int) -> None:
     first = zipserv.linear(x, z)
     for _ in range(20):
         assert same_bits(zipserv.linear(x, z), first)
+
+
+#: Whole and partial tiles of tokens, one to eight of them.
+MANY = [129, 200, 256, 257, 300, 512, 1000, 1024]
+#: All of them smaller compressed, so that none is raw and cuBLAS's.
+RAGGED = [(4096, 4096), (1000, 776), (126, 120), (250, 184), (60, 2040), (2040, 56), (8200, 1032)]
+
+
+@pytest.mark.skipif(
+    not (HOPPER and torch.cuda.get_device_properties(0).multi_processor_count == 132), reason="for what was measured: an H100 SXM, or an H200"
+)
+@pytest.mark.parametrize("m, k", [(4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336)])
+def test_many_tokens_are_one_launch_on_hopper(m: int, k: int) -> None:
+    """What an H100 measured as the fastest way (core/cuda/plan/wide_test.go)."""
+    assert choices.current(0, Problem(m, k, 256)).kernel == "wide"
+    zipserv.cuda.set_batch_invariant(True)
+    try:
+        assert choices.current(0, Problem(m, k, None)).kernel == "wgmma"
+    finally:
+        zipserv.cuda.set_batch_invariant(False)
+
+
+@pytest.mark.skipif(not HOPPER, reason="zipgemm_wide is for compute capability 9.0")
+@pytest.mark.parametrize("n", MANY)
+@pytest.mark.parametrize("shape", RAGGED, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_both_layouts_for_many_tokens(shape: tuple[int, int], n: int) -> None:
+    """Ragged ends in every direction, more and fewer tiles than clusters; twice the same bits."""
+    m, k = shape
+    w = islands(m, k) if m == 1000 else trained(m, k)
+    w = torch.where(w.abs() < 1e4, w, torch.zeros_like(w))  # no infinities, and results that BF16 holds
+    z, x = on_gpu(w), torch.randn(n, k, device="cuda").bfloat16()
+    bias = torch.randn(m, device="cuda").bfloat16() if n % 2 else None
+    problem = Problem(m, k, tune.bucket(n))
+    wide = [c for c in choices.candidates(0, problem) if c.kernel == "wide"]
+    assert {c.mw for c in wide} == {2, 3}
+    for choice in wide:
+        with choices.chosen(0, problem, choice):
+            assert choices.current(0, problem) == choice
+            y = zipserv.linear(x, z, bias)
+            assert_like_cublas(y, x, w.cuda(), bias)
+            for _ in range(5):
+                assert same_bits(zipserv.linear(x, z, bias), y)
+
+
+@pytest.mark.skipif(not HOPPER, reason="zipgemm_wide is for compute capability 9.0")
+def test_one_hot_activations_read_the_weights_exactly_with_many_tokens() -> None:
+    w = islands(520, 456)
+    w = torch.where(w.isfinite(), w, torch.zeros_like(w))
+    z = on_gpu(w)
+    x = torch.eye(456, device="cuda").bfloat16()
+    problem = Problem(520, 456, tune.bucket(456))
+    for choice in (c for c in choices.candidates(0, problem) if c.kernel == "wide"):
+        with choices.chosen(0, problem, choice):
+            assert torch.equal(zipserv.linear(x, z).float().cpu(), w.T.float() + 0.0)
+
+
+def test_graphs_of_many_numbers_of_tokens() -> None:
+    """Graphs of different numbers of tokens, replayed in turns beside eager calls: the same bits as alone, and no workspace is left in disorder."""
+    w = trained(4096, 4096)
+    z = on_gpu(w)
+    xs = {n: torch.randn(n, 4096, device="cuda").bfloat16() for n in (1, 64, 128, 129, 256, 300, 512, 1000)}
+    alone = {n: zipserv.linear(x, z) for n, x in xs.items()}
+    graphs = {}
+    for n, x in xs.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            first = zipserv.linear(x, z)
+            second = zipserv.linear(x, z)  # starts before the first has ended
+        graphs[n] = graph, first, second
+    for turn in range(4):
+        for n in sorted(xs, key=lambda n: (n * 7 + turn * 5) % 11):
+            graph, first, second = graphs[n]
+            first.zero_()
+            graph.replay()
+            assert same_bits(zipserv.linear(xs[n], z), alone[n]), f"N = {n}"
+            assert same_bits(first, alone[n]) and same_bits(second, alone[n]), f"N = {n}"
 
 
 def test_activations_that_lie_apart() -> None:

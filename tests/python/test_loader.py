@@ -15,7 +15,7 @@ import torch
 
 import zipserv
 from helpers import weights
-from zipserv import ZipTensor
+from zipserv import ZipTensor, proof
 
 TESTS = Path(__file__).parent
 
@@ -128,6 +128,74 @@ assert_same(zipserv.load_file(path), expected)  # the device is as good as befor
 """)
 
 
+KERNELS = """
+import random
+from types import SimpleNamespace
+from zipserv import ops, proof
+unsafe = []
+def decompress(blob, m, k, code, row0, out):
+    try: _zipserv.check_lists(blob.data_ptr(), blob.numel())
+    except zipserv.Error: unsafe.append(blob)  # a GPU would read and write anywhere
+    torch.ops.zipserv.decompress_out(blob, m, k, code, row0, out)
+def compress_into(weight, m, k, shape, blob):
+    made = zipserv.compress(weight.view(shape))
+    if not made.is_raw and made.nbytes <= blob.numel(): blob[: made.nbytes] = made.blob
+    return 0 if made.is_raw else made.nbytes
+kernels = SimpleNamespace(decompress=decompress, compress_into=compress_into)
+ops.cuda_module = lambda: kernels
+proof.LEAST_BYTES = 5000
+proof.Proofs.takes = lambda self, blob, header: self._able and blob.numel() >= 5000 and not header.raw and header.dtype is torch.bfloat16
+proved, begin = [], proof.Proofs.begin
+def counted(self, name, *args):
+    done = begin(self, name, *args)
+    if done: proved.append(name)
+    return done
+proof.Proofs.begin = counted
+expected = tensors()
+zipserv.save_file(expected, path)
+good = path.read_bytes()
+"""
+
+
+def test_the_device_checks_what_it_got(run: Callable[..., str]) -> None:
+    """The CPU does the work of the two kernels."""
+    run(
+        KERNELS
+        + """
+for verify in (True, False):
+    assert_same(zipserv.load_file(path, verify=verify), expected)
+assert sorted(proved) == sorted(2 * ["a.weight", "b.weight", "large"])
+random.seed(1)
+for key in ("a.weight_zipserv", "large_zipserv"):
+    first, end = places(path)[key]
+    ranges = 5 * [(first, first + 128)] + 5 * [(first + 128, first + 4000)] + 10 * [(first, end)] + [(end - 1, end)]
+    for at in (random.randrange(*bounds) for bounds in ranges):
+        path.write_bytes(good)
+        flip(path, at)
+        raises(zipserv.Error, [f"model.safetensors: '{key.removesuffix('_zipserv')}': "], zipserv.load_file, path)
+assert not unsafe
+path.write_bytes(good)
+flip(path, places(path)["large_zipserv"][0] + 4_000_000)  # a weight's bits, which only the checksum covers
+assert not torch.equal(zipserv.load_file(path, verify=False)["large"].blob, expected["large"].blob)
+"""
+    )
+
+
+def test_the_cpu_checks_where_the_device_has_no_kernels(run: Callable[..., str]) -> None:
+    run(
+        KERNELS
+        + """
+def fails(*args):
+    raise zipserv.Error("no compiler")
+kernels.decompress = fails
+assert_same(zipserv.load_file(path), expected)
+assert proved == []
+flip(path, places(path)["large_zipserv"][0] + 4_000_000)
+raises(zipserv.Error, ["'large': invalid ZipServ blob: the weights' checksum"], zipserv.load_file, path)
+"""
+    )
+
+
 def test_a_file_cut_short_while_it_is_read(run: Callable[..., str]) -> None:
     run("""
 zipserv.save_file({"large": tensors()["large"], "bias": torch.randn(9000)}, path)
@@ -181,7 +249,7 @@ raises(zipserv.Error, ["beyond: the file was cut short"], load, parts, cpu, id)
 os.close(file)
 raises(zipserv.Error, ["closed: reading: bad file descriptor"], load, [Part("closed", file, 0, target[:2])], cpu, id)
 raises(ValueError, ["1 to 16 lanes"], load, [], cpu, id, 17)
-raises(ValueError, ["load 999 is not known"], _zipserv.cuda_load_wait, 999, 0)
+raises(ValueError, ["load 999 is not known"], _zipserv.cuda_load_wait, 999, 0, 0)
 
 # Two loads at once: one after the other.
 file = os.open(path, os.O_RDONLY)
@@ -232,7 +300,8 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @pytest.fixture(params=["cpu", "gpu"])
 def checked_by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("ZIPSERV_GPU_CHECK", "1" if request.param == "gpu" else "0")
+    if request.param == "cpu":
+        monkeypatch.setattr(proof, "LEAST_BYTES", 1 << 60)
     return str(request.param)
 
 
@@ -261,8 +330,9 @@ def test_to_a_gpu(tmp_path: Path, index: int, checked_by: str) -> None:
 
 @pytest.mark.gpu
 @GPU
-@pytest.mark.parametrize("place", [200, 3_000_000, 7_000_000, -3])
-def test_damage_is_found(tmp_path: Path, place: int, checked_by: str) -> None:
+@pytest.mark.parametrize(("place", "structure"), [(200, True), (3_000_000, False), (7_000_000, False), (-3, True)])
+def test_damage_is_found(tmp_path: Path, place: int, structure: bool, checked_by: str) -> None:
+    """In a header of a tile or behind a list, and in the weights' own bits, which only their checksum covers."""
     path = tmp_path / "m.safetensors"
     large = tensors()["large"]
     assert isinstance(large, ZipTensor)
@@ -274,7 +344,11 @@ def test_damage_is_found(tmp_path: Path, place: int, checked_by: str) -> None:
     path.write_bytes(data)
     with pytest.raises(zipserv.Error, match="'large'"):
         zipserv.load_file(path, device="cuda")
-    assert zipserv.load_file(path, verify=False)["bias"].shape == (3,)
+    if structure:  # a decoder relies on it, so it is looked at whatever is asked for
+        with pytest.raises(zipserv.Error, match="'large'"):
+            zipserv.load_file(path, verify=False)
+    else:
+        assert zipserv.load_file(path, verify=False)["bias"].shape == (3,)
 
 
 @pytest.mark.gpu
@@ -283,7 +357,6 @@ def test_a_blob_that_another_program_made_is_the_cpus(tmp_path: Path, monkeypatc
     """Valid, but not as the compressor here writes it."""
     from zipserv.proof import Proofs
 
-    monkeypatch.setenv("ZIPSERV_GPU_CHECK", "1")
     expected = tensors()
     zipserv.save_file(expected, tmp_path / "m.safetensors")
     monkeypatch.setattr(Proofs, "open_questions", lambda self: [*self._others, *self._names])

@@ -28,11 +28,15 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     def decompress(blob: torch.Tensor, m: int, k: int, code: int, row0: int, out: torch.Tensor) -> None:
         torch.ops.zipserv.decompress_out(blob.as_subclass(torch.Tensor), m, k, code, row0, out)
 
-    def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, Any]:
+    def compress_into(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], blob: torch.Tensor) -> int:
         made = zipserv.compress(weight.view(shape))
-        return made.blob, made.header
+        if made.is_raw:
+            return 0
+        if made.nbytes <= blob.numel():
+            blob[: made.nbytes] = made.blob
+        return made.nbytes
 
-    monkeypatch.setattr(ops, "cuda_module", lambda: SimpleNamespace(decompress=decompress, compress=compress))
+    monkeypatch.setattr(ops, "cuda_module", lambda: SimpleNamespace(decompress=decompress, compress_into=compress_into))
     monkeypatch.setattr(proof, "LEAST_BYTES", 5000)
 
 
@@ -58,11 +62,11 @@ def test_what_differs_is_named() -> None:
 def test_a_blob_of_another_length_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     made, proofs = zipserv.compress(weights(190, 250)), Proofs()
     kernels = ops.cuda_module()
-    longer = torch.cat([made.blob, torch.zeros(16, dtype=torch.uint8)])
-    monkeypatch.setattr(kernels, "compress", lambda *args: (longer, made.header))
     monkeypatch.setattr(ops, "cuda_module", lambda: kernels)
-    assert proofs.begin("made elsewhere", on_gpu(made.blob), made.header)
-    assert proofs.open_questions() == ["made elsewhere"]
+    for name, found in (("longer", made.nbytes + 16), ("shorter", made.nbytes - 16), ("raw", 0)):
+        monkeypatch.setattr(kernels, "compress_into", lambda *args, found=found: found)
+        assert proofs.begin(name, on_gpu(made.blob), made.header)
+    assert proofs.open_questions() == ["longer", "shorter", "raw"]
 
 
 def test_what_is_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +82,12 @@ def test_what_is_left_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(proof, "LEAST_BYTES", 5000)
 
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError
+    def fails(*args: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(ops, "cuda_module", lambda: SimpleNamespace(decompress=full))
-    assert not proofs.begin("no memory", on_gpu(made.blob), made.header)
+    monkeypatch.setattr(ops, "cuda_module", lambda: SimpleNamespace(decompress=fails))
+    for error in (torch.OutOfMemoryError(), zipserv.Error("no NVRTC")):
+        assert proofs.takes(on_gpu(made.blob), made.header)
+        assert not proofs.begin(str(error), on_gpu(made.blob), made.header)
+    assert not proofs.takes(on_gpu(made.blob), made.header), "without kernels none is tried again"
     assert proofs.open_questions() == []

@@ -89,9 +89,12 @@ def test_memory_while_loading(folder: Path) -> None:
 def test_compiled_generation_with_a_static_cache(folder: Path) -> None:
     model = load(folder, device_map="cuda", quantization_config=ZipServConfig())
     arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS[:1]).cuda()}
-    eager = model.generate(IDS[:1].cuda(), **arguments)
     compiled = model.generate(IDS[:1].cuda(), cache_implementation="static", **arguments)
-    assert (eager == compiled).float().mean() > 0.9
+    assert compiled.shape[1] == IDS.shape[1] + 12
+    # Greedy tokens of a random model hang on near ties, so: each is a best one by eager logits, but for rounding.
+    logits = model(compiled[:, :-1]).logits.float()[:, IDS.shape[1] - 1 :]
+    chosen = logits.gather(-1, compiled[:, IDS.shape[1] :, None]).squeeze(-1)
+    assert (logits.amax(-1) - chosen).max() <= 2.0**-6 * logits.abs().amax()
 
 
 @torch.no_grad()
@@ -143,8 +146,13 @@ def test_bench(offloaded: str | None) -> None:
 
 def on_gpu(name: str, path: Path, **kwargs: Any) -> Any:
     model = tiny.load(name, path, device_map="cuda", **kwargs)
-    if hasattr(model, "set_experts_implementation") and "quantization_config" not in kwargs:
-        model.set_experts_implementation("eager")  # the only one for float64, and the same order of additions as the compressed experts'
+    return model if "quantization_config" in kwargs else one_by_one(name, model)
+
+
+def one_by_one(name: str, model: Any) -> Any:
+    """Experts in a loop: the only implementation for float64, and the order of additions of the compressed ones."""
+    if "moe" in name or name == "mixtral":
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -173,7 +181,7 @@ def test_architectures(name: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "zip")
     again = on_gpu(name, tmp_path / "zip")
     assert of_row(logits(name, again), exact) <= 1.5 * of_row(plain, exact)
-    assert torch.equal(logits(name, again.dequantize()), plain), "the weights have other bits"
+    assert torch.equal(logits(name, one_by_one(name, again.dequantize())), plain), "the weights have other bits"
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "gemma3", "gpt2", "mixtral"])

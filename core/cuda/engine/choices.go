@@ -144,7 +144,10 @@ func (d *Device) Prepare(t tuned.Problem, c plan.Choice) error {
 func bucketTokens(t tuned.Problem) (out []uint64) {
 	last := uint64(128)
 	if !t.Invariant {
-		last = min(t.Tokens, 256) // more tokens use the same kernels
+		last = t.Tokens
+		if last > 128 { // every class of such a bucket uses the same kernel
+			return []uint64{plan.Bucket(last)}
+		}
 	}
 	for n := uint64(1); n <= last; n = plan.Class(n) + 1 {
 		if t.Invariant || plan.Bucket(n) == plan.Bucket(t.Tokens) {

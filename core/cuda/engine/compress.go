@@ -165,7 +165,7 @@ func (d *Device) CompressPlan(p *Compression) (nbytes uint64, err error) {
 }
 
 // CompressWrite reads all weights, writes their blob if it has the room, waits, and fills in the header, whose Sections tell the blob's size. The blob is
-// complete (in the order of the stream) if that is at most room and the mode is tiled. If not, allocate that much; a tiled one takes a CompressPlan and a
+// complete (in the order of the stream) if that is at most room and the mode is tiled. Scratch is as CompressPlan has left it, or 0 throughout. If not, allocate that much; a tiled one takes a CompressPlan and a
 // CompressWrite more, a raw one is CompressRaw and a copy of the matrix. No blob (0, room 0): only the header is filled in.
 func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64) error {
 	if err := p.check(); err != nil {

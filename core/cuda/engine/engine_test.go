@@ -29,6 +29,7 @@ var stubs = fstest.MapFS{
 	"zipgemm_grouped.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_grouped() {}`)},
 	"moe.cu": {Data: []byte(`extern "C" __global__ void zs_moe_route() {}
 extern "C" __global__ void zs_moe_combine() {}`)},
+	"zipgemm_wide.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
 	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_sample() {}
 extern "C" __global__ void zs_compress() {}`)},
 }
@@ -116,7 +117,56 @@ func TestManyTokens(t *testing.T) {
 	for i, line := range launches(f) {
 		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*128*i), "the activations move on")
 	}
-	assert.Contains(t, f.Log(), "tensor 72x512 ld 512 box 128x64", "and so does their map")
+	assert.Contains(t, f.Log(), "tensor 72x512 ld 512 box 72x64", "and so does their map")
+}
+
+// One launch in clusters takes any number of tokens, with boxes of the layout's own and one plan for a class.
+func TestManyTokensInOneLaunch(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	for _, c := range []struct {
+		n    uint64
+		want string // grid, block
+		box  int
+	}{
+		{129, "grid 132,1,1 block 384", 128}, {130, "grid 132,1,1 block 384", 128}, {192, "grid 132,1,1 block 384", 128}, {256, "grid 132,1,1 block 384", 128},
+		{512, "grid 132,1,1 block 384", 128},
+	} {
+		f.Reset()
+		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: c.n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
+		expand, err := d.Linear(&p)
+		require.NoError(t, err)
+		assert.False(t, expand)
+		require.Len(t, launches(f), 1)
+		assert.Contains(t, launches(f)[0], "zs_zipgemm_wide "+c.want)
+		assert.Contains(t, launches(f)[0], "cluster 2 args 1000 20000 1000 0")
+		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box))
+	}
+	assert.Zero(t, count(f, "load"), "of a class one plan")
+
+	// Of the other layout where the matrix is small, and smaller grids where there is less work.
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 6144, K: 4096, N: 200, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 6144}
+	f.Reset()
+	_, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Contains(t, launches(f)[0], "zs_zipgemm_wide grid 128,1,1 block 512")
+	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 64x64")
+	p.X += 2
+	f.Reset()
+	_, err = d.Linear(&p)
+	require.NoError(t, err)
+	for _, line := range launches(f) {
+		assert.Contains(t, line, "zs_zipgemm_mma", "unaligned activations")
+	}
+
+	engine.SetInvariant(true)
+	defer engine.SetInvariant(false)
+	p.X -= 2
+	f.Reset()
+	_, err = d.Linear(&p)
+	require.NoError(t, err)
+	require.Len(t, launches(f), 2)
+	assert.Contains(t, launches(f)[0], "zs_zipgemm_wgmma")
 }
 
 // Rows that begin anywhere are no matter for a tensor map.
@@ -412,6 +462,16 @@ func TestWarmLeavesNothingToDo(t *testing.T) {
 		require.NoError(t, err)
 	}
 	require.NoError(t, d.Decompress(0, 0x1000, 1024, 512, 0, 1024, 0x5000, 512))
+	assert.Zero(t, count(f, "load"))
+	assert.Zero(t, count(f, "alloc"))
+
+	require.NoError(t, d.Warm(28672, 4096, 8192))
+	f.Reset()
+	for n := uint64(1); n <= 8192; n += 1 + n/2 {
+		p := engine.Matmul{Blob: 0x1000, M: 28672, K: 4096, N: n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
+		_, err := d.Linear(&p)
+		require.NoError(t, err)
+	}
 	assert.Zero(t, count(f, "load"))
 	assert.Zero(t, count(f, "alloc"))
 }

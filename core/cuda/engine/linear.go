@@ -66,7 +66,7 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 			if p.N == 1 { // the distance to a next row means nothing then
 				ld = p.K
 			}
-			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: box}
+			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: min(box, uint32(n+7)/8*8)}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
 			return false, err
@@ -132,11 +132,12 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	return errors.Join(all...)
 }
 
-// smallWorkspace is what Warm makes ready on the legacy default stream.
-const smallWorkspace = 16 << 20
+// smallWorkspace is what Warm makes ready on the legacy default stream: room for the partial sums of any kernel on 132 SMs.
+const smallWorkspace = 18 << 20
 
 // Changed tells the engine that a blob has new content, written by work that may still be in the stream.
 func (d *Device) Changed(blob driver.Pointer) { d.read.Delete(blob) }
 
-// warmTokens is where Warm stops: larger problems use the same kernels, and their plans cost nothing.
-const warmTokens = 256
+// warmTokens is where Warm stops: larger problems use the same kernels, and their plans cost nothing. The kernel for many tokens has its last layout from some
+// hundreds of tokens on.
+const warmTokens = 2048

@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 )
@@ -21,13 +22,16 @@ type LoadPart struct {
 }
 
 const (
-	// loadPiece is large enough for the bus, and small enough that a tensor is work for many lanes.
-	loadPiece = 4 << 20
-	// loadBuffers is the buffers of a lane: one is filled while the other is copied.
-	loadBuffers = 2
 	// MostLoadLanes bounds the host memory of the buffers, which stay.
 	MostLoadLanes = 16
 	copyStream    = 1 // side stream of copies; workspaces are filled on the other
+)
+
+var (
+	// loadPiece is large enough for the bus, and small enough that a tensor is work for many lanes.
+	loadPiece = uint64(loadSetting("PIECE_KIB", 4<<10)) << 10
+	// loadBuffers is the buffers of a lane: one is filled while the other is copied.
+	loadBuffers = loadSetting("BUFFERS", 2)
 )
 
 // loader is a device's ring of page-locked buffers. One load at a time has it.
@@ -36,11 +40,15 @@ type loader struct {
 	lanes []*loadLane
 }
 
-type loadLane struct{ slots []*loadSlot }
+type loadLane struct {
+	slots []*loadSlot
+	trace loadTrace
+}
 
 type loadSlot struct {
 	buffer []byte
 	sent   driver.Event
+	turn   uint64 // how often `sent` was recorded
 }
 
 // Load is a load under way: lanes read pieces of files into page-locked buffers and queue their copies on a side stream.
@@ -56,8 +64,11 @@ type Load struct {
 	mu      sync.Mutex
 	changed sync.Cond
 	left    []int // pieces of each part that are not queued yet
-	failed  int   // the part that could not be read, or -1
+	last    []loadSent
+	failed  int // the part that could not be read, or -1
 	err     error
+
+	begun, lastSent time.Time // of a trace
 }
 
 type loadPiecePlace struct {
@@ -65,12 +76,18 @@ type loadPiecePlace struct {
 	begin, end uint64
 }
 
+// loadSent is the copy of a part that was queued last.
+type loadSent struct {
+	slot *loadSlot
+	turn uint64
+}
+
 // StartLoad begins to load; work that is in the stream `after` now comes before the first copy. Finish must follow.
 func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*Load, error) {
 	if lanes < 1 || lanes > MostLoadLanes {
 		return nil, badArgument("1 to %d lanes, got %d", MostLoadLanes, lanes)
 	}
-	l := &Load{device: d, stream: d.pool.Side(copyStream), parts: parts, left: make([]int, len(parts)), failed: -1}
+	l := &Load{device: d, stream: d.pool.Side(copyStream), parts: parts, left: make([]int, len(parts)), last: make([]loadSent, len(parts)), failed: -1}
 	l.changed.L = &l.mu
 	for i, p := range parts {
 		for begin := uint64(0); begin < p.Bytes; begin += loadPiece {
@@ -83,6 +100,7 @@ func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*L
 		d.loader.mu.Unlock()
 		return nil, err
 	}
+	l.begun = time.Now()
 	lanes = min(lanes, len(l.pieces))
 	for len(d.loader.lanes) < lanes {
 		d.loader.lanes = append(d.loader.lanes, &loadLane{})
@@ -93,20 +111,21 @@ func (d *Device) StartLoad(after driver.Stream, parts []LoadPart, lanes int) (*L
 	return l, nil
 }
 
-// Stream is the stream of the copies.
-func (l *Load) Stream() driver.Stream { return l.stream }
-
 // Parts is the number of parts.
 func (l *Load) Parts() int { return len(l.parts) }
 
-// Await waits until all copies of a part are queued. It returns -1, or the part that could not be read; the reason comes with Finish.
-func (l *Load) Await(part int) int {
+// Await waits until all copies of a part are queued; work that comes into `after` from then on waits for them, and not for those of later parts, of which
+// some milliseconds may be queued as well. It returns -1, or the part that could not be read; the reason comes with Finish.
+func (l *Load) Await(part int, after driver.Stream) (failed int, err error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.failed < 0 && l.left[part] > 0 {
 		l.changed.Wait()
 	}
-	return l.failed
+	if last := l.last[part]; l.failed < 0 && last.slot != nil && last.slot.turn == last.turn { // else its lane has waited for the copy
+		err = l.device.ctx.Wait(after, last.slot.sent)
+	}
+	return l.failed, err
 }
 
 // Finish waits for what is under way; with stop nothing new begins. When it returns all copies are done.
@@ -123,18 +142,26 @@ func (l *Load) Finish(stop bool) error {
 			}
 		}
 	}
+	l.tell()
 	return l.err
 }
 
 func (l *Load) run(lane *loadLane) {
+	lane.trace = loadTrace{}
 	for turn := 0; !l.stop.Load(); turn++ {
 		i := int(l.next.Add(1)) - 1
 		if i >= len(l.pieces) {
 			return
 		}
 		place := l.pieces[i]
-		err := l.copy(lane, turn%loadBuffers, place)
+		slot, piece, err := l.read(lane, turn%loadBuffers, place)
+		clock := lane.trace.start()
 		l.mu.Lock()
+		clock = lane.trace.lap(&lane.trace.lock, clock)
+		if err == nil {
+			err = l.send(slot, piece, place)
+		}
+		l.lastSent = lane.trace.lap(&lane.trace.queue, clock)
 		l.left[place.part]--
 		if err != nil && l.failed < 0 {
 			l.failed, l.err = place.part, err
@@ -147,36 +174,45 @@ func (l *Load) run(lane *loadLane) {
 	}
 }
 
-func (l *Load) copy(lane *loadLane, turn int, place loadPiecePlace) error {
-	ctx := l.device.ctx
+// read fills a buffer of the lane, once the copy from it is done.
+func (l *Load) read(lane *loadLane, turn int, place loadPiecePlace) (*loadSlot, []byte, error) {
+	ctx, clock := l.device.ctx, lane.trace.start()
 	if turn == len(lane.slots) { // the lane makes its own buffers: page-locking takes its time, and so the others can begin
 		s, err := newLoadSlot(ctx)
 		if err != nil {
-			return err
+			return nil, nil, err
 		}
 		lane.slots = append(lane.slots, s)
+		clock = lane.trace.lap(&lane.trace.alloc, clock)
 	}
 	s, p := lane.slots[turn], l.parts[place.part]
 	if err := ctx.Await(s.sent); err != nil {
-		return err
+		return nil, nil, err
 	}
+	clock = lane.trace.lap(&lane.trace.wait, clock)
 	piece := s.buffer[:place.end-place.begin]
-	if err := readAll(p.File, piece, p.Offset+place.begin); err != nil {
+	err := readAll(p.File, piece, p.Offset+place.begin)
+	lane.trace.lap(&lane.trace.read, clock)
+	return s, piece, err
+}
+
+// send queues the copy of a piece. Under the lock, so that the event of a part's last one comes after all others of the part in the stream.
+func (l *Load) send(s *loadSlot, piece []byte, place loadPiecePlace) error {
+	if err := l.device.ctx.Write(l.stream, l.parts[place.part].To+driver.Pointer(place.begin), piece); err != nil {
 		return err
 	}
-	if err := ctx.Write(l.stream, p.To+driver.Pointer(place.begin), piece); err != nil {
-		return err
-	}
-	return ctx.Record(s.sent, l.stream)
+	s.turn++
+	l.last[place.part] = loadSent{s, s.turn}
+	return l.device.ctx.Record(s.sent, l.stream)
 }
 
 func newLoadSlot(ctx *driver.Context) (*loadSlot, error) {
-	buffer, err := ctx.AllocHost(loadPiece)
+	buffer, err := ctx.AllocHost(int(loadPiece))
 	if err != nil {
 		return nil, fmt.Errorf("%d bytes of page-locked host memory: %w", loadPiece, err)
 	}
 	sent, err := ctx.NewSleepEvent()
-	return &loadSlot{buffer, sent}, err
+	return &loadSlot{buffer: buffer, sent: sent}, err
 }
 
 func readAll(file int, to []byte, at uint64) error {

@@ -48,9 +48,10 @@ func TestLoad(t *testing.T) {
 		clear(to)
 		l, err := d.StartLoad(0x77, parts, 3)
 		require.NoError(t, err)
-		assert.Equal(t, d.SideStream(1), l.Stream())
 		for i := range parts {
-			require.Equal(t, -1, l.Await(i))
+			failed, err := l.Await(i, 0x77)
+			require.NoError(t, err)
+			require.Equal(t, -1, failed)
 			assert.True(t, bytes.Equal(data[cuts[i]:cuts[i+1]], to[cuts[i]:cuts[i+1]]), i)
 		}
 		require.NoError(t, l.Finish(false))
@@ -59,12 +60,41 @@ func TestLoad(t *testing.T) {
 
 	l, err := d.StartLoad(0, []engine.LoadPart{part(0, 1), {File: int(file.Fd()), Offset: uint64(len(data)) - 1, Bytes: 2, To: at(0)}}, 2)
 	require.NoError(t, err)
-	assert.Equal(t, 1, l.Await(1))
+	failed, err := l.Await(1, 0)
+	require.NoError(t, err)
+	assert.Equal(t, 1, failed)
 	require.ErrorContains(t, l.Finish(true), "the file was cut short")
 
 	l, err = d.StartLoad(0, parts, 1)
 	require.NoError(t, err)
 	require.NoError(t, l.Finish(true), "stopped half way")
+
+	// One lane, two buffers: the first part's is in use again when the second part is queued, so its copy is known to be done.
+	l, err = d.StartLoad(0, []engine.LoadPart{part(0, 4<<20), part(4<<20, 12<<20)}, 1)
+	require.NoError(t, err)
+	waits := func() (n int) {
+		for _, call := range f.Log() {
+			if call == "wait" {
+				n++
+			}
+		}
+		return n
+	}
+	for i, more := range map[int]int{1: 1, 0: 0} {
+		before := waits()
+		_, err = l.Await(1, 0x77) // both are queued
+		require.NoError(t, err)
+		between := waits()
+		assert.Equal(t, before+1, between)
+		_, err = l.Await(i, 0x77)
+		require.NoError(t, err)
+		assert.Equal(t, between+more, waits(), "part %d", i)
+	}
+	f.Fail("cuStreamWaitEvent", 700, 0)
+	_, err = l.Await(1, 0x77)
+	require.ErrorContains(t, err, "cuStreamWaitEvent")
+	f.Reset()
+	require.NoError(t, l.Finish(false))
 
 	f.Fail("cuEventRecord", 700, 0)
 	_, err = d.StartLoad(0, parts, 1)

@@ -9,14 +9,14 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 2
+const Version = 3
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
 
 // Choice is a way to solve a product that was not picked by ForLinear but by a measurement or a user.
 type Choice struct {
-	Kernel string `json:"kernel"` // mma, wgmma or decompress; what follows is of the first two
+	Kernel string `json:"kernel"` // mma, wgmma, wide or decompress; what follows is of the first three
 	MW     int    `json:"mw,omitempty"`
 	KW     int    `json:"kw,omitempty"`
 	Blocks uint32 `json:"blocks,omitempty"`
@@ -28,6 +28,10 @@ func (c Choice) String() string {
 	}
 	return fmt.Sprintf("%s %dx%d, %d blocks", c.Kernel, c.MW, c.KW, c.Blocks)
 }
+
+// Wide is the Kernel of a Choice of the kernel for many tokens: MW strips a block, and so the layout, KW column tiles a unit. Numbers of tokens of a bucket
+// that have less work than a choice has blocks take fewer.
+const Wide = "wide"
 
 // families by the names of choices.
 var families = map[string]family{"mma": mma, "wgmma": wgmma}
@@ -82,6 +86,9 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 		}
 		return Linear{Expand: true}, nil
 	}
+	if c.Kernel == Wide {
+		return chosenWide(d, p, c)
+	}
 	v := variant{c.MW, c.KW}
 	if !slices.Contains(variants(d, p, c.Kernel), v) {
 		return Linear{}, fmt.Errorf("%s is no layout for %d tokens on compute capability %d.%d", c, p.N, d.Capability/10, d.Capability%10)
@@ -93,6 +100,19 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 	l.Workspace = l.Workspace / uint64(l.Kernel.Grid) * uint64(c.Blocks)
 	l.Kernel.Grid = c.Blocks
 	return l, nil
+}
+
+func chosenWide(d Device, p Problem, c Choice) (Linear, error) {
+	for _, w := range wide(d, p) {
+		if w.groups != c.MW || c.KW != wideKW {
+			continue
+		}
+		if most := uint32(d.SMs / wideCluster * wideCluster); c.Blocks < wideCluster || c.Blocks > most || c.Blocks%wideCluster != 0 {
+			return Linear{}, fmt.Errorf("%s: %d to %d blocks, in clusters of %d", c, wideCluster, most, wideCluster)
+		}
+		return w.launch(d, p, min(uint64(c.Blocks/wideCluster), w.clusters(d, p))), nil
+	}
+	return Linear{}, fmt.Errorf("%s is no layout for %d tokens of a %d x %d weight on compute capability %d.%d", c, p.N, p.M, p.K, d.Capability/10, d.Capability%10)
 }
 
 // DefaultChoice is what ForLinear picks.
@@ -108,6 +128,13 @@ func DefaultChoice(d Device, p Problem) (Choice, error) {
 func ChoiceOf(l Linear) (Choice, error) {
 	if l.Expand {
 		return Choice{Kernel: Expanded}, nil
+	}
+	if l.Kernel.Source == wideSource {
+		c := Choice{Kernel: Wide, KW: wideKW, Blocks: l.Kernel.Grid}
+		for _, define := range l.Kernel.Defines {
+			_, _ = fmt.Sscanf(define, "ZS_GROUPS=%d", &c.MW)
+		}
+		return c, nil
 	}
 	for name, f := range families {
 		if f.source != l.Kernel.Source {
@@ -147,6 +174,9 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 				add(Choice{kernel, v.mw, v.kw, even})
 			}
 		}
+	}
+	for _, w := range wide(d, p) {
+		add(Choice{Wide, w.groups, wideKW, uint32(w.clusters(d, p) * wideCluster)})
 	}
 	if !p.Invariant && Class(p.N) >= mma.tokens {
 		add(Choice{Kernel: Expanded})

@@ -34,6 +34,11 @@ func TestEveryCandidateCanBeChosen(t *testing.T) {
 						}
 						checkKernel(t, d, l.Kernel)
 						assert.LessOrEqual(t, int(l.Kernel.Grid), d.SMs, "all blocks at once")
+						if c.Kernel == plan.Wide {
+							assert.False(t, p.Invariant)
+							assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_GROUPS")*define(t, l.Kernel, "ZS_N"))*64*4, l.Workspace)
+							continue
+						}
 						assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_MW"))*64*l.Tokens*4, l.Workspace)
 					}
 				}
@@ -65,6 +70,43 @@ func TestAChoiceThatCannotBeIsRefused(t *testing.T) {
 	assert.Error(t, err)
 	_, err = plan.Candidates(d, plan.Problem{})
 	assert.Error(t, err)
+}
+
+func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
+	d := devices["H200"]
+	many := plan.Problem{M: 4096, K: 4096, N: 512}
+	for _, c := range []plan.Choice{
+		{Kernel: "wide"}, {Kernel: "wide", MW: 4, KW: 2, Blocks: 132}, {Kernel: "wide", MW: 2, KW: 1, Blocks: 132}, {Kernel: "wide", MW: 2, KW: 2, Blocks: 131},
+		{Kernel: "wide", MW: 2, KW: 2, Blocks: 134}, {Kernel: "wide", MW: 3, KW: 2, Blocks: 0},
+	} {
+		_, err := plan.Chosen(d, many, c)
+		assert.Error(t, err, "%+v", c)
+	}
+	c := plan.Choice{Kernel: "wide", MW: 3, KW: 2, Blocks: 100}
+	l, err := plan.Chosen(d, many, c)
+	require.NoError(t, err)
+	assert.EqualValues(t, 100, l.Kernel.Grid)
+	same, err := plan.ChoiceOf(l)
+	require.NoError(t, err)
+	assert.Equal(t, c, same)
+	for name, p := range map[string]plan.Problem{
+		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
+		"few tokens": {M: 4096, K: 4096, N: 128},
+	} {
+		_, err = plan.Chosen(d, p, c)
+		assert.ErrorContains(t, err, "no layout", name)
+		list, err := plan.Candidates(d, p)
+		require.NoError(t, err)
+		for _, other := range list {
+			assert.NotEqual(t, plan.Wide, other.Kernel, name)
+		}
+	}
+	_, err = plan.Chosen(devices["B200"], many, c)
+	assert.ErrorContains(t, err, "compute capability 10.0")
+	// The least number of tokens of a bucket may have less work than its choice has blocks.
+	l, err = plan.Chosen(d, plan.Problem{M: 64, K: 1024, N: 1088}, plan.Choice{Kernel: "wide", MW: 2, KW: 2, Blocks: 132})
+	require.NoError(t, err)
+	assert.EqualValues(t, 2*5*8, l.Kernel.Grid)
 }
 
 // In the batch-invariant mode a choice gives every number of tokens the same layout and grid.

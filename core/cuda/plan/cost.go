@@ -3,13 +3,17 @@
 package plan
 
 // The times here are estimates in seconds, good for choosing between ways to solve a problem and for nothing else. Their constants are
-// from the H200's measurements in docs/performance.md.
+// from the measurements in docs/performance.md: an H200's for few tokens, an H100's for many (the section zipgemm_wide has the table that the choices are
+// tested with).
 const (
 	bitsPerWeight = 11.3
 	launchTime    = 2e-6
 	streamReached = 0.95 // share of the copy bandwidth that the few-token kernel's weight stream reaches
-	gemmReached   = 0.70 // share of the tensor rate that cuBLAS reaches
+	sumsTime      = 3e-6 // what a launch of the wgmma kernel takes for partial sums and results
+	gemmReached   = 0.75 // share of the tensor rate that cuBLAS reaches at the clock under load
+	decodeReached = 0.95 // share of the copy bandwidth that decompress reaches
 	clockReached  = 0.90 // share of the highest clock under load
+	moreEscapes   = 1.08 // what the kernel for many tokens takes longer with trained-like weights, halved: its times are of Gaussian ones
 )
 
 // clocks of an SM that a kernel takes for 1024 weights: whatever the tokens, and more for each.
@@ -26,13 +30,24 @@ func fusedTime(d Device, p Problem, f family) float64 {
 	activations := 2 * tokens * float64(p.K+p.M)
 	memory := (weights*bitsPerWeight/8 + activations) / (d.bandwidth() * streamReached)
 	arithmetic := weights / 1024 * f.clocks(tokens) / (float64(d.SMs) * d.clock() * clockReached)
-	return (launchTime + max(memory, arithmetic)) * float64(ceilDiv(p.N, f.tokens))
+	launch := launchTime
+	if f.tensor {
+		launch += sumsTime
+	}
+	return (launch + max(memory, arithmetic)) * float64(ceilDiv(p.N, f.tokens))
 }
 
 // expandTime: decompress the weight, then a product with the raw weight.
 func expandTime(d Device, p Problem) float64 {
 	raw := 2 * float64(p.M) * float64(p.K)
 	memory := (raw + 2*float64(p.N)*float64(p.K+p.M)) / d.bandwidth()
-	product := 2 * float64(p.M) * float64(p.N) * float64(p.K) / (d.tensorRate() * gemmReached)
-	return 2*launchTime + raw*(1+bitsPerWeight/16)/d.bandwidth() + max(memory, product)
+	product := 2 * float64(p.M) * float64(p.N) * float64(p.K) / (d.tensorRate() * clockReached * gemmReached)
+	return 2*launchTime + raw*(1+bitsPerWeight/16)/(d.bandwidth()*decodeReached) + max(memory, product)
+}
+
+// wideTime: a start, the longest run of a cluster, and the partial sums of an output tile, which one cluster gets from those that had a part of it.
+func (w wideLayout) wideTime(d Device, p Problem) float64 {
+	run, helpers := w.run(d, p)
+	clocks := w.startClocks + w.unitClocks*run + w.helperClocks*helpers
+	return moreEscapes * clocks / (d.clock() * clockReached)
 }

@@ -17,8 +17,8 @@ type Linear struct {
 	Expand bool
 	Kernel Kernel
 	Tokens uint64 // per launch; a larger N takes several launches
-	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns; x and its rows are then
-	// aligned to 16 bytes.
+	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns, or of as many as there are tokens, rounded up
+	// to 8; x and its rows are then aligned to 16 bytes.
 	TensorRows uint32
 	// Workspace is the bytes for partial sums, all of them 0xFF between launches.
 	Workspace uint64
@@ -70,8 +70,14 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 		}
 	}
 	n := Class(p.N)
-	if !p.Invariant && n > f.tokens && expandTime(d, p) < fusedTime(d, p, f) {
-		return Linear{Expand: true}, nil
+	if !p.Invariant && n > f.tokens {
+		few, expand := fusedTime(d, p, f), expandTime(d, p)
+		if w, t := bestWide(d, p); w != nil && t < min(few, expand) {
+			return w.launch(d, p, w.clusters(d, p)), nil
+		}
+		if expand < few {
+			return Linear{Expand: true}, nil
+		}
 	}
 	return f.launch(d, v, p.M, p.K, min(n, f.tokens)), nil
 }

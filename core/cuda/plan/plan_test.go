@@ -67,7 +67,11 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 					assert.LessOrEqual(t, l.Kernel.Grid, uint32(d.SMs)*l.Kernel.Resident, label)
 					assert.LessOrEqual(t, int(l.Kernel.Resident*(l.Kernel.Smem+1024)), d.SmemSM, label)
 					assert.Less(t, l.Workspace, uint64(64<<20), label)
-					assert.GreaterOrEqual(t, l.Workspace, uint64(l.Kernel.Grid)*64*4*min(n, l.Tokens), label)
+					tokens := min(n, l.Tokens)
+					if l.Kernel.Entry == "zs_zipgemm_wide" { // a block has one tile of tokens at a time
+						tokens = uint64(define(t, l.Kernel, "ZS_N"))
+					}
+					assert.GreaterOrEqual(t, l.Workspace, uint64(l.Kernel.Grid)*64*4*tokens, label)
 				}
 			}
 			checkKernel(t, d, plan.Decompress(d, mk[0], mk[1]))
@@ -85,7 +89,7 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 }
 
 // The sums of a token follow from the layout and the grid. Both must be the same for every N, or the batch would show: always in the batch-invariant
-// mode, else as long as the weight is not decompressed for cuBLAS.
+// mode, else as long as the weight is not decompressed for cuBLAS and the kernel is not that for many tokens.
 func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 	for name, d := range devices {
 		for _, mk := range matrices {
@@ -98,7 +102,7 @@ func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 					first = l
 				}
 				label := fmt.Sprintf("%s %v N=%d", name, mk, n)
-				if !invariant && n > 64 && l.Expand {
+				if !invariant && n > 64 && (l.Expand || n > 128 && l.Kernel.Entry == "zs_zipgemm_wide") {
 					continue
 				}
 				require.False(t, l.Expand, label)

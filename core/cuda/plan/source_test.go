@@ -49,6 +49,15 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 				}
 			}
 		}
+		list, err := plan.Candidates(d, plan.Problem{M: 28672, K: 4096, N: 512})
+		require.NoError(t, err)
+		for _, c := range list {
+			if c.Kernel == plan.Wide { // both layouts
+				l, err := plan.Chosen(d, plan.Problem{M: 28672, K: 4096, N: 512}, c)
+				require.NoError(t, err)
+				plans = append(plans, l.Kernel)
+			}
+		}
 		for _, k := range plans {
 			id := fmt.Sprint(k.Entry, k.Defines, d.Capability/10)
 			if seen[id] {
@@ -74,6 +83,16 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 				}
 				got := constants(t, lib, files, k, d.Capability, smem, threads)
 				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")
+				if k.Entry != "zs_zipgemm_wide" {
+					return
+				}
+				// Registers are dealt in eights, at most 64 Ki; what is read at once of partial sums has to fit beside the sums.
+				r := constants(t, lib, files, k, d.Capability, "ZS_LOADER_REGISTERS", "ZS_CONSUMER_REGISTERS", "ZS_CONSUMERS", "ZS_PIECES_AT_ONCE")
+				require.Len(t, r, 4)
+				assert.Zero(t, r[0]%8+r[1]%8)
+				assert.Equal(t, 128*define(t, k, "ZS_GROUPS"), r[2])
+				assert.LessOrEqual(t, 128*r[0]+r[1]*r[2], 65536)
+				assert.LessOrEqual(t, define(t, k, "ZS_N")/2+4*r[3]+24, r[1], "sums, pieces, and addresses")
 			})
 		}
 	}

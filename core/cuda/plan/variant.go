@@ -68,13 +68,10 @@ type roles struct {
 
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
 func rolesOf(v variant, tokens uint64) roles {
-	switch {
-	case tokens <= 64:
-		return roles{1, 11, 12, 4}
-	case v.mw > 1:
+	if tokens > 64 && v.mw > 1 {
 		return roles{2, 6, 8, 4}
 	}
-	return roles{1, 11, 12, 3}
+	return roles{1, 11, 12, 4}
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.

@@ -28,7 +28,7 @@ inline void cluster_ring(const uint16_t* x, uint32_t* out, uint32_t rounds) {
         mbarrier_wait(empty + 8 * stage, parity ^ 1);
         mbarrier_arrive_expect_tx(full + 8 * stage, BOX);
         const uint32_t share = cluster_rank();
-        tensor_copy_multicast<8>(base + stage * BOX + share * 1024, map, TensorRows{x, 64, rounds * BLOCKS * 8, 64}, 0, (r * BLOCKS + share) * 8, full + 8 * stage,
+        tensor_copy_multicast(base + stage * BOX + share * 1024, map, TensorRows{x, 64, rounds * BLOCKS * 8, 64, 8}, 0, (r * BLOCKS + share) * 8, full + 8 * stage,
                                  (uint16_t)((1u << BLOCKS) - 1));
         if (++stage == STAGES) stage = 0, parity ^= 1;
       }

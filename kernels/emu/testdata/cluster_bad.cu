@@ -12,7 +12,7 @@ inline void own_barrier(uint32_t bar, uint32_t count) {
   }
 }
 inline void multicast(const uint32_t* in, uint32_t dst, uint32_t round, uint32_t bar, uint16_t mask) {
-  tensor_copy_multicast<8>(dst, TensorMap{}, TensorRows{(const uint16_t*)in, 64, 16, 64}, 0, round * 8, bar, mask);
+  tensor_copy_multicast(dst, TensorMap{}, TensorRows{(const uint16_t*)in, 64, 16, 64, 8}, 0, round * 8, bar, mask);
 }
 
 extern "C" __global__ void arrives_before_cluster_sync(const uint32_t*, uint32_t* out) {
