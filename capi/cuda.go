@@ -107,6 +107,42 @@ func zsgo_cuda_gather(device C.int32_t, job *C.zs_cuda_gather_t) C.int32_t {
 	})
 }
 
+//export zsgo_cuda_route
+func zsgo_cuda_route(device C.int32_t, job *C.zs_cuda_route_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		return d.Route(&engine.Routing{
+			Stream: driver.Stream(job.stream), IDs: driver.Pointer(job.ids), IDBytes: uint64(uint32(job.id_bytes)), Pairs: uint64(job.pairs), Top: uint64(job.top),
+			Experts: uint64(job.experts), Tile: uint64(job.tile), Words: driver.Pointer(job.routing),
+		})
+	})
+}
+
+//export zsgo_cuda_grouped
+func zsgo_cuda_grouped(device C.int32_t, job *C.zs_cuda_grouped_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		return d.Grouped(&engine.Grouped{
+			Stream: driver.Stream(job.stream), Blobs: driver.Pointer(job.blobs), Step: uint64(job.step), M: uint64(job.m), K: uint64(job.k), X: driver.Pointer(job.x),
+			ByPair: job.by_pair != 0, Gated: job.gated != 0, Y: driver.Pointer(job.y), Words: driver.Pointer(job.routing), Pairs: uint64(job.pairs), Tile: uint64(job.tile),
+		})
+	})
+}
+
+//export zsgo_cuda_combine
+func zsgo_cuda_combine(device C.int32_t, job *C.zs_cuda_combine_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error {
+		return d.Combine(&engine.Combination{
+			Stream: driver.Stream(job.stream), Y: driver.Pointer(job.y), IDs: driver.Pointer(job.ids), IDBytes: uint64(uint32(job.id_bytes)),
+			Weights: driver.Pointer(job.weights), Tokens: uint64(job.tokens), Top: uint64(job.top), Experts: uint64(job.experts), M: uint64(job.m),
+			Out: driver.Pointer(job.out),
+		})
+	})
+}
+
+//export zsgo_cuda_warm_grouped
+func zsgo_cuda_warm_grouped(device C.int32_t, m, k C.uint64_t, gated C.int32_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error { return d.WarmGrouped(uint64(m), uint64(k), gated != 0) })
+}
+
 //export zsgo_cuda_compress_scratch
 func zsgo_cuda_compress_scratch(device C.int32_t, m, k C.uint64_t, bytes *C.uint64_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {

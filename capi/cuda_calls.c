@@ -70,6 +70,29 @@ int32_t zs_cuda_gather(int32_t device, const zs_cuda_gather_t *job) {
     return zsgo_cuda_gather(device, (zs_cuda_gather_t *)job);
 }
 
+int32_t zs_cuda_route(int32_t device, const zs_cuda_route_t *job) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_route(device, (zs_cuda_route_t *)job);
+}
+
+int32_t zs_cuda_grouped(int32_t device, const zs_cuda_grouped_t *job) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_grouped(device, (zs_cuda_grouped_t *)job);
+}
+
+int32_t zs_cuda_combine(int32_t device, const zs_cuda_combine_t *job) {
+    REFUSE_IN_CHILD();
+    REQUIRE(job);
+    return zsgo_cuda_combine(device, (zs_cuda_combine_t *)job);
+}
+
+int32_t zs_cuda_warm_grouped(int32_t device, uint64_t m, uint64_t k, int32_t gated) {
+    REFUSE_IN_CHILD();
+    return zsgo_cuda_warm_grouped(device, m, k, gated);
+}
+
 int32_t zs_cuda_compress_scratch(int32_t device, uint64_t m, uint64_t k, uint64_t *bytes) {
     REFUSE_IN_CHILD();
     REQUIRE(bytes);

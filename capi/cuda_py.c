@@ -153,6 +153,76 @@ static PyObject *py_gather(PyObject *self, PyObject *const *args, Py_ssize_t nar
     Py_RETURN_NONE;
 }
 
+static PyObject *py_route(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_route", 9);
+    ARG(0, device);
+    zs_cuda_route_t job;
+    uint64_t id_bytes;
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"stream", &job.stream}, {"ids", &job.ids}, {"id_bytes", &id_bytes}, {"pairs", &job.pairs}, {"top", &job.top}, {"experts", &job.experts}, {"tile", &job.tile},
+        {"routing", &job.routing},
+    };
+    for (int i = 0; i < 8; i++)
+        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    job.id_bytes = (int32_t)(id_bytes & 0xFF);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_route(device_number(device), &job));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_grouped(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_grouped", 13);
+    ARG(0, device);
+    zs_cuda_grouped_t job;
+    uint64_t by_pair, gated;
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"stream", &job.stream}, {"blobs", &job.blobs}, {"step", &job.step}, {"m", &job.m}, {"k", &job.k}, {"x", &job.x}, {"by_pair", &by_pair}, {"y", &job.y},
+        {"routing", &job.routing}, {"pairs", &job.pairs}, {"tile", &job.tile}, {"gated", &gated},
+    };
+    for (int i = 0; i < 12; i++)
+        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    job.by_pair = by_pair != 0, job.gated = gated != 0;
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_grouped(device_number(device), &job));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_combine(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_combine", 11);
+    ARG(0, device);
+    zs_cuda_combine_t job;
+    uint64_t id_bytes;
+    struct { const char *name; uint64_t *value; } fields[] = {
+        {"stream", &job.stream}, {"y", &job.y}, {"ids", &job.ids}, {"id_bytes", &id_bytes}, {"weights", &job.weights}, {"tokens", &job.tokens}, {"top", &job.top},
+        {"experts", &job.experts}, {"m", &job.m}, {"out", &job.out},
+    };
+    for (int i = 0; i < 10; i++)
+        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    job.id_bytes = (int32_t)(id_bytes & 0xFF);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_combine(device_number(device), &job));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
+static PyObject *py_warm_grouped(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
+    (void)self;
+    ARGS("cuda_warm_grouped", 4);
+    ARG(0, device);
+    ARG(1, m);
+    ARG(2, k);
+    ARG(3, gated);
+    int32_t code;
+    WITHOUT_GIL(code = zs_cuda_warm_grouped(device_number(device), m, k, gated != 0));
+    if (code != ZS_OK) return zs_py_fail(code);
+    Py_RETURN_NONE;
+}
+
 static PyObject *py_compress_scratch(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
     ARGS("cuda_compress_scratch", 3);
@@ -326,6 +396,10 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(changed, "cuda_changed(device, blob) -> None: the blob has new content, written by work in a stream"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(gather, "cuda_gather(device, stream, blob, dtype, m, k, ids, id_bytes, n, out) -> None"),
+    FUNCTION(route, "cuda_route(device, stream, ids, id_bytes, pairs, top, experts, tile, routing) -> None"),
+    FUNCTION(grouped, "cuda_grouped(device, stream, blobs, step, m, k, x, by_pair, y, routing, pairs, tile, gated) -> None"),
+    FUNCTION(combine, "cuda_combine(device, stream, y, ids, id_bytes, weights, tokens, top, experts, m, out) -> None"),
+    FUNCTION(warm_grouped, "cuda_warm_grouped(device, m, k, gated) -> None"),
     FUNCTION(compress_scratch, "cuda_compress_scratch(device, m, k) -> bytes"),
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> nbytes, or 0"),
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, blob, room) -> (mode, nbytes, checksum)"),

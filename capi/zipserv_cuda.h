@@ -66,6 +66,47 @@ typedef struct zs_cuda_gather_t {
 /* out[i] = row ids[i] of the blob. A number that is no row is a failed assertion of the device, after which its context is lost. */
 ZS_API int32_t zs_cuda_gather(int32_t device, const zs_cuda_gather_t *job);
 
+/* Experts of a mixture-of-experts layer, all of one shape, in three calls of which none waits for the device. A *pair* is a token and one of its experts, numbered
+ * token * top + slot; an expert's number that is negative, or not below `experts`, is nobody's. `tile` (8, 16, 32 or 64) pairs of an expert are multiplied at a
+ * time: its weights are read once for each tile. */
+typedef struct zs_cuda_route_t {
+    uint64_t stream;
+    uint64_t ids, pairs; /* signed integers in device memory, 4096 at most */
+    uint64_t top, experts; /* 1024 experts at most */
+    uint64_t tile;
+    uint64_t routing; /* out: 4 + 6 * pairs words of 32 bits, for zs_cuda_grouped with the same pairs and tile */
+    int32_t id_bytes; /* 4 or 8 */
+} zs_cuda_route_t;
+ZS_API int32_t zs_cuda_route(int32_t device, const zs_cuda_route_t *job);
+
+typedef struct zs_cuda_grouped_t {
+    uint64_t stream;
+    uint64_t blobs, step; /* tiled BF16 blobs of m x k weights, `step` bytes from one to the next, 16-byte aligned */
+    uint64_t m, k;
+    uint64_t x; /* BF16 [tokens, k], or with by_pair [pairs, k] */
+    uint64_t y; /* BF16 [pairs, m]; rows of nobody's pairs are left as they are */
+    uint64_t routing, pairs, tile;
+    int32_t by_pair;
+    int32_t gated; /* y is [pairs, m / 2]: silu(upper half of the rows of w) * lower half; m is a multiple of 128, tile 32 at most */
+} zs_cuda_grouped_t;
+/* y[pair] = x[its token, or itself] w[its expert]^T. One launch, whatever was chosen. */
+ZS_API int32_t zs_cuda_grouped(int32_t device, const zs_cuda_grouped_t *job);
+
+typedef struct zs_cuda_combine_t {
+    uint64_t stream;
+    uint64_t y;        /* BF16 [tokens * top, m] */
+    uint64_t ids;
+    uint64_t weights;  /* float [tokens, top] */
+    uint64_t tokens, top, experts, m; /* top is 32 at most */
+    uint64_t out;      /* BF16 [tokens, m] */
+    int32_t id_bytes;
+} zs_cuda_combine_t;
+/* out[token] = sum of weights * y over the token's pairs, in FP32, in the order of their experts' numbers. */
+ZS_API int32_t zs_cuda_combine(int32_t device, const zs_cuda_combine_t *job);
+
+/* Compiles and loads what experts of m x k weights need for any number of pairs. */
+ZS_API int32_t zs_cuda_warm_grouped(int32_t device, uint64_t m, uint64_t k, int32_t gated);
+
 /* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory. zs_cuda_compress_plan reads some of the weights, waits and
  * tells in nbytes what to allocate for the blob (16-byte aligned): nearly always enough, and about 1 % more than it takes at most; 0: nothing yet.
  * zs_cuda_compress_write reads all weights and writes the blob, if it is not 0 and `room` bytes are enough, waits, and sets mode, checksum, escape_bytes and

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The mma kernel's walk through its work, and how activations come into its shared memory.
 #pragma once
-#include "gemm.cuh"
+#include "mma.cuh"
 
 // A walk through units from the end to the beginning, with the tile of one consumer.
 struct Cursor {
@@ -34,21 +34,6 @@ struct Cursor {
     }
     ZS_DEVICE bool exists(const Work& w) const { return left > 0 && ktile < w.col_tiles && strip < w.strips; }
 };
-
-// A row of 64 columns has 16 bytes more, so that ldmatrix reads eight rows without bank conflicts.
-#define ZS_XROW 144
-#define ZS_XBYTES (ZS_N * ZS_XROW)  // one stage of one kw
-#define ZS_X_SMEM (ZS_KW * ZS_XSTAGES * ZS_XBYTES)
-#define ZS_XROWS (ZS_MW * 32 / 8)  // rows that the warps copy at a time, eight lanes a row
-
-// Eight columns from `col` on, which `src` points to, element by element; zero where the matrix ends.
-ZS_DEVICE Vec4 load_x(const uint16_t* src, uint32_t col, uint32_t k) {
-    uint32_t v[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (uint32_t i = 0; i < 8; i++)
-        if (col + i < k) v[i / 2] |= (uint32_t)src[i] << 16 * (i & 1);
-    return Vec4{v[0], v[1], v[2], v[3]};
-}
 
 // The activations of the warps (.., kw), tile by tile, each token a row of 64 columns. The ZS_MW warps copy together, ZS_XSTAGES - 1 tiles
 // ahead, and all read.

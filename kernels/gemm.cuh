@@ -9,6 +9,7 @@
 // The last one may begin in earlier blocks: it adds their sums, which were published long ago. A block waits only for lower block indices, so waiting ends
 // whatever order the blocks are scheduled in.
 #pragma once
+#include "bits.cuh"
 #include "format.cuh"
 
 // The first of `units` that part `i` of `parts` equal ones has. A division of 64 bits would be a good part of what a small product waits for at its start.
@@ -32,23 +33,6 @@ struct Work {
     // First unit of a block.
     ZS_DEVICE int32_t start_of(uint32_t block) const { return part_begin(units, block, gridDim.x); }
 };
-
-ZS_DEVICE float as_float(uint32_t v) {
-    union {
-        uint32_t u;
-        float f;
-    } c;
-    c.u = v;
-    return c.f;
-}
-ZS_DEVICE uint32_t as_bits(float v) {
-    union {
-        uint32_t u;
-        float f;
-    } c;
-    c.f = v;
-    return c.u;
-}
 
 struct Output {
     const uint16_t* bias;

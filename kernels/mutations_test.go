@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"io/fs"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
@@ -41,10 +42,22 @@ var mutations = []struct {
 	{"one arrival too few", "mma", "activations.cuh", `mbarrier_init\(([^;]*), ZS_MW\);`, 0, "mbarrier_init($1, ZS_MW + 1);", "deadlock"},
 	{"arrival that does not wait for the copies", "mma", "activations.cuh", `cp_async_mbarrier_arrive\(`, 0, "mbarrier_arrive(", "in-flight"},
 	{"stage handed back by one lane for all", "mma", "zipgemm_mma.cu", `__syncwarp\(\);`, -1, "", "race"},
-	{"no barrier before the scratch is read", "mma", "zipgemm_mma.cu", `named_barrier_sync\([^;]*;`, 0, "", "race uninitialised"},
-	{"no barrier before the scratch is written again", "mma", "zipgemm_mma.cu", `named_barrier_sync\([^;]*;`, 1, "", "race"},
+	{"no barrier before the scratch is read", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, 0, "", "race uninitialised"},
+	{"no barrier before the scratch is written again", "mma", "mma.cuh", `named_barrier_sync\([^;]*;`, -1, "", "race"},
 	{"no wait for the kernel before", "mma", "zipgemm_mma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
-	{"partial sums taken from one block only", "mma", "zipgemm_mma.cu", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
+	{"partial sums taken from one block only", "mma", "mma.cuh", `\(blockIdx\.x - h\) \* BLOCK`, 0, "(blockIdx.x - 1) * BLOCK", "deadlock wrong"},
+	{"weights of the wrong item", "grouped", "grouped.cuh", `next = routing\.expert\(item - 1\);`, 0, "next = routing.expert(item);", "wrong"},
+	{"rows of the first item", "grouped", "grouped.cuh", `rows = list \+ routing\.first\(item\);`, 0, "rows = list;", "wrong uninitialised bounds"},
+	{"escapes of the expert before", "grouped", "zipgemm_grouped.cu", `blob = blob_after, exists`, 0, "exists", "wrong bounds race uninitialised"},
+	{"blocks with nothing to do between others", "grouped", "grouped.cuh", `min\(gridDim\.x, total\)`, 0, "gridDim.x", "deadlock"},
+	{"no wait for an item's activations", "grouped", "grouped.cuh", `mbarrier_wait\(bars[^;]*;`, 0, "", "in-flight race uninitialised"},
+	{"no barrier before gates are applied", "gated", "mma.cuh", `named_barrier_sync\(11[^;]*;`, 0, "", "race uninitialised wrong"},
+	{"no barrier before the scratch of gates is written again", "gated", "mma.cuh", `named_barrier_sync\(11[^;]*;`, 1, "", "race"},
+	{"no wait for the router", "grouped", "zipgemm_grouped.cu", `griddep_wait\(\);`, 0, "", "dependency"},
+	{"no barrier before the experts are counted", "route", "moe.cu", `__syncthreads\(\);`, 0, "", "race uninitialised"},
+	{"no barrier before the counts are added up", "route", "moe.cu", `__syncthreads\(\);`, 1, "", "race uninitialised"},
+	{"no barrier before the list is made", "route", "moe.cu", `__syncthreads\(\);`, 2, "", "race uninitialised wrong bounds"},
+	{"pairs of a part over those of another", "route", "moe.cu", `counts\[e\] \+ sum - mine`, 0, "counts[e]", "race wrong"},
 	{"no proxy fence", "wgmma", "zipgemm_wgmma.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"no __syncwarp before a decoded tile is handed over", "wgmma", "zipgemm_wgmma.cu", `__syncwarp\(\);`, 1, "", "race proxy"},
 	{"decoder does not wait for its stage", "wgmma", "zipgemm_wgmma.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race"},
@@ -131,6 +144,57 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		return ""
 	}
+	if kernel == "gated" {
+		l := newLayer("everywhere", 9, 2, 256, 200, 3*seed+1)
+		l.grid = 3
+		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
+		want, err := newGated(t, kernels.Sources, v).run(l)
+		require.NoError(t, err)
+		got, err := newGated(t, files, v).run(l)
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if !slices.Equal(want, got) {
+			return "wrong"
+		}
+		return ""
+	}
+	if kernel == "grouped" {
+		l := newLayer("everywhere", 9, 2, 130, 200, 3*seed+1) // rows of x are tokens
+		l.grid = 4 + int(seed%2)*60                           // more blocks than units, or fewer
+		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
+		if seed%2 == 1 {
+			l.ids = l.ids[:2]
+		}
+		want, err := newGrouped(t, kernels.Sources, v, false).run(l)
+		require.NoError(t, err)
+		got, err := newGrouped(t, files, v, false).run(l)
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if !slices.Equal(want, got) {
+			return "wrong"
+		}
+		return ""
+	}
+	if kernel == "route" {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		ids := make([]int, 100)
+		for i := range ids {
+			ids[i] = rng.IntN(20)
+		}
+		got, err := route(newRouter(t, files), ids, 4, 20, 8, 8, seed)
+		if err != nil {
+			require.NotEmpty(t, faultKind(err), err)
+			return faultKind(err)
+		}
+		if want := words32(routing(ids, 4, 20, 8)); !bytes.Equal(want[:4], got[:4]) || !bytes.Equal(want[16+16*len(ids):], got[16+16*len(ids):]) {
+			return "wrong"
+		}
+		return ""
+	}
 	if kernel == "gather" {
 		g := newGatherer(t, files, false)
 		for _, kind := range []string{"mixed", "outliers"} {
@@ -189,7 +253,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "mma", "wgmma", "wide"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "route", "wgmma", "wide"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

@@ -19,8 +19,8 @@ from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
 __all__ = [
-    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "report",
-    "set_batch_invariant", "warm",
+    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "moe_combine",
+    "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
 ]
 
 _BF16 = 1
@@ -186,6 +186,47 @@ def eager_embedding(ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype
     return embedding(ids, blob, m, k, dtype_code)
 
 
+# --- experts: zipserv.grouped checks what these are given ----------------------------------------------------------
+
+
+def moe_route(ids: torch.Tensor, experts: int, tile: int) -> torch.Tensor:
+    """What :func:`moe_linear` reads, of a router's choice ``ids (tokens, top)``."""
+    ids = ids.contiguous()
+    index, pairs = ids.get_device(), ids.numel()
+    words = torch.empty(4 + 6 * pairs, dtype=torch.int32, device=ids.device)
+    if pairs:
+        _zipserv.cuda_route(index, _stream(index), ids.data_ptr(), ids.element_size(), pairs, ids.shape[1], experts, tile, words.data_ptr())
+    return words
+
+
+def moe_linear(
+    x: torch.Tensor, blobs: torch.Tensor, step: int, routing: torch.Tensor, pairs: int, tile: int, m: int, k: int, gated: bool = False
+) -> torch.Tensor:
+    """Each pair's row by its expert, ``(pairs, m)`` or with gates ``(pairs, m / 2)``, in one launch; the experts' blobs lie ``step`` bytes apart."""
+    if not (x.is_contiguous() and x.data_ptr() % 16 == 0):
+        x = x.clone(memory_format=torch.contiguous_format)  # rows that begin at multiples of 16 bytes are copied eight values at a time
+    y = x.new_empty((pairs, m // 2 if gated else m))
+    if pairs:
+        index = x.get_device()
+        by_pair = int(x.shape[0] == pairs)
+        rows, out, words = x.data_ptr(), y.data_ptr(), routing.data_ptr()
+        _zipserv.cuda_grouped(index, _stream(index), blobs.data_ptr(), step, m, k, rows, by_pair, out, words, pairs, tile, gated)
+    return y
+
+
+def moe_combine(y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, experts: int) -> torch.Tensor:
+    """Each token's weighted sum over its pairs' rows, ``(tokens, m)``, added in FP32 in the order of the experts' numbers."""
+    y, ids, weights = y.contiguous(), ids.contiguous(), weights.float().contiguous()
+    tokens, top = ids.shape
+    out = y.new_empty((tokens, y.shape[1]))
+    if tokens and top:
+        index = y.get_device()
+        chosen, factors = ids.data_ptr(), weights.data_ptr()
+        job = (y.data_ptr(), chosen, ids.element_size(), factors, tokens, top, experts, y.shape[1], out.data_ptr())
+        _zipserv.cuda_combine(index, _stream(index), *job)
+    return out
+
+
 # --- decompress -----------------------------------------------------------------------------------------------------
 
 
@@ -330,6 +371,11 @@ def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
         tokens: largest number of tokens to prepare for.
     """
     _zipserv.cuda_warm(blob.get_device(), m, k, tokens)
+
+
+def warm_experts(blobs: torch.Tensor, m: int, k: int, gated: bool = False) -> None:
+    """:func:`warm` for experts of shape ``(m, k)`` that are multiplied together (:mod:`zipserv.grouped`)."""
+    _zipserv.cuda_warm_grouped(blobs.get_device(), m, k, gated)
 
 
 def changed(blob: torch.Tensor) -> None:

@@ -256,6 +256,54 @@ raises(ValueError, ["BF16 nor FP16"], _zipserv.cuda_gather, 0, 0, 16, 3, 64, 64,
 """, TENSORS)
 
 
+def test_experts(run) -> None:
+    run("""
+from zipserv import grouped
+w = (torch.randn(4, 256, 128) * 0.02).bfloat16()
+made = [zipserv.compress(e).blob for e in w]
+step = -(-max(b.numel() for b in made) // 256) * 256
+blobs = torch.zeros(4 * step, dtype=torch.uint8)
+for i, b in enumerate(made): blobs[i * step : i * step + b.numel()] = b
+blobs = on_device(blobs)
+ids = on_device(torch.randint(0, 4, (3, 2)))
+words = cuda.moe_route(ids, 4, 8)
+assert words.shape == (4 + 6 * 6,) and words.dtype == torch.int32
+assert launches()[0].split()[2:5] == ["zs_moe_route", "grid", "1,1,1"] and "stream 77" in launches()[0], log()
+assert launches()[0].split()[-4:] == ["2", "4", "8", f"{words.data_ptr():x}"], launches()[0]
+x = on_device(torch.randn(3, 128).bfloat16())
+y = cuda.moe_linear(x, blobs, step, words, 6, 8, 256, 128)
+assert y.shape == (6, 256) and len(launches()) == 2, log()
+assert launches()[1].split()[2] == "zs_zipgemm_grouped"
+wanted = [f"{v:x}" for v in (blobs.data_ptr(), step, x.data_ptr(), 1, y.data_ptr(), 256, 128, words.data_ptr(), 6)]
+assert launches()[1].split()[-10:-1] == wanted, launches()[1]
+apart = on_device(torch.randn(6, 136).bfloat16()[:, :128])         # rows of pairs, which lie apart: a copy
+cuda.moe_linear(apart, blobs, step, words, 6, 8, 256, 128)
+assert launches()[2].split()[-7] == "0" and launches()[2].split()[-8] != f"{apart.data_ptr():x}", launches()[2]
+weights = on_device(torch.rand(3, 2))
+out = cuda.moe_combine(y, ids, weights, 4)
+assert out.shape == (3, 256) and out.dtype == torch.bfloat16
+assert launches()[3].split()[2:5] == ["zs_moe_combine", "grid", "1,3,1"], launches()[3]
+none = cuda.moe_route(ids[:0], 4, 8)
+assert cuda.moe_linear(x[:0], blobs, step, none, 0, 8, 256, 128).shape == (0, 256)
+assert cuda.moe_combine(y[:0], ids[:0], weights[:0], 4).shape == (0, 256)
+assert len(launches()) == 4
+seen = len(log())
+cuda.moe_linear(x, blobs, step, words, 6, 8, 256, 128)
+assert len(log()) == seen + 1, log()[seen:]                       # nothing but the launch
+raises(ValueError, ["4 or 8 bytes"], _zipserv.cuda_route, 0, 0, 16, 2, 6, 2, 4, 8, 0x3000)
+raises(ValueError, ["1 to 1024 experts"], _zipserv.cuda_route, 0, 0, 16, 8, 6, 2, 1025, 8, 0x3000)
+raises(ValueError, ["1 to 4096"], _zipserv.cuda_route, 0, 0, 16, 8, 4097, 1, 4, 8, 0x3000)
+raises(ValueError, ["tokens of 4"], _zipserv.cuda_route, 0, 0, 16, 8, 6, 4, 4, 8, 0x3000)
+raises(ValueError, ["pairs are multiplied"], _zipserv.cuda_grouped, 0, 0, 0x1000, 256, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 9, 0)
+raises(ValueError, ["multiple of 128"], _zipserv.cuda_grouped, 0, 0, 0x1000, 256, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 8, 1)
+assert cuda.moe_linear(x, blobs, step, words, 6, 8, 256, 128, True).shape == (6, 128)
+raises(ValueError, ["16 bytes"], _zipserv.cuda_grouped, 0, 0, 0x1000, 250, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 8, 0)
+raises(ValueError, ["2^31"], _zipserv.cuda_grouped, 0, 0, 0x1000, 256, 1 << 20, 1 << 20, 0x2000, 0, 0x3000, 0x4000, 600, 8, 0)
+raises(ValueError, ["1 to 32 experts"], _zipserv.cuda_combine, 0, 0, 16, 16, 8, 16, 3, 33, 64, 64, 0x3000)
+cuda.warm_experts(blobs, 256, 128)
+""", TENSORS)
+
+
 def test_a_forked_child_is_refused(run) -> None:
     run("""
 import sys

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Experts: the loop over those that were hit, the masked form that CUDA graphs need, and what is left to vLLM."""
+"""Experts: together, the loop over those that were hit, the masked form that CUDA graphs need, and what is left to vLLM."""
 
 from __future__ import annotations
 
@@ -54,17 +54,20 @@ def test_both_forms_agree_with_the_definition(tokens, absent) -> None:
     torch.testing.assert_close(routed.float(), picked.float(), rtol=0.02, atol=0.01)
 
 
-def capturing(monkeypatch, x: torch.Tensor) -> torch.Tensor:
-    """The tensor as on a GPU whose stream is being captured; the products themselves are the CPU's."""
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-
+def on_gpu(x: torch.Tensor) -> torch.Tensor:
     class OnGpu(torch.Tensor):
         is_cuda = True
 
     return x.as_subclass(OnGpu)
 
 
-@pytest.mark.parametrize("tokens,form", [(1, "picked"), (2, "masked"), (40, "masked")])
+def capturing(monkeypatch, x: torch.Tensor) -> torch.Tensor:
+    """The tensor as on a GPU whose stream is being captured; the products themselves are the CPU's."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    return on_gpu(x)
+
+
+@pytest.mark.parametrize("tokens,form", [(1, "picked"), (2, "masked"), (40, "masked"), (1, "grouped"), (40, "grouped"), (3000, "masked")])
 def test_a_captured_layer_never_asks_the_host(folders, monkeypatch, tokens, form) -> None:
     """Which form runs follows from shapes alone. The forms themselves see tensors whose values may not be read on the host."""
     with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
@@ -76,9 +79,51 @@ def test_a_captured_layer_never_asks_the_host(folders, monkeypatch, tokens, form
         monkeypatch.setattr(moe, name, lambda *args, name=name: called.append(name))
     x = torch.randn(tokens, 256).bfloat16()
     weights, ids = torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32)
+    monkeypatch.setattr(method, "_grouped", lambda *args: called.append("_grouped"))
+    if form != "grouped" and tokens < 3000:
+        monkeypatch.setattr(method, "_can_group", lambda *args: False)
     method.apply(layer, x, weights, ids, None, None)
     method.apply(layer, capturing(monkeypatch, x), weights, ids, None, None)
     assert called == ["_routed", f"_{form}"]
+
+
+def test_which_layers_are_multiplied_together(folders, monkeypatch) -> None:
+    """Not captured: few tokens an expert; in batch-invariant mode any number; never FP16 or experts that are stored raw."""
+    with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
+        layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
+    method, called = layer.quant_method, []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(moe, "_routed", lambda *args: called.append("_routed"))
+    monkeypatch.setattr(method, "_grouped", lambda *args: called.append("_grouped"))
+
+    def form(tokens: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        called.clear()
+        x = on_gpu(torch.randn(tokens, 256).to(dtype))
+        method.apply(layer, x, torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32), None, None)
+        return called[0]
+
+    assert [form(n) for n in (0, 1, 256, 257, 5000)] == ["_routed", "_grouped", "_grouped", "_routed", "_routed"]
+    assert form(1, torch.float16) == "_routed"
+    monkeypatch.setattr(moe.cuda, "batch_invariant", lambda: True)
+    assert [form(n) for n in (1, 256, 257, 5000)] == ["_grouped"] * 4
+    monkeypatch.setattr(method.w2, "longest", 0)
+    assert form(1) == "_routed"
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+@pytest.mark.parametrize("absent", [False, True])
+def test_experts_together_are_those_one_by_one(folders, monkeypatch, tokens, absent) -> None:
+    with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
+        layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
+    method, count = layer.quant_method, len(layer.quant_method.w13.spans)
+    x = torch.randn(tokens, 256).bfloat16()
+    weights, ids = torch.randn(tokens, count).softmax(-1).topk(2)
+    if absent:
+        ids = torch.where(ids % 2 == 0, ids, -1)
+    want = moe._routed(method._expert, count, x, weights, ids)
+    for most in (moe.grouped.MAX_PAIRS, 6):  # at once, and a few tokens at a time
+        monkeypatch.setattr(moe.grouped, "MAX_PAIRS", most)
+        torch.testing.assert_close(method._grouped(x, weights, ids).float(), want.float(), rtol=0.02, atol=0.01)
 
 
 @pytest.mark.parametrize("form", ["masked", "picked"])

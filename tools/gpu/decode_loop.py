@@ -451,7 +451,7 @@ class Run:
         finally:
             del os.environ["VLLM_BATCH_INVARIANT"]
             zipserv.set_batch_invariant(False)
-        forms = "; the three forms of the experts give the same bits" if self.spec.experts else ""
+        forms = "; experts: the three forms one by one agree, together a token has the bits it has alone" if self.spec.experts else ""
         self.passed(f"batch-invariant mode: {count} batches, no bit changes{forms}")
 
     def check_expert_forms(self, experts: Any) -> None:
@@ -465,6 +465,15 @@ class Run:
             check(torch.equal(routed, moe._masked(method._expert, spec.experts, x, weights, ids)), f"{n} tokens: masked and routed experts differ")
             if method.w13.longest and method.w2.longest:
                 check(torch.equal(routed, moe._picked(method._pick, x, weights, ids)), f"{n} tokens: picked and routed experts differ")
+            if not method._can_group(x.dtype, ids):
+                continue
+            together = method._grouped(x, weights, ids)
+            off = distance(together.float(), routed.float())
+            check(off < 0.01, f"{n} tokens: experts multiplied together are off by {off:.4f} of those one by one")
+            for token in range(n):
+                here = slice(token, token + 1)
+                alone = method._grouped(x[here], weights[here], ids[here])
+                check(torch.equal(alone, together[here]), f"{n} tokens: multiplied together, experts give token {token} other bits than alone")
 
     def check_no_wait(self, model: Model, state: State) -> None:
         """Not captured, either, does a dense step wait for the device."""

@@ -22,11 +22,14 @@ import (
 
 // stubs have the kernels' names and nothing in them: they compile in no time.
 var stubs = fstest.MapFS{
-	"zipgemm_mma.cu":   {Data: []byte(`extern "C" __global__ void zs_zipgemm_mma() {}`)},
-	"zipgemm_wgmma.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
-	"zipgemm_wide.cu":  {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
-	"decompress.cu":    {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
-	"gather.cu":        {Data: []byte(`extern "C" __global__ void zs_gather() {}`)},
+	"zipgemm_mma.cu":     {Data: []byte(`extern "C" __global__ void zs_zipgemm_mma() {}`)},
+	"zipgemm_wgmma.cu":   {Data: []byte(`extern "C" __global__ void zs_zipgemm_wgmma() {}`)},
+	"decompress.cu":      {Data: []byte(`extern "C" __global__ void zs_decompress() {}`)},
+	"gather.cu":          {Data: []byte(`extern "C" __global__ void zs_gather() {}`)},
+	"zipgemm_grouped.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_grouped() {}`)},
+	"moe.cu": {Data: []byte(`extern "C" __global__ void zs_moe_route() {}
+extern "C" __global__ void zs_moe_combine() {}`)},
+	"zipgemm_wide.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
 	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_sample() {}
 extern "C" __global__ void zs_compress() {}`)},
 }

@@ -220,3 +220,43 @@ func TestRoomForLists(t *testing.T) {
 		})
 	}
 }
+
+// One layout for all tiles and both modes, or a pair's bits would depend on how many others there are; shared memory and workspace for it on every device.
+func TestGroupedPlans(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range matrices {
+			var layout string
+			for _, tile := range plan.GroupedTiles {
+				for _, invariant := range []bool{false, true} {
+					gated, err := plan.Grouped(d, mk[0], mk[1], min(tile, plan.GatedTile), invariant, true)
+					require.NoError(t, err, name)
+					checkKernel(t, d, gated.Kernel)
+					assert.Zero(t, define(t, gated.Kernel, "ZS_MW")%2, "gates beside what they are for")
+					l, err := plan.Grouped(d, mk[0], mk[1], tile, invariant, false)
+					require.NoError(t, err, name)
+					checkKernel(t, d, l.Kernel)
+					mw, kw := define(t, l.Kernel, "ZS_MW"), define(t, l.Kernel, "ZS_KW")
+					if layout == "" {
+						layout = fmt.Sprint(mw, kw)
+					}
+					assert.Equal(t, layout, fmt.Sprint(mw, kw))
+					assert.Equal(t, int(tile), define(t, l.Kernel, "ZS_N"))
+					assert.Equal(t, invariant, define(t, l.Kernel, "ZS_WHOLE") == 1)
+					assert.Equal(t, uint32(d.SMs), l.Kernel.Grid, "all blocks that are resident at once, whatever the work")
+					assert.Equal(t, uint64(l.Kernel.Grid)*uint64(mw)*64*tile*4, l.Workspace)
+				}
+			}
+		}
+		checkKernel(t, d, plan.Route(d))
+		checkKernel(t, d, plan.Combine(d))
+	}
+	for _, wrong := range []uint64{0, 4, 12, 128} {
+		_, err := plan.Grouped(devices["H200"], 64, 64, wrong, false, false)
+		require.ErrorContains(t, err, "at a time")
+	}
+	_, err := plan.Grouped(devices["H200"], 0, 64, 8, false, false)
+	require.Error(t, err)
+	assert.Equal(t, uint32(1), plan.CombineBlocks(1024))
+	assert.Equal(t, uint32(2), plan.CombineBlocks(1025))
+	assert.Equal(t, uint64(16), plan.RoutingWords(2))
+}

@@ -34,7 +34,12 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 	seen := map[string]bool{}
 	for name, d := range devices {
 		c := plan.Compress(d, 4096, 4096)
-		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, plan.Gather(d, false), plan.Gather(d, true)}
+		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, plan.Gather(d, false), plan.Gather(d, true), plan.Route(d), plan.Combine(d)}
+		for _, tile := range plan.GroupedTiles {
+			g, err := plan.Grouped(d, 4096, 4096, tile, tile == 16, tile == 8)
+			require.NoError(t, err)
+			plans = append(plans, g.Kernel)
+		}
 		for _, m := range []uint64{4096, 28672} {
 			for _, n := range []uint64{1, 64, 128} {
 				l, err := plan.ForLinear(d, plan.Problem{M: m, K: 4096, N: n})
@@ -67,6 +72,10 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 					smem, threads = "ZS_DECOMPRESS_SMEM", "32 * ZS_WARPS"
 				case "zs_gather":
 					smem, threads = "ZS_GATHER_SMEM", "ZS_THREADS"
+				case "zs_moe_route":
+					smem = "ZS_ROUTE_SMEM"
+				case "zs_moe_combine":
+					smem, threads = "ZS_COMBINE_SMEM", "ZS_COMBINE_THREADS"
 				case "zs_compress_sample":
 					smem, threads = "ZS_SAMPLE_SMEM", "32 * ZS_WARPS"
 				case "zs_compress":

@@ -63,6 +63,21 @@ func main() {
 		}
 		add(plan.Gather(t.device, false))
 		add(plan.Gather(t.device, true))
+		add(plan.Route(t.device))
+		add(plan.Combine(t.device))
+		for _, tile := range plan.GroupedTiles {
+			for i := range 4 {
+				if i >= 2 && tile > plan.GatedTile {
+					break
+				}
+				g, err := plan.Grouped(t.device, 4096, 4096, tile, i%2 == 1, i/2 == 1)
+				if err != nil {
+					fmt.Fprintln(os.Stderr, t.arch, err)
+					os.Exit(1)
+				}
+				add(g.Kernel)
+			}
+		}
 		for _, s := range shapes {
 			m, k := s[0], s[1]
 			add(plan.Decompress(t.device, m, k))

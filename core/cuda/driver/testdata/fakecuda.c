@@ -246,9 +246,14 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
   int pdl = 0;
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
+  // A driver knows how many parameters a kernel has; this one knows it of some, and logs four of the others.
+  static const struct { const char *name; size_t count; } known[] = {{"zs_moe_route", 7}, {"zs_moe_combine", 8}, {"zs_zipgemm_grouped", 10}};
+  size_t count = 4;
+  for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+    if (strcmp(fn->name, known[i].name) == 0) count = known[i].count;
   char args[512] = "";
   size_t n = 0;
-  for (int i = 0; i < 4 && fn->name[0] != 0; i++) // the first parameters are enough to see that they arrive
+  for (size_t i = 0; i < count && fn->name[0] != 0; i++) // the first parameters are enough to see that they arrive
     n += (size_t)snprintf(args + n, sizeof args - n, " %llx", (unsigned long long)*(uint64_t *)params[i]);
   note("launch %d %s grid %u,%u,%u block %u smem %u stream %llx pdl %d%s args%s\n", fn->device, fn->name, c->gridDimX, c->gridDimY, c->gridDimZ,
        c->blockDimX, c->sharedMemBytes, (unsigned long long)(uintptr_t)c->hStream, pdl, together, args);

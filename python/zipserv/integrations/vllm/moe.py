@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's mixture-of-experts layers over compressed experts.
 
-Each expert's two matrices are blobs of their own, and the experts that tokens were routed to run one after the other on their
-compressed bytes. Finding out on the host which ones were hit needs a synchronisation, which a CUDA graph forbids. So while one is
-captured the device chooses: of few tokens each has its experts' blobs copied to a place that is known beforehand, of many every
-expert runs on all tokens and the router's choice is a mask. All three add a token's experts in the order of their numbers.
+Each expert's two matrices are blobs of their own. On a GPU, and with few tokens an expert, those that were hit are multiplied together, on their
+compressed bytes and in one launch a product; which they are only the device knows (:mod:`zipserv.grouped`). Else they run one after the
+other. Finding out on the host which ones were hit needs a synchronisation, which a CUDA graph forbids. So while one is captured of what can't be
+multiplied together (FP16, experts that are stored raw), the device chooses: of few tokens each has its experts' blobs copied to a place that is
+known beforehand, of many every expert runs on all tokens and the router's choice is a mask. All add a token's experts in the
+order of their numbers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CONFIG, FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.utils import set_weight_attrs
 
-from zipserv import cuda
+from zipserv import cuda, grouped
+from zipserv.format import DTYPE_CODES, TILE
 from zipserv.tensor import linear_blob
 
 from .collect import Collector
@@ -30,6 +33,10 @@ ALIGN = 256
 
 #: A blob that is copied and then used is read twice and written once.
 _COPY_COST = 3
+
+#: Tokens an expert beyond which, where the host may ask, experts run one after the other: then each product is large, and these kernels would read an
+#: expert's weights once for every 64 tokens.
+_MANY = 64
 
 Expert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -71,6 +78,12 @@ class Experts:
             if together.is_cuda:
                 cuda.changed(together[start:stop])  # the memory may have held another blob
         setattr(self.layer, self.name, loaded_parameter(together, self.loader))
+
+    def together(self, x: torch.Tensor, routing: torch.Tensor, tile: int, gated: bool = False) -> torch.Tensor:
+        """Each pair's row by its expert: :mod:`zipserv.grouped`."""
+        blobs = getattr(self.layer, self.name).data
+        y: torch.Tensor = grouped.moe_linear(x, blobs, len(self.spans), routing, tile, self.m, self.k, DTYPE_CODES[self.dtype], gated)
+        return y
 
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         start, stop = self.spans[expert]
@@ -144,11 +157,38 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 raise ValueError("router weights can be applied to the input only where each token has one expert")
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         count = len(self.w13.spans)
-        if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if x.is_cuda and self._can_group(x.dtype, topk_ids):
+            if cuda.batch_invariant() or topk_ids.numel() <= (grouped.MAX_PAIRS if capturing else min(grouped.MAX_PAIRS, _MANY * count)):
+                return self._grouped(x, topk_weights, topk_ids)
+        if not capturing:
             return _routed(self._expert, count, x, topk_weights, topk_ids)
         if self.w13.longest and self.w2.longest and _COPY_COST * topk_ids.numel() < count:
             return _picked(self._pick, x, topk_weights, topk_ids)
         return _masked(self._expert, count, x, topk_weights, topk_ids)
+
+    def _can_group(self, dtype: torch.dtype, ids: torch.Tensor) -> bool:
+        """It does not depend on the number of tokens: in batch-invariant mode a token's experts are always multiplied the same way."""
+        fits = len(self.w13.spans) <= grouped.MAX_EXPERTS and ids.shape[1] <= grouped.MAX_TOP
+        return bool(dtype == torch.bfloat16 and fits and ids.numel() and self.w13.longest and self.w2.longest)
+
+    def _grouped(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """All experts that were hit together, each weight read once; nobody but the device knows which they are."""
+        count, (tokens, top) = len(self.w13.spans), ids.shape
+        most = grouped.MAX_PAIRS // top
+        if tokens > most:
+            starts = range(0, tokens, most)
+            return torch.cat([self._grouped(x[i : i + most], weights[i : i + most], ids[i : i + most]) for i in starts])
+        tile = grouped.tile_for(tokens, top, count)
+        routing = grouped.moe_route(ids, count, tile)
+        # A launch less. Not in batch-invariant mode: where gates are applied depends on the tile, and the last bit may on where.
+        gated = self.moe.activation == MoEActivation.SILU and tile <= grouped.MAX_GATED_TILE and self.w13.m % (2 * TILE) == 0
+        gated = gated and not cuda.batch_invariant()
+        inner = self.w13.together(x, routing, tile, gated)
+        if not gated:
+            inner = _activate(self.moe.activation, inner)
+        y: torch.Tensor = grouped.moe_combine(self.w2.together(inner, routing, tile), ids, weights, count)
+        return y
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         return self.w2.linear(expert, _activate(self.moe.activation, self.w13.linear(expert, x)))

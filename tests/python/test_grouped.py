@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops of a mixture-of-experts layer against one product an expert."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zipserv
+from zipserv import grouped
+
+EXPERTS, M, K, STEP = 5, 130, 72, 256
+
+
+def packed(weights: torch.Tensor) -> torch.Tensor:
+    made = [zipserv.compress(w).blob for w in weights]
+    step = -(-max(blob.numel() for blob in made) // STEP) * STEP
+    together = torch.zeros(len(made) * step, dtype=torch.uint8)
+    for index, blob in enumerate(made):
+        together[index * step : index * step + blob.numel()] = blob
+    return together
+
+
+@pytest.fixture(scope="module")
+def experts() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(3)
+    weights = (torch.randn(EXPERTS, M, K) * 0.02).bfloat16()
+    return weights, packed(weights)
+
+
+CHOICES = {
+    "several": torch.tensor([[0, 3], [3, 1], [4, 3], [1, 0]]),
+    "one": torch.tensor([[2], [2], [2]]),
+    "elsewhere": torch.tensor([[-1, 4], [5, -1], [0, 1]]),
+    "nobody": torch.tensor([[-1, 7]]),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("by_pair", [False, True])
+def test_layer(experts, choice: str, dtype: torch.dtype, by_pair: bool) -> None:
+    weights, blobs = experts
+    ids = CHOICES[choice].to(dtype)
+    tokens, top = ids.shape
+    routing = grouped.moe_route(ids, EXPERTS, 8)
+    x = torch.randn(tokens * top if by_pair else tokens, K).bfloat16()
+    y = grouped.moe_linear(x, blobs, EXPERTS, routing, 8, M, K, 1)
+    factors = torch.rand(tokens, top)
+    total = torch.zeros(tokens, M)
+    for pair in sorted(range(tokens * top), key=lambda pair: ids.flatten()[pair].item()):
+        expert = int(ids.flatten()[pair])
+        if 0 <= expert < EXPERTS:
+            want = F.linear(x[pair if by_pair else pair // top, None], weights[expert])[0]
+            torch.testing.assert_close(y[pair], want, rtol=1e-2, atol=1e-3)
+            total[pair // top] += y[pair].float() * factors.flatten()[pair]
+    assert torch.equal(grouped.moe_combine(y, ids, factors, EXPERTS), total.bfloat16())
+
+
+def test_gates() -> None:
+    weights = (torch.randn(EXPERTS, 256, K) * 0.1).bfloat16()
+    blobs, ids, x = packed(weights), CHOICES["several"], torch.randn(4, K).bfloat16()
+    routing = grouped.moe_route(ids, EXPERTS, 8)
+    gates, up = grouped.moe_linear(x, blobs, EXPERTS, routing, 8, 256, K, 1).chunk(2, dim=1)
+    assert torch.equal(grouped.moe_linear(x, blobs, EXPERTS, routing, 8, 256, K, 1, True), F.silu(gates) * up)
+    torch.library.opcheck(torch.ops.zipserv.moe_linear.default, (x, blobs, EXPERTS, routing, 8, 256, K, 1, True))
+    with pytest.raises(ValueError, match="multiple of 128"):
+        grouped.moe_linear(x, blobs, EXPERTS, routing, 64, 256, K, 1, True)
+
+
+def test_routing_is_of_tiles() -> None:
+    ids = torch.tensor([[1]] * 19 + [[0]])
+    words = grouped.moe_route(ids, EXPERTS, 8).tolist()
+    assert words[0] == 4
+    assert words[4:20] == [0, 0, 1, 0, 1, 1, 8, 0, 1, 9, 8, 0, 1, 17, 3, 0]
+    assert words[4 + 80 : 4 + 100] == [19, *range(19)]
+
+
+def test_combine_passes_over_what_is_not_there() -> None:
+    y = torch.full((2, M), float("nan")).bfloat16()
+    y[1] = 2
+    out = grouped.moe_combine(y, torch.tensor([[-1, 1]]), torch.tensor([[0.5, 0.25]]), EXPERTS)
+    assert torch.equal(out, torch.full((1, M), 0.5).bfloat16())
+
+
+@pytest.mark.parametrize(("tokens", "top", "count", "tile"), [(1, 2, 8, 8), (32, 2, 8, 16), (128, 2, 8, 64), (128, 8, 128, 16), (4096, 1, 1, 64)])
+def test_tile(tokens: int, top: int, count: int, tile: int) -> None:
+    assert grouped.tile_for(tokens, top, count) == tile
+
+
+def test_opcheck(experts) -> None:
+    _, blobs = experts
+    ids = CHOICES["several"]
+    routing = grouped.moe_route(ids, EXPERTS, 8)
+    x = torch.randn(4, K).bfloat16()
+    y = grouped.moe_linear(x, blobs, EXPERTS, routing, 8, M, K, 1)
+    torch.library.opcheck(torch.ops.zipserv.moe_route.default, (ids, EXPERTS, 8))
+    torch.library.opcheck(torch.ops.zipserv.moe_linear.default, (x, blobs, EXPERTS, routing, 8, M, K, 1))
+    torch.library.opcheck(torch.ops.zipserv.moe_combine.default, (y, ids, torch.rand(4, 2), EXPERTS))
+
+
+def test_refusals(experts) -> None:
+    _, blobs = experts
+    ids = CHOICES["several"]
+    routing = grouped.moe_route(ids, EXPERTS, 8)
+    x = torch.randn(4, K).bfloat16()
+    for wrong, match in (
+        (lambda: grouped.moe_route(ids.float(), EXPERTS, 8), "int32 or int64"),
+        (lambda: grouped.moe_route(ids, 2000, 8), "at most 1024 experts"),
+        (lambda: grouped.moe_route(torch.zeros(5000, 1, dtype=torch.int64), 4, 8), "4096 in all"),
+        (lambda: grouped.moe_linear(x.half(), blobs, EXPERTS, routing, 8, M, K, 1), "bfloat16 only"),
+        (lambda: grouped.moe_linear(x[:3], blobs, EXPERTS, routing, 8, M, K, 1), "should be"),
+        (lambda: grouped.moe_linear(x, blobs[1:], EXPERTS, routing, 8, M, K, 1), "equal distances"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            wrong()
