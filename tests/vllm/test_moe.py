@@ -73,6 +73,7 @@ def test_a_captured_layer_never_asks_the_host(folders, monkeypatch, tokens, form
     with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
         layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
     method = layer.quant_method
+    monkeypatch.setattr(moe, "_TOGETHER", True)
     assert method.w13.longest and method.w2.longest and all(start % moe.ALIGN == 0 for start, _ in method.w13.spans)
     called = []
     for name in ("_routed", "_masked", "_picked"):
@@ -102,6 +103,8 @@ def test_which_layers_are_multiplied_together(folders, monkeypatch) -> None:
         method.apply(layer, x, torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32), None, None)
         return called[0]
 
+    assert [form(n) for n in (1, 5000)] == ["_routed", "_routed"], "only if asked for, until it has run on a GPU"
+    monkeypatch.setattr(moe, "_TOGETHER", True)
     assert [form(n) for n in (0, 1, 256, 257, 5000)] == ["_routed", "_grouped", "_grouped", "_routed", "_routed"]
     assert form(1, torch.float16) == "_routed"
     monkeypatch.setattr(moe.cuda, "batch_invariant", lambda: True)

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's mixture-of-experts layers over compressed experts.
 
-Each expert's two matrices are blobs of their own. On a GPU, and with few tokens an expert, those that were hit are multiplied together, on their
-compressed bytes and in one launch a product; which they are only the device knows (:mod:`zipserv.grouped`). Else they run one after the
-other. Finding out on the host which ones were hit needs a synchronisation, which a CUDA graph forbids. So while one is captured of what can't be
-multiplied together (FP16, experts that are stored raw), the device chooses: of few tokens each has its experts' blobs copied to a place that is
-known beforehand, of many every expert runs on all tokens and the router's choice is a mask. All add a token's experts in the
-order of their numbers.
+Each expert's two matrices are blobs of their own. On a GPU, with few tokens an expert, and if ``ZIPSERV_GROUPED_EXPERTS`` is 1, those that were
+hit are multiplied together, on their compressed bytes and in one launch a product; which they are only the device knows
+(:mod:`zipserv.grouped`; an experiment until it has run on a GPU). Else they run one after the other. Finding out on the host which ones were
+hit needs a synchronisation, which a CUDA graph forbids. So while one is captured the device chooses: of few tokens each has its experts' blobs
+copied to a place that is known beforehand, of many every expert runs on all tokens and the router's choice is a mask. All add a token's experts
+in the order of their numbers.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,9 @@ _COPY_COST = 3
 #: Tokens an expert beyond which, where the host may ask, experts run one after the other: then each product is large, and these kernels would read an
 #: expert's weights once for every 64 tokens.
 _MANY = 64
+
+#: Whether experts may be multiplied together. Not by default before that has been measured on a GPU.
+_TOGETHER = os.environ.get("ZIPSERV_GROUPED_EXPERTS") == "1"
 
 Expert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -170,7 +174,7 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def _can_group(self, dtype: torch.dtype, ids: torch.Tensor) -> bool:
         """It does not depend on the number of tokens: in batch-invariant mode a token's experts are always multiplied the same way."""
         fits = len(self.w13.spans) <= grouped.MAX_EXPERTS and ids.shape[1] <= grouped.MAX_TOP
-        return bool(dtype == torch.bfloat16 and fits and ids.numel() and self.w13.longest and self.w2.longest)
+        return bool(_TOGETHER and dtype == torch.bfloat16 and fits and ids.numel() and self.w13.longest and self.w2.longest)
 
     def _grouped(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """All experts that were hit together, each weight read once; nobody but the device knows which they are."""
