@@ -110,7 +110,7 @@ struct GroupedActivations {
     }
     ZS_DEVICE void open(const Routing& routing, uint32_t item, uint32_t mw, uint32_t lane) {
         rows = list + routing.first(item);
-        n = (int32_t)routing.tokens(item) - (int32_t)((mw * 32 + lane) / 8);
+        n = (int32_t)min(routing.tokens(item), (uint32_t)ZS_N) - (int32_t)((mw * 32 + lane) / 8);
     }
     // Starts the copy for unit number `unit`, which is at column step kstep.
     ZS_DEVICE void fill(uint32_t unit, int32_t kstep, uint32_t lane) const {

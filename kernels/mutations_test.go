@@ -83,8 +83,10 @@ var mutations = []struct {
 	{"both blocks bring the same rows", "wide", "zipgemm_wide.cu", `at\.token0 \+ share\.rank \* ROWS`, 0, "at.token0", "wrong"},
 	{"a block that leaves while its peer writes to it", "wide", "zipgemm_wide.cu", `cluster_sync\(\);`, 0, "", "cluster"},
 	{"copies into a block that has no barriers yet", "wide", "zipgemm_wide.cu", `cluster_arrive_relaxed\(\);\s+cluster_wait\(\);`, 0, "__syncthreads();", "cluster mbarrier race proxy"},
-	{"sums of the peer's strips", "wide", "tiles.cuh", `\(1 \+ h0\) \* ZS_CLUSTER`, 0, "(1 + h0)", "deadlock wrong race"},
-	{"helpers counted in blocks", "wide", "tiles.cuh", `theirs - h \* ZS_CLUSTER \* BLOCK`, -1, "theirs - h * BLOCK", "deadlock wrong race"},
+	{"sums of the peer's strips", "wide", "tiles.cuh", `\(first \+ h0\) \* ZS_CLUSTER`, 0, "(first + h0)", "deadlock wrong race"},
+	{"sums of equal runs from one that has none below", "wide", "tiles.cuh", `others = below \+ d < share\.parts;`, 0, "others = 1;", "deadlock bounds wrong race"},
+	{"sums of equal runs always from the neighbour", "wide", "tiles.cuh", `add_sums\(acc, slot, d, others\)`, 0, "add_sums(acc, slot, 1, others)", "deadlock wrong race"},
+	{"sums of equal runs not handed on", "wide", "tiles.cuh", `even \? \(below & d\) != 0`, 0, "even ? below == 1", "deadlock wrong race"},
 	{"decoder starts the second column beyond k", "wide", "zipgemm_wide.cu", `pair = !odd \|\| [^;]*;`, 0, "pair = true;", "bounds wrong"},
 	{"whole tiles a round short", "wide", "tiles.cuh", `next \+= share\.clusters`, 0, "next += 2 * share.clusters", "wrong deadlock bounds"},
 	{"no wait for the kernel before the activations of a cluster", "wide", "zipgemm_wide.cu", `griddep_wait\(\);`, 1, "", "dependency"},
@@ -227,12 +229,18 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	p := newProduct(130, 900, 5, 2*seed)
 	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
 	if kernel == "wide" {
-		// Three clusters. One output tile of eight units for all, or ten tiles, of which four are dealt by units.
+		// Three clusters: one output tile of eight units for all, in equal runs, or ten tiles, of which four are dealt by units. Or five clusters for two tiles.
 		p = newProduct(70, 900, 5, 2*seed)
-		if seed%2 == 1 {
+		p.grid = 6
+		switch seed % 3 {
+		case 1:
 			p = newProduct(130, 400, 75, 2*seed)
+			p.grid = 6
+		case 2:
+			p = newProduct(70, 900, 12, 2*seed)
+			p.grid = 10
 		}
-		p.grid, p.seed = 6, seed
+		p.seed = seed
 	}
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)

@@ -89,7 +89,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
     now.load(blob + sections.escapes + 4 * lane, head, lane);
 
     while (at.left > 0) {
-        const uint32_t item = at.item, n = ZS_HALF ? routing.tokens(item) : 0, strip = (uint32_t)out_strip(at.group, mw);
+        const uint32_t item = at.item, n = ZS_HALF ? min(routing.tokens(item), (uint32_t)ZS_N) : 0, strip = (uint32_t)out_strip(at.group, mw);
         const int32_t group = (int32_t)item * deal.groups + at.group, last = deal.begin + at.left - 1;
         float acc[ZS_QUADS][4];
 #pragma unroll
@@ -128,7 +128,7 @@ zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint1
             if (lane == 0) mbarrier_arrive(acts.through(unit));
             at.advance(deal);
         }
-        const GroupedOutput out = {routing.pairs + routing.first(item), y, ZS_GATED ? m / 2 : m, ZS_HALF ? n : routing.tokens(item)};
+        const GroupedOutput out = {routing.pairs + routing.first(item), y, ZS_GATED ? m / 2 : m, ZS_HALF ? n : min(routing.tokens(item), (uint32_t)ZS_N)};
         finish(acc, out, deal, group, strip, last, tiles, mw, kw, lane, workspace);
     }
 }

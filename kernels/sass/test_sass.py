@@ -75,7 +75,7 @@ extern "C" __global__ void probe(const __grid_constant__ TensorMap map, float* y
     float acc[128] = {};
     wgmma_pin(acc);
     wgmma_fence();
-    wgmma_m64k16_bf16<256>(acc, wgmma_descriptor(smem), wgmma_descriptor(smem + 32768));
+    wgmma_m64k16_bf16<256>(acc, wgmma_descriptor(smem, 0), wgmma_descriptor(smem, 32768));
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(acc);

@@ -305,7 +305,12 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
         _zipserv.cuda_compress_raw(*job, checksum, blob.data_ptr())
         blob[HEADER_BYTES:].copy_(weight.view(-1).view(torch.uint8))
     elif nbytes < room:
-        blob = blob[:nbytes] if _SPARE * (room - nbytes) <= room else blob[:nbytes].clone()
+        if _SPARE * (room - nbytes) <= room:
+            blob[nbytes:].zero_()  # a file of torch.save holds the whole storage: nothing that was in this memory before
+            blob = blob[:nbytes]
+        else:
+            blob = blob[:nbytes].clone()
+            _zipserv.cuda_changed(index, blob.data_ptr())  # its memory may have held another blob
     return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
 
 

@@ -78,11 +78,15 @@ def _require_rows(
     if gated and (m % (2 * TILE) or tile > MAX_GATED_TILE):
         wrong = f"{m} and {tile}"
         raise ValueError(f"gates need rows that are a multiple of {2 * TILE} and at most {MAX_GATED_TILE} pairs at a time, not {wrong}")
+    if not 1 <= experts <= MAX_EXPERTS:
+        raise ValueError(f"1 to {MAX_EXPERTS} experts, not {experts}")
+    if routing.dtype is not torch.int32 or routing.dim() != 1 or routing.numel() < _HEAD or not routing.is_contiguous():
+        raise ValueError(f"the routing is what moe_route gives, not {routing.dtype} of the shape {tuple(routing.shape)}")
     pairs = pairs_of(routing)
     if x.dim() != 2 or x.shape[1] != k or (x.shape[0] != pairs and (x.shape[0] == 0 or pairs % x.shape[0])):
         raise ValueError(f"the input has the shape {tuple(x.shape)}, it should be (tokens, {k}) or ({pairs}, {k})")
-    if blobs.dim() != 1 or blobs.dtype is not torch.uint8 or blobs.numel() % experts:
-        raise ValueError("the experts' blobs are one torch.uint8 tensor, at equal distances")
+    if blobs.dim() != 1 or blobs.dtype is not torch.uint8 or blobs.numel() % (16 * experts) or not blobs.is_contiguous():
+        raise ValueError("the experts' blobs are one contiguous torch.uint8 tensor, at equal distances that are multiples of 16")
     if not (x.device == blobs.device == routing.device):
         raise ValueError(f"the input is on {x.device}, the experts on {blobs.device}, the routing on {routing.device}")
 
@@ -164,6 +168,8 @@ def _combine_cuda(y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exp
     if y.dtype is not DTYPES[_BF16] or y.dim() != 2 or y.shape[0] != ids.numel() or weights.shape != ids.shape:
         wrong = f"{y.dtype} {tuple(y.shape)} and {tuple(weights.shape)}"
         raise ValueError(f"rows of {ids.numel()} pairs in torch.bfloat16 and weights {tuple(ids.shape)}, not {wrong}")
+    if not (y.device == ids.device == weights.device):
+        raise ValueError(f"the rows are on {y.device}, the chosen experts on {ids.device}, their weights on {weights.device}")
     out: torch.Tensor = cuda_module().moe_combine(y, ids, weights, experts)
     return out
 

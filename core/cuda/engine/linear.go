@@ -91,6 +91,12 @@ func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {
 		if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
 			l, err = d.prepareLinear(usual)
 		}
+		if err != nil && usual.Kernel.Cluster > 1 { // a part of a GPU may have no room for clusters; there is always another way
+			p.Apart = true
+			if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
+				l, err = d.prepareLinear(usual)
+			}
+		}
 	}
 	if err != nil {
 		return nil, err

@@ -29,9 +29,9 @@ const (
 
 var (
 	// loadPiece is large enough for the bus, and small enough that a tensor is work for many lanes.
-	loadPiece = uint64(loadSetting("PIECE_KIB", 4<<10)) << 10
+	loadPiece = uint64(loadSetting("PIECE_KIB", 4<<10, 1<<20)) << 10
 	// loadBuffers is the buffers of a lane: one is filled while the other is copied.
-	loadBuffers = loadSetting("BUFFERS", 2)
+	loadBuffers = loadSetting("BUFFERS", 2, 64)
 )
 
 // loader is a device's ring of page-locked buffers. One load at a time has it.

@@ -11,10 +11,10 @@ import (
 
 // For measuring alone, and no part of the interface: with ZIPSERV_LOAD_TRACE=1 each load tells on stderr where its lanes' time went, in milliseconds a lane;
 // ZIPSERV_LOAD_PIECE_KIB and ZIPSERV_LOAD_BUFFERS set the size and number of buffers. They are read at the start of the process.
-var loadTracing = loadSetting("TRACE", 0) != 0
+var loadTracing = loadSetting("TRACE", 0, 1) != 0
 
-func loadSetting(name string, otherwise int) int {
-	if n, err := strconv.Atoi(os.Getenv("ZIPSERV_LOAD_" + name)); err == nil && n > 0 {
+func loadSetting(name string, otherwise, most int) int {
+	if n, err := strconv.Atoi(os.Getenv("ZIPSERV_LOAD_" + name)); err == nil && n > 0 && n <= most {
 		return n
 	}
 	return otherwise

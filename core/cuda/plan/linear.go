@@ -8,6 +8,7 @@ import "fmt"
 type Problem struct {
 	M, K, N   uint64
 	Invariant bool // a token's result must not depend on N
+	Apart     bool // no clusters: the device has no room for them
 	Unaligned bool // x or a row of it begins at an address that is no multiple of 16
 }
 

@@ -45,7 +45,7 @@ func (w wideLayout) smem() int {
 
 // wide are the layouts that can solve a problem: as wgmma, for more tokens than one launch of that takes.
 func wide(d Device, p Problem) (list []wideLayout) {
-	if !tensor(d, p) || p.Invariant || Class(p.N) <= wideFewest || d.SMs < wideCluster {
+	if !tensor(d, p) || p.Invariant || p.Apart || Class(p.N) <= wideFewest || d.SMs < wideCluster {
 		return nil
 	}
 	for _, w := range wideLayouts {
