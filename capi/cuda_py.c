@@ -11,6 +11,18 @@
 #define ARGS(function, count) \
     if (!zs_py_count(function, nargs, count)) return NULL
 
+// Arguments that go to fields of a job, in order from the one numbered `first`.
+typedef struct {
+    const char *name;
+    uint64_t *value;
+} field_t;
+static int read_fields(PyObject *const *args, Py_ssize_t first, const field_t *fields, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!zs_py_u64(args, first + (Py_ssize_t)i, fields[i].name, fields[i].value)) return 0;
+    return 1;
+}
+#define READ(first, fields) read_fields(args, first, fields, sizeof fields / sizeof *fields)
+
 // A launch may wait for room in the driver's queue, and compiling takes its time: both without the GIL. No poll function: neither can be
 // stopped half way.
 #define WITHOUT_GIL(statement)                     \
@@ -93,12 +105,11 @@ static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nar
     ARGS("cuda_linear", 11);
     ARG(0, device);
     zs_cuda_linear_t job;
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"stream", &job.stream}, {"blob", &job.blob}, {"m", &job.m}, {"k", &job.k}, {"x", &job.x}, {"n", &job.n}, {"ldx", &job.ldx},
         {"bias", &job.bias}, {"y", &job.y}, {"ldy", &job.ldy},
     };
-    for (int i = 0; i < 10; i++)
-        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    if (!READ(1, fields)) return NULL;
     int32_t code, expand = 0;
     WITHOUT_GIL(code = zs_cuda_linear(device_number(device), &job, &expand));
     if (code != ZS_OK) return zs_py_fail(code);
@@ -140,12 +151,11 @@ static PyObject *py_gather(PyObject *self, PyObject *const *args, Py_ssize_t nar
     ARG(0, device);
     zs_cuda_gather_t job;
     uint64_t dtype, id_bytes;
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"stream", &job.stream}, {"blob", &job.blob}, {"dtype", &dtype}, {"m", &job.m}, {"k", &job.k}, {"ids", &job.ids}, {"id_bytes", &id_bytes},
         {"n", &job.n}, {"out", &job.out},
     };
-    for (int i = 0; i < 9; i++)
-        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    if (!READ(1, fields)) return NULL;
     job.dtype = (int32_t)(dtype & 0xFF), job.id_bytes = (int32_t)(id_bytes & 0xFF);
     int32_t code;
     WITHOUT_GIL(code = zs_cuda_gather(device_number(device), &job));
@@ -159,12 +169,11 @@ static PyObject *py_route(PyObject *self, PyObject *const *args, Py_ssize_t narg
     ARG(0, device);
     zs_cuda_route_t job;
     uint64_t id_bytes;
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"stream", &job.stream}, {"ids", &job.ids}, {"id_bytes", &id_bytes}, {"pairs", &job.pairs}, {"top", &job.top}, {"experts", &job.experts}, {"tile", &job.tile},
         {"routing", &job.routing},
     };
-    for (int i = 0; i < 8; i++)
-        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    if (!READ(1, fields)) return NULL;
     job.id_bytes = (int32_t)(id_bytes & 0xFF);
     int32_t code;
     WITHOUT_GIL(code = zs_cuda_route(device_number(device), &job));
@@ -178,12 +187,11 @@ static PyObject *py_grouped(PyObject *self, PyObject *const *args, Py_ssize_t na
     ARG(0, device);
     zs_cuda_grouped_t job;
     uint64_t by_pair, gated;
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"stream", &job.stream}, {"blobs", &job.blobs}, {"step", &job.step}, {"m", &job.m}, {"k", &job.k}, {"x", &job.x}, {"by_pair", &by_pair}, {"y", &job.y},
         {"routing", &job.routing}, {"pairs", &job.pairs}, {"tile", &job.tile}, {"gated", &gated},
     };
-    for (int i = 0; i < 12; i++)
-        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    if (!READ(1, fields)) return NULL;
     job.by_pair = by_pair != 0, job.gated = gated != 0;
     int32_t code;
     WITHOUT_GIL(code = zs_cuda_grouped(device_number(device), &job));
@@ -197,12 +205,11 @@ static PyObject *py_combine(PyObject *self, PyObject *const *args, Py_ssize_t na
     ARG(0, device);
     zs_cuda_combine_t job;
     uint64_t id_bytes;
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"stream", &job.stream}, {"y", &job.y}, {"ids", &job.ids}, {"id_bytes", &id_bytes}, {"weights", &job.weights}, {"tokens", &job.tokens}, {"top", &job.top},
         {"experts", &job.experts}, {"m", &job.m}, {"out", &job.out},
     };
-    for (int i = 0; i < 10; i++)
-        if (!zs_py_u64(args, i + 1, fields[i].name, fields[i].value)) return NULL;
+    if (!READ(1, fields)) return NULL;
     job.id_bytes = (int32_t)(id_bytes & 0xFF);
     int32_t code;
     WITHOUT_GIL(code = zs_cuda_combine(device_number(device), &job));
@@ -238,11 +245,10 @@ static PyObject *py_compress_scratch(PyObject *self, PyObject *const *args, Py_s
 
 // The first eight arguments of a compression's calls: device, stream, src, ld, m, k, shape, scratch.
 static int compress_job(PyObject *const *args, uint64_t *device, zs_cuda_compress_t *job) {
-    struct { const char *name; uint64_t *value; } fields[] = {
+    const field_t fields[] = {
         {"device", device}, {"stream", &job->stream}, {"src", &job->src}, {"ld", &job->ld}, {"m", &job->m}, {"k", &job->k},
     };
-    for (int i = 0; i < 6; i++)
-        if (!zs_py_u64(args, i, fields[i].name, fields[i].value)) return 0;
+    if (!READ(0, fields)) return 0;
     Py_ssize_t ndim = PyTuple_Size(args[6]);
     if (ndim < 0) return 0;
     if (ndim < 1 || ndim > ZS_MAX_DIMS) {

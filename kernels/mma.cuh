@@ -21,6 +21,10 @@
 #define ZS_X_SMEM (ZS_KW * ZS_XSTAGES * ZS_XBYTES)
 #define ZS_XROWS (ZS_MW * 32 / 8)  // rows that the warps copy at a time, eight lanes a row
 
+// Shared memory: decoded tiles | activation stages | barriers | spare bytes (Escapes::patch).
+#define ZS_TILE_SMEM (ZS_WARPS * 8192)
+#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
+
 #include "gemm.cuh"
 
 // Eight columns from `col` on, which `src` points to, element by element; zero where the matrix ends.

@@ -146,40 +146,25 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		return ""
 	}
-	if kernel == "gated" {
-		l := newLayer("everywhere", 9, 2, 256, 200, 3*seed+1)
+	if kernel == "gated" || kernel == "grouped" {
+		gated := kernel == "gated"
+		m, compile := 130, func(files fs.FS, v variant) grouped { return newGrouped(t, files, v, false) }
+		if gated {
+			m, compile = 256, func(files fs.FS, v variant) grouped { return newGated(t, files, v) }
+		}
+		l := newLayer("everywhere", 9, 2, m, 200, 3*seed+1) // rows of x are tokens
 		l.grid = 3
+		if !gated {
+			l.grid = 4 + int(seed%2)*60 // more blocks than units, or fewer
+			if seed%2 == 1 {
+				l.ids = l.ids[:2]
+			}
+		}
 		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
-		want, err := newGated(t, kernels.Sources, v).run(l)
+		want, err := compile(kernels.Sources, v).run(l)
 		require.NoError(t, err)
-		got, err := newGated(t, files, v).run(l)
-		if err != nil {
-			require.NotEmpty(t, faultKind(err), err)
-			return faultKind(err)
-		}
-		if !slices.Equal(want, got) {
-			return "wrong"
-		}
-		return ""
-	}
-	if kernel == "grouped" {
-		l := newLayer("everywhere", 9, 2, 130, 200, 3*seed+1) // rows of x are tokens
-		l.grid = 4 + int(seed%2)*60                           // more blocks than units, or fewer
-		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
-		if seed%2 == 1 {
-			l.ids = l.ids[:2]
-		}
-		want, err := newGrouped(t, kernels.Sources, v, false).run(l)
-		require.NoError(t, err)
-		got, err := newGrouped(t, files, v, false).run(l)
-		if err != nil {
-			require.NotEmpty(t, faultKind(err), err)
-			return faultKind(err)
-		}
-		if !slices.Equal(want, got) {
-			return "wrong"
-		}
-		return ""
+		got, err := compile(files, v).run(l)
+		return verdict(t, err, slices.Equal(want, got))
 	}
 	if kernel == "route" {
 		rng := rand.New(rand.NewPCG(seed, 1))
@@ -189,25 +174,18 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		got, err := route(newRouter(t, files), ids, 4, 20, 8, 8, seed)
 		if err != nil {
-			require.NotEmpty(t, faultKind(err), err)
-			return faultKind(err)
+			return verdict(t, err, false)
 		}
-		if want := words32(routing(ids, 4, 20, 8)); !bytes.Equal(want[:4], got[:4]) || !bytes.Equal(want[16+16*len(ids):], got[16+16*len(ids):]) {
-			return "wrong"
-		}
-		return ""
+		want, lists := words32(routing(ids, 4, 20, 8)), 16+16*len(ids)
+		return verdict(t, nil, bytes.Equal(want[:4], got[:4]) && bytes.Equal(want[lists:], got[lists:]))
 	}
 	if kernel == "gather" {
 		g := newGatherer(t, files, false)
 		for _, kind := range []string{"mixed", "outliers"} {
 			c := gatherCase{x: newMatrix(kind, 130, 200, seed), ids: someRows(130, 30, seed), idBytes: 8, align: 16, seed: seed}
 			got, err := g.run(c)
-			if err != nil {
-				require.NotEmpty(t, faultKind(err), err)
-				return faultKind(err)
-			}
-			if !bytes.Equal(got, c.expected()) {
-				return "wrong"
+			if kind := verdict(t, err, bytes.Equal(got, c.expected())); kind != "" {
+				return kind
 			}
 		}
 		return ""
@@ -216,14 +194,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		d := newDecompressor(t, files, 2)
 		c := decompressCase{x: newMatrix("gaussian", 130, 130, seed), blocks: 1, ld: 130, align: 16, seed: seed}
 		got, err := d.run(c)
-		if err != nil {
-			require.NotEmpty(t, faultKind(err), err)
-			return faultKind(err)
-		}
-		if !bytes.Equal(got, c.expected()) {
-			return "wrong"
-		}
-		return ""
+		return verdict(t, err, bytes.Equal(got, c.expected()))
 	}
 	v := seededVariant(kernel, 8)
 	p := newProduct(130, 900, 5, 2*seed)
@@ -245,14 +216,18 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
-	if err != nil {
+	return verdict(t, err, slices.Equal(want, got))
+}
+
+// verdict is the kind of the emulator's fault, which a run that failed must have, "wrong" or "".
+func verdict(t *testing.T, err error, right bool) string {
+	t.Helper()
+	switch {
+	case err != nil:
 		require.NotEmpty(t, faultKind(err), err)
 		return faultKind(err)
-	}
-	for i := range want {
-		if want[i] != got[i] {
-			return "wrong"
-		}
+	case !right:
+		return "wrong"
 	}
 	return ""
 }

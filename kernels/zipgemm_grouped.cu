@@ -37,10 +37,6 @@
 
 #include "grouped.cuh"
 
-// Shared memory: decoded tiles | activation stages | barriers | spare bytes (Escapes::patch).
-#define ZS_TILE_SMEM (ZS_WARPS * 8192)
-#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
-
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
 zs_zipgemm_grouped(const uint8_t* __restrict__ blobs, uint64_t step, const uint16_t* x, uint32_t by_token, uint16_t* y, uint32_t m, uint32_t k, const uint32_t* words, uint32_t pairs,
                    float* __restrict__ workspace) {

@@ -27,10 +27,6 @@
 #include "mma.cuh"
 #include "activations.cuh"
 
-// Shared memory: decoded tiles | activation stages | barriers | spare bytes (Escapes::patch).
-#define ZS_TILE_SMEM (ZS_WARPS * 8192)
-#define ZS_GEMM_SMEM (ZS_TILE_SMEM + ZS_X_SMEM + ZS_KW * ZS_XSTAGES * 16 + ZS_WARPS * 128)
-
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, ZS_BLOCKS)
 zs_zipgemm_mma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
                uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace) {

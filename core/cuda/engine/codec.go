@@ -12,16 +12,7 @@ const tileRows = 64 // of a block tile
 type codecKey struct{ rows, k uint64 }
 
 func (d *Device) decompressor(rows, k uint64) (*kernel, error) {
-	key := codecKey{rows, k}
-	if l, known := d.codecs.Load(key); known {
-		return l.(*kernel), nil
-	}
-	l, err := d.prepare(plan.Decompress(d.planDevice, rows, k))
-	if err != nil {
-		return nil, err
-	}
-	d.codecs.Store(key, l)
-	return l, nil
+	return ready(d, codecKey{rows, k}, func() (*kernel, error) { return d.prepare(plan.Decompress(d.planDevice, rows, k)) })
 }
 
 // Decompress queues the decoding of rows row0 .. row0 + rows - 1 of a tiled BF16 blob into out, whose rows start ld elements apart. row0 is

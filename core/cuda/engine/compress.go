@@ -70,22 +70,14 @@ type compressor struct {
 type compressKey struct{ m, k uint64 }
 
 func (d *Device) compressor(m, k uint64) (*compressor, error) {
-	key := compressKey{m, k}
-	if c, known := d.codecs.Load(key); known {
-		return c.(*compressor), nil
-	}
-	c := &compressor{plan: plan.Compress(d.planDevice, m, k)}
-	var err error
-	for _, part := range []struct {
-		to   **kernel
-		from plan.Kernel
-	}{{&c.sample, c.plan.Sample}, {&c.write, c.plan.Write}} {
-		if *part.to, err = d.prepare(part.from); err != nil {
-			return nil, err
+	return ready(d, compressKey{m, k}, func() (*compressor, error) {
+		c := &compressor{plan: plan.Compress(d.planDevice, m, k)}
+		var err error
+		if c.sample, err = d.prepare(c.plan.Sample); err == nil {
+			c.write, err = d.prepare(c.plan.Write)
 		}
-	}
-	d.codecs.Store(key, c)
-	return c, nil
+		return c, err
+	})
 }
 
 func (p *Compression) check() error {

@@ -29,7 +29,7 @@ type Device struct {
 	mu      sync.Mutex
 	modules map[string]*loading // by source and defines
 	linears sync.Map            // linearKey -> *linearPlan
-	codecs  sync.Map            // codecKey -> *kernel or *compressor
+	codecs  sync.Map            // see ready
 	mails   mailbox
 	choices choices
 	loader  loader
@@ -40,6 +40,20 @@ type kernel struct {
 	fn   driver.Function
 	plan plan.Kernel
 	grid uint32
+}
+
+// ready gives what a device keeps under a key of a type of its own: it is made by the first call that needs it, and again by the next where that failed.
+func ready[T any](d *Device, key any, prepare func() (T, error)) (T, error) {
+	if known, ok := d.codecs.Load(key); ok {
+		return known.(T), nil
+	}
+	made, err := prepare()
+	if err != nil {
+		var none T
+		return none, err
+	}
+	d.codecs.Store(key, made)
+	return made, nil
 }
 
 type loading struct {

@@ -33,8 +33,8 @@ func (d *Device) Gather(p *Lookup) error {
 	if p.DType != format.BF16 && p.DType != format.FP16 {
 		return badArgument("dtype %d is neither BF16 nor FP16", p.DType)
 	}
-	if p.IDBytes != 4 && p.IDBytes != 8 || uint64(p.IDs)%p.IDBytes != 0 {
-		return badArgument("row numbers are aligned integers of 4 or 8 bytes, not of %d at %#x", p.IDBytes, p.IDs)
+	if err := checkNumbers("row", p.IDs, p.IDBytes); err != nil {
+		return err
 	}
 	l, err := d.gatherer(p.DType)
 	if err != nil {
@@ -52,14 +52,13 @@ func (d *Device) Gather(p *Lookup) error {
 }
 
 func (d *Device) gatherer(dtype format.DType) (*kernel, error) {
-	key := gatherKey{dtype}
-	if l, known := d.codecs.Load(key); known {
-		return l.(*kernel), nil
+	return ready(d, gatherKey{dtype}, func() (*kernel, error) { return d.prepare(plan.Gather(d.planDevice, dtype == format.FP16)) })
+}
+
+// checkNumbers of rows or experts: the kernels read them one by one.
+func checkNumbers(of string, ids driver.Pointer, idBytes uint64) error {
+	if idBytes != 4 && idBytes != 8 || uint64(ids)%idBytes != 0 {
+		return badArgument("%s numbers are aligned integers of 4 or 8 bytes, not of %d at %#x", of, idBytes, ids)
 	}
-	l, err := d.prepare(plan.Gather(d.planDevice, dtype == format.FP16))
-	if err != nil {
-		return nil, err
-	}
-	d.codecs.Store(key, l)
-	return l, nil
+	return nil
 }

@@ -3,6 +3,8 @@
 package engine
 
 import (
+	"slices"
+
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/plan"
 )
@@ -54,8 +56,8 @@ type groupedKey struct {
 type routeKey struct{ combine bool }
 
 func checkIDs(ids driver.Pointer, idBytes, experts uint64) error {
-	if idBytes != 4 && idBytes != 8 || uint64(ids)%idBytes != 0 {
-		return badArgument("expert numbers are aligned integers of 4 or 8 bytes, not of %d at %#x", idBytes, ids)
+	if err := checkNumbers("expert", ids, idBytes); err != nil {
+		return err
 	}
 	if experts-1 >= plan.RouteExperts {
 		return badArgument("a layer has 1 to %d experts, not %d", plan.RouteExperts, experts)
@@ -67,12 +69,10 @@ func checkPairs(pairs, tile uint64) error {
 	if pairs-1 >= plan.RoutePairs {
 		return badArgument("the tokens' experts are 1 to %d a launch, not %d", plan.RoutePairs, pairs)
 	}
-	for _, t := range plan.GroupedTiles {
-		if t == tile {
-			return nil
-		}
+	if !slices.Contains(plan.GroupedTiles, tile) {
+		return badArgument("%v pairs are multiplied at a time, not %d", plan.GroupedTiles, tile)
 	}
-	return badArgument("%v pairs are multiplied at a time, not %d", plan.GroupedTiles, tile)
+	return nil
 }
 
 // Route queues the kernel that prepares a router's choice for Grouped.
@@ -140,34 +140,22 @@ func (d *Device) Combine(p *Combination) error {
 }
 
 func (d *Device) grouped(key groupedKey) (*linearPlan, error) {
-	if l, known := d.codecs.Load(key); known {
-		return l.(*linearPlan), nil
-	}
-	p, err := plan.Grouped(d.planDevice, key.m, key.k, key.tile, key.invariant, key.gated)
-	if err != nil {
-		return nil, err
-	}
-	l, err := d.prepareLinear(p)
-	if err == nil {
-		d.codecs.Store(key, l)
-	}
-	return l, err
+	return ready(d, key, func() (*linearPlan, error) {
+		p, err := plan.Grouped(d.planDevice, key.m, key.k, key.tile, key.invariant, key.gated)
+		if err != nil {
+			return nil, err
+		}
+		return d.prepareLinear(p)
+	})
 }
 
 func (d *Device) moe(combine bool) (*kernel, error) {
-	key := routeKey{combine}
-	if l, known := d.codecs.Load(key); known {
-		return l.(*kernel), nil
-	}
-	p := plan.Route(d.planDevice)
-	if combine {
-		p = plan.Combine(d.planDevice)
-	}
-	l, err := d.prepare(p)
-	if err == nil {
-		d.codecs.Store(key, l)
-	}
-	return l, err
+	return ready(d, routeKey{combine}, func() (*kernel, error) {
+		if combine {
+			return d.prepare(plan.Combine(d.planDevice))
+		}
+		return d.prepare(plan.Route(d.planDevice))
+	})
 }
 
 // WarmGrouped compiles and loads what the experts of a layer need for up to the largest tile.

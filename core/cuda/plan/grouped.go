@@ -2,7 +2,10 @@
 
 package plan
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // Limits of moe.cu.
 const (
@@ -28,14 +31,10 @@ func Grouped(d Device, m, k, tile uint64, invariant, gated bool) (Linear, error)
 	if m == 0 || k == 0 {
 		return Linear{}, fmt.Errorf("a product needs M and K of at least 1, got %d and %d", m, k)
 	}
-	known := false
-	for _, t := range GroupedTiles {
-		known = known || t == tile
-	}
 	if gated && tile > GatedTile {
 		return Linear{}, fmt.Errorf("the grouped product takes %d pairs at a time with gates, not %d", GatedTile, tile)
 	}
-	if !known {
+	if !slices.Contains(GroupedTiles, tile) {
 		return Linear{}, fmt.Errorf("the grouped product takes %v pairs at a time, not %d", GroupedTiles, tile)
 	}
 	for _, v := range layouts(d) {
