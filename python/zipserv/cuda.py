@@ -88,9 +88,8 @@ def linear(
         bias_ptr = bias.data_ptr()
     address = blob.data_ptr()
     if address % 16:
-        blob = blob.clone()  # the kernels copy 16 bytes at a time, and a slice of a larger tensor may start anywhere
+        blob = _copy_of(blob)
         address = blob.data_ptr()
-        _zipserv.cuda_changed(index, address)
     if x.is_contiguous():
         rows, ldx = x, k
     else:
@@ -168,8 +167,7 @@ def embedding(ids: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code:
     if _is_raw(blob, m, k):
         return F.embedding(ids, _raw_matrix(blob, m, k, dtype))
     if blob.data_ptr() % 16:
-        blob = blob.clone()
-        _zipserv.cuda_changed(blob.get_device(), blob.data_ptr())
+        blob = _copy_of(blob)
     ids = ids.contiguous()
     index = blob.get_device()
     rows = torch.empty((*ids.shape, k), dtype=dtype, device=blob.device)
@@ -230,6 +228,14 @@ def moe_combine(y: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, exper
 # --- decompress -----------------------------------------------------------------------------------------------------
 
 
+def _copy_of(blob: torch.Tensor) -> torch.Tensor:
+    """A blob in memory of its own, which may have held another one before. The kernels copy 16 bytes at a time, and a slice of a larger tensor may
+    start anywhere."""
+    blob = blob.clone()
+    changed(blob)
+    return blob
+
+
 def _is_raw(blob: torch.Tensor, m: int, k: int) -> bool:
     return blob.numel() == HEADER_BYTES + 2 * m * k
 
@@ -257,8 +263,7 @@ def decompress(blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, o
         out.copy_(more[row0 % TILE :])
     elif rows:
         if blob.data_ptr() % 16:
-            blob = blob.clone()
-            _zipserv.cuda_changed(blob.get_device(), blob.data_ptr())
+            blob = _copy_of(blob)
         index = blob.get_device()
         ld = out.stride(0) if rows > 1 else k
         _zipserv.cuda_decompress(index, _stream(index), blob.data_ptr(), m, k, row0, rows, out.data_ptr(), ld)
@@ -309,8 +314,7 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
             blob[nbytes:].zero_()  # a file of torch.save holds the whole storage: nothing that was in this memory before
             blob = blob[:nbytes]
         else:
-            blob = blob[:nbytes].clone()
-            _zipserv.cuda_changed(index, blob.data_ptr())  # its memory may have held another blob
+            blob = _copy_of(blob[:nbytes])
     return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
 
 
