@@ -81,7 +81,7 @@ ZS_API int32_t zs_cuda_route(int32_t device, const zs_cuda_route_t *job);
 
 typedef struct zs_cuda_grouped_t {
     uint64_t stream;
-    uint64_t blobs, step; /* tiled BF16 blobs of m x k weights, `step` bytes from one to the next, 16-byte aligned */
+    uint64_t blobs, step; /* tiled BF16 blobs of m x k weights, `step` bytes from one to the next, 16-byte aligned; less than the 128 + 2 m k of a raw blob, so there is none */
     uint64_t m, k;
     uint64_t x; /* BF16 [tokens, k], or with by_pair [pairs, k] */
     uint64_t y; /* BF16 [pairs, m]; rows of nobody's pairs are left as they are */

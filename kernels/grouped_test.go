@@ -249,6 +249,35 @@ func TestGroupedGates(t *testing.T) {
 	}
 }
 
+// A matrix of few tiles: more blocks than units, by token and by pair, 8 and 64 pairs at a time, lists of every sort.
+func TestGroupedSmall(t *testing.T) {
+	for _, n := range []int{8, 64} {
+		t.Run(fmt.Sprint(n), func(t *testing.T) {
+			t.Parallel()
+			g := newGrouped(t, kernels.Sources, variant{n: n, mw: 2, kw: 4, xstages: 2}, false)
+			for _, byPair := range []bool{false, true} {
+				for _, seed := range seeds(t, 1) {
+					rng := rand.New(rand.NewPCG(seed, 9))
+					l := layer{m: 130, k: 72, top: 4, grid: 16, byPair: byPair, ids: rng.Perm(16)[:4], seed: seed}
+					for e := range 16 {
+						l.experts = append(l.experts, newMatrix([]string{"moderate", "tiles", "gaussian"}[e%3], l.m, l.k, seed+uint64(e)))
+					}
+					rows := 1
+					if byPair {
+						rows = len(l.ids)
+					}
+					for range rows * l.k {
+						l.x = append(l.x, bf16(rng.NormFloat64()))
+					}
+					y, err := g.run(l)
+					require.NoError(t, err)
+					l.check(t, y)
+				}
+			}
+		})
+	}
+}
+
 // The same bits in every schedule; with whole runs, the same bits for a pair whatever else is there, in every variant for another number of pairs.
 func TestGroupedInvariance(t *testing.T) {
 	t.Parallel()

@@ -12,26 +12,33 @@ A *pair* is a token and one of its experts, numbered ``token * top + slot``.
 
 On a GPU each is one launch, whatever was chosen (``kernels/zipgemm_grouped.cu``, ``kernels/moe.cu``): nothing waits, and a CUDA graph can
 hold it. A pair whose expert's number is negative, or too large, is nobody's (expert parallelism): its row of ``moe_linear`` holds anything, and
-``moe_combine`` passes over it. BF16 and tiled blobs only; no gradients.
+``moe_combine`` passes over it. BF16 only, and no expert may be stored raw; no gradients.
+
+The blobs of all experts lie in one tensor at equal distances: :func:`distance`, :func:`fits`, :func:`stack`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from .format import DTYPES, HEADER_BYTES, TILE, parse_header
+from .format import DTYPES, HEADER_BYTES, TILE, parse_header, raw_nbytes
 from .ops import _linear_cpu, cuda_module
+from .stacked import mark_written
 
-__all__ = ["MAX_EXPERTS", "MAX_GATED_TILE", "MAX_PAIRS", "MAX_TOP", "moe_combine", "moe_linear", "moe_route", "tile_for"]
+__all__ = [
+    "MAX_EXPERTS", "MAX_GATED_TILE", "MAX_PAIRS", "MAX_TOP", "distance", "fits", "moe_combine", "moe_linear", "moe_route", "stack", "tile_for",
+]  # fmt: skip
 
 MAX_PAIRS = 4096  #: of one call
 MAX_EXPERTS = 1024
 MAX_TOP = 32
 TILES = (8, 16, 32, 64)
 MAX_GATED_TILE = 32  #: with gates
+ALIGN = 256  #: of blobs in one tensor: what the kernels' wide copies want
 
 _BF16 = 1
 _HEAD, _ITEM = 4, 4  # words of 32 bits in front of the items, and of an item
@@ -55,6 +62,41 @@ def tile_for(tokens: int, top: int, experts: int) -> int:
     seldom read twice, but no more than there are tokens. Up to 32 the kernel waits for memory whatever the tile is."""
     want = min(tokens, 2 * -(-tokens * top // experts))
     return next((tile for tile in TILES if want <= tile), TILES[-1])
+
+
+def distance(blobs: Sequence[torch.Tensor]) -> int:
+    """Bytes from one expert's blob to the next where they lie in one tensor."""
+    return -(-max(blob.numel() for blob in blobs) // ALIGN) * ALIGN
+
+
+def fits(step: int, m: int, k: int) -> bool:
+    """Whether experts ``(m, k)`` whose blobs lie ``step`` bytes apart can be multiplied together. The kernel takes each for tiles and asks none;
+    a raw blob, one of weights that did not shrink, is longer than any tiled one, so where the next begins earlier there is none."""
+    return step < raw_nbytes(m, k)
+
+
+def stack(blobs: Sequence[torch.Tensor], m: int, k: int, device: torch.device | None = None) -> torch.Tensor:
+    """The experts' blobs in one tensor, as :func:`moe_linear` takes them.
+
+    Raises:
+        ValueError: one of them is raw, or saves next to nothing: see :func:`fits`.
+    """
+    step = distance(blobs)
+    _require_fit(step, m, k)
+    together = torch.zeros(len(blobs) * step, dtype=torch.uint8, device=device or blobs[0].device)
+    for index, blob in enumerate(blobs):
+        place = together[index * step : index * step + blob.numel()]
+        place.copy_(blob)
+        mark_written(place)
+    return together
+
+
+def _require_fit(step: int, m: int, k: int) -> None:
+    if not fits(step, m, k):
+        raise ValueError(
+            f"experts of {m} x {k} whose blobs are {step} bytes apart can't be multiplied together: a raw blob is {raw_nbytes(m, k)} bytes long, "
+            "so one of them may be raw (it would not shrink); multiply them one by one"
+        )
 
 
 def pairs_of(routing: torch.Tensor) -> int:
@@ -87,6 +129,7 @@ def _require_rows(
         raise ValueError(f"the input has the shape {tuple(x.shape)}, it should be (tokens, {k}) or ({pairs}, {k})")
     if blobs.dim() != 1 or blobs.dtype is not torch.uint8 or blobs.numel() % (16 * experts) or not blobs.is_contiguous():
         raise ValueError("the experts' blobs are one contiguous torch.uint8 tensor, at equal distances that are multiples of 16")
+    _require_fit(blobs.numel() // experts, m, k)
     if not (x.device == blobs.device == routing.device):
         raise ValueError(f"the input is on {x.device}, the experts on {blobs.device}, the routing on {routing.device}")
 

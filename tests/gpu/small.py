@@ -7,10 +7,32 @@ import torch
 from gpu_cases import escapes, islands, on_gpu, same_bits, trained
 
 import zipserv
+from zipserv import grouped
+
+
+def experts(count: int, m: int, k: int) -> None:
+    """All kinds of escape lists; by token and by pair, with gates, every size of item."""
+    made = [(trained, islands, escapes)[e % 3](m, k) for e in range(count)]
+    weights = torch.stack([torch.where(w.isfinite(), w, torch.zeros_like(w)).clamp(-1, 1) for w in made])
+    blobs = grouped.stack([zipserv.compress(w).blob for w in weights], m, k).cuda()
+    weights = weights.cuda().double()
+    for tokens, tile in ((1, 8), (9, 16), (40, 32), (100, 64)):
+        ids, factors = torch.rand(tokens, count, device="cuda").topk(2).indices, torch.rand(tokens, 2, device="cuda")
+        routing = grouped.moe_route(ids, count, tile)
+        for rows in (tokens, 2 * tokens):
+            x = torch.randn(rows, k, device="cuda").bfloat16()
+            y = grouped.moe_linear(x, blobs, count, routing, tile, m, k, 1)
+            each = x.double().repeat_interleave(2 * tokens // rows, 0)
+            torch.testing.assert_close(y.double(), torch.einsum("pmk,pk->pm", weights[ids.flatten()], each), rtol=2e-2, atol=5e-2)
+            grouped.moe_combine(y, ids, factors, count)
+            if m % 128 == 0 and tile <= grouped.MAX_GATED_TILE:
+                grouped.moe_linear(x, blobs, count, routing, tile, m, k, 1, True)
 
 
 def main() -> None:
     torch.manual_seed(7)
+    experts(5, 190, 123)
+    experts(4, 256, 192)
     for make, m, k in ((trained, 128, 320), (islands, 200, 130), (escapes, 70, 513)):
         w = make(m, k)
         z = on_gpu(w)

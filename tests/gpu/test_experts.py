@@ -19,11 +19,7 @@ class Layer:
         self.experts, self.m, self.k = experts, m, k
         self.weights = (torch.randn(experts, m, k, device="cuda") * scale).to(BF16)
         self.weights[:, : min(m, 64), : min(k, 64)] *= torch.randn(min(m, 64), min(k, 64), device="cuda").exp().to(BF16)  # escapes
-        blobs = [zipserv.compress(w).blob for w in self.weights]
-        step = -(-max(blob.numel() for blob in blobs) // 256) * 256
-        self.blobs = torch.zeros(experts * step, dtype=torch.uint8, device="cuda")
-        for index, blob in enumerate(blobs):
-            self.blobs[index * step : index * step + blob.numel()] = blob
+        self.blobs = grouped.stack([zipserv.compress(w).blob for w in self.weights], m, k)
 
     def product(self, x: torch.Tensor, ids: torch.Tensor, tile: int | None = None) -> torch.Tensor:
         tile = tile or grouped.tile_for(*ids.shape, self.experts)
@@ -46,7 +42,10 @@ def choose(tokens: int, top: int, experts: int) -> torch.Tensor:
     return torch.rand(tokens, experts, device="cuda").topk(top).indices
 
 
-@pytest.mark.parametrize("shape", [(8, 2, 1024, 512), (128, 8, 1536, 2048), (16, 4, 130, 72), (5, 1, 64, 1000), (64, 6, 2816, 2048)])
+SHAPES = [(8, 2, 1024, 512), (128, 8, 1536, 2048), (16, 4, 190, 120), (16, 4, 190, 123), (5, 1, 64, 1000), (64, 6, 2816, 2048)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tokens", [1, 3, 8, 32, 100])
 def test_products(shape: tuple[int, int, int, int], tokens: int) -> None:
     experts, top, m, k = shape
@@ -55,6 +54,16 @@ def test_products(shape: tuple[int, int, int, int], tokens: int) -> None:
     for x in (torch.randn(tokens, k, device="cuda").to(BF16), torch.randn(tokens * top, k, device="cuda").to(BF16)):
         for tile in (None, 8, 64):
             layer.check(x, ids, layer.product(x, ids, tile))
+
+
+def test_raw_blobs_are_refused() -> None:
+    """Small odd shapes do not shrink; the kernel would take their weights for tiles, and read anywhere."""
+    weights = torch.randn(16, 130, 72, device="cuda").to(BF16)
+    made = [zipserv.compress(w) for w in weights]
+    ids, x = choose(1, 4, 16), torch.randn(1, 72, device="cuda").to(BF16)
+    assert all(z.is_raw for z in made)
+    with pytest.raises(ValueError, match="raw"):
+        grouped.moe_linear(x, torch.cat([F.pad(z.blob, (0, 96)) for z in made]), 16, grouped.moe_route(ids, 16, 8), 8, 130, 72, 1)
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 1024, 512), (128, 8, 1536, 2048), (5, 1, 384, 1000)])

@@ -298,6 +298,7 @@ raises(ValueError, ["pairs are multiplied"], _zipserv.cuda_grouped, 0, 0, 0x1000
 raises(ValueError, ["multiple of 128"], _zipserv.cuda_grouped, 0, 0, 0x1000, 256, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 8, 1)
 assert cuda.moe_linear(x, blobs, step, words, 6, 8, 256, 128, True).shape == (6, 128)
 raises(ValueError, ["16 bytes"], _zipserv.cuda_grouped, 0, 0, 0x1000, 250, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 8, 0)
+raises(ValueError, ["raw blob has 8320 bytes"], _zipserv.cuda_grouped, 0, 0, 0x1000, 8320, 64, 64, 0x2000, 0, 0x3000, 0x4000, 6, 8, 0)
 raises(ValueError, ["2^31"], _zipserv.cuda_grouped, 0, 0, 0x1000, 256, 1 << 20, 1 << 20, 0x2000, 0, 0x3000, 0x4000, 600, 8, 0)
 raises(ValueError, ["1 to 32 experts"], _zipserv.cuda_combine, 0, 0, 16, 16, 8, 16, 3, 33, 64, 64, 0x3000)
 cuda.warm_experts(blobs, 256, 128)
