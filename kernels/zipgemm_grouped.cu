@@ -7,7 +7,7 @@
 //
 // With ZS_GATED the upper half of the rows of w are gates, m is a multiple of 128, and y[pair, m / 2] = silu(gate) * up, rounded where separate kernels would.
 //
-// The blobs of all experts lie `step` bytes apart, 16-byte aligned. x [.., k] and y [pairs, m] have no gaps.
+// The blobs of all experts lie `step` bytes apart, 16-byte aligned, and are tiled: no header is read, so callers refuse raw ones. x [.., k] and y [pairs, m] have no gaps.
 //
 // Launch: block ZS_THREADS, grid <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
 // Its bytes are 0xFF before the first launch, and every launch leaves them so. It may be launched early (programmatic dependent launch); which weights it

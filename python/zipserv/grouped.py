@@ -14,13 +14,15 @@ On a GPU each is one launch, whatever was chosen (``kernels/zipgemm_grouped.cu``
 hold it. A pair whose expert's number is negative, or too large, is nobody's (expert parallelism): its row of ``moe_linear`` holds anything, and
 ``moe_combine`` passes over it. BF16 only, and no expert may be stored raw; no gradients.
 
-The blobs of all experts lie in one tensor at equal distances: :func:`distance`, :func:`fits`, :func:`stack`.
+The blobs of all experts lie in one tensor at equal distances: :func:`distance`, :func:`fits`, :func:`stack`. :func:`multiply` is a whole layer, for
+the integrations, which multiply experts together where :func:`serves` says that it can be done and :func:`few` that it is worth it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +32,12 @@ from .ops import _linear_cpu, cuda_module
 from .stacked import mark_written
 
 __all__ = [
-    "MAX_EXPERTS", "MAX_GATED_TILE", "MAX_PAIRS", "MAX_TOP", "distance", "fits", "moe_combine", "moe_linear", "moe_route", "stack", "tile_for",
+    "MAX_EXPERTS", "MAX_GATED_TILE", "MAX_PAIRS", "MAX_TOP", "Weight", "distance", "few", "fits", "moe_combine", "moe_linear", "moe_route",
+    "multiply", "serves", "stack", "tile_for", "warm",
 ]  # fmt: skip
+
+#: Whether layers multiply experts together at all. One by one is for comparisons.
+ENABLED = os.environ.get("ZIPSERV_GROUPED_EXPERTS") != "0"
 
 MAX_PAIRS = 4096  #: of one call
 MAX_EXPERTS = 1024
@@ -39,6 +45,10 @@ MAX_TOP = 32
 TILES = (8, 16, 32, 64)
 MAX_GATED_TILE = 32  #: with gates
 ALIGN = 256  #: of blobs in one tensor: what the kernels' wide copies want
+
+#: Pairs an expert beyond which experts had better run one after the other: then each product is large, and these kernels would read an expert's
+#: weights once for every 64 pairs.
+_MANY = 64
 
 _BF16 = 1
 _HEAD, _ITEM = 4, 4  # words of 32 bits in front of the items, and of an item
@@ -97,6 +107,65 @@ def _require_fit(step: int, m: int, k: int) -> None:
             f"experts of {m} x {k} whose blobs are {step} bytes apart can't be multiplied together: a raw blob is {raw_nbytes(m, k)} bytes long, "
             "so one of them may be raw (it would not shrink); multiply them one by one"
         )
+
+
+class Weight(NamedTuple):
+    """One of the two weights of a layer, a matrix ``(m, k)`` for each expert."""
+
+    blobs: torch.Tensor  #: as :func:`stack` makes it
+    experts: int
+    m: int
+    k: int
+
+
+def serves(dtype: torch.dtype, experts: int, top: int) -> bool:
+    """Whether a layer's experts can be multiplied together, if their blobs fit (:func:`fits`). It does not depend on the number of tokens: in
+    batch-invariant mode a token's experts are always multiplied the same way."""
+    return ENABLED and dtype == DTYPES[_BF16] and experts <= MAX_EXPERTS and top <= MAX_TOP
+
+
+def few(pairs: int, experts: int) -> bool:
+    """Whether so many pairs are multiplied faster together than expert by expert."""
+    return pairs <= min(MAX_PAIRS, _MANY * experts)
+
+
+def multiply(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: Weight, down: Weight,
+    activate: Callable[[torch.Tensor], torch.Tensor], *, silu_and_mul: bool, invariant: bool,
+) -> torch.Tensor:  # fmt: skip
+    """A layer: each token's experts ``down(activate(up(x)))``, weighted and added. Weights that were hit are read once; only the device knows which.
+
+    Args:
+        x, ids, weights: ``(tokens, k of up)``; ``(tokens, top)``, at least one; the same shape.
+        up, down: the experts' weights.
+        activate: ``(pairs, m of up)`` -> ``(pairs, k of down)``.
+        silu_and_mul: ``activate`` is SiLU of the first half times the second, which a kernel can have at its end.
+        invariant: in batch-invariant mode. Then it has not: where gates are applied depends on the tile, and the last bit may on where.
+    """
+    tokens, top = ids.shape
+    most = MAX_PAIRS // top
+    if tokens > most:
+        parts = (slice(i, i + most) for i in range(0, tokens, most))
+        return torch.cat(
+            [multiply(x[part], ids[part], weights[part], up, down, activate, silu_and_mul=silu_and_mul, invariant=invariant) for part in parts]
+        )
+    tile = tile_for(tokens, top, up.experts)
+    routing = moe_route(ids, up.experts, tile)
+    gated = silu_and_mul and not invariant and tile <= MAX_GATED_TILE and up.m % (2 * TILE) == 0
+    inner = moe_linear(x, up.blobs, up.experts, routing, tile, up.m, up.k, _BF16, gated)
+    if not gated:
+        inner = activate(inner)
+    y: torch.Tensor = moe_combine(moe_linear(inner, down.blobs, down.experts, routing, tile, down.m, down.k, _BF16), ids, weights, up.experts)
+    return y
+
+
+def warm(up: Weight, down: Weight, silu_and_mul: bool) -> None:
+    """Compiles and loads on the weights' GPU what :func:`multiply` needs, for any number of tokens."""
+    cuda = cuda_module()
+    cuda.warm_experts(up.blobs, up.m, up.k)
+    if silu_and_mul and up.m % (2 * TILE) == 0 and not cuda.batch_invariant():
+        cuda.warm_experts(up.blobs, up.m, up.k, True)
+    cuda.warm_experts(down.blobs, down.m, down.k)
 
 
 def pairs_of(routing: torch.Tensor) -> int:

@@ -101,6 +101,51 @@ def test_tile(tokens: int, top: int, count: int, tile: int) -> None:
     assert grouped.tile_for(tokens, top, count) == tile
 
 
+def layer(x: torch.Tensor, ids: torch.Tensor, factors: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """The definition, one pair at a time."""
+    total = torch.zeros(x.shape[0], down.shape[1])
+    for token in range(ids.shape[0]):
+        for slot in range(ids.shape[1]):
+            expert = int(ids[token, slot])
+            if 0 <= expert < up.shape[0]:
+                gate, value = F.linear(x[token, None], up[expert]).chunk(2, dim=-1)
+                total[token] += F.linear(F.silu(gate) * value, down[expert])[0].float() * factors[token, slot].float()
+    return total.bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+def test_a_layer(tokens: int, factors: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    up, down = (torch.randn(EXPERTS, 256, 192) * 0.1).bfloat16(), (torch.randn(EXPERTS, 192, 128) * 0.1).bfloat16()
+    weights = grouped.Weight(packed(up), EXPERTS, 256, 192), grouped.Weight(packed(down), EXPERTS, 192, 128)
+    x, ids = torch.randn(tokens, 192).bfloat16(), torch.randint(-1, EXPERTS + 1, (tokens, 2))
+    share = torch.rand(tokens, 2).to(factors)
+    want = layer(x, ids, share, up, down)
+    activated = []
+
+    def activate(both: torch.Tensor) -> torch.Tensor:
+        activated.append(both.shape)
+        gate, value = both.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+    all_at_once = grouped.MAX_PAIRS
+    for most, silu, invariant in ((all_at_once, True, False), (all_at_once, True, True), (all_at_once, False, False), (6, True, False)):
+        monkeypatch.setattr(grouped, "MAX_PAIRS", most)
+        activated.clear()
+        got = grouped.multiply(x, ids, share, *weights, activate, silu_and_mul=silu, invariant=invariant)
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-3)
+        assert bool(activated) == (invariant or not silu)
+
+
+def test_what_is_multiplied_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grouped.serves(torch.bfloat16, 128, 8) and not grouped.serves(torch.float16, 128, 8)
+    assert not grouped.serves(torch.bfloat16, 2000, 8) and not grouped.serves(torch.bfloat16, 128, 33)
+    assert [grouped.few(pairs, 8) for pairs in (0, 512, 513)] == [True, True, False]
+    assert [grouped.few(pairs, 128) for pairs in (4096, 4097)] == [True, False]
+    monkeypatch.setattr(grouped, "ENABLED", False)
+    assert not grouped.serves(torch.bfloat16, 128, 8)
+
+
 def test_opcheck(experts) -> None:
     _, blobs = experts
     ids = CHOICES["several"]

@@ -73,8 +73,7 @@ def test_a_captured_layer_never_asks_the_host(folders, monkeypatch, tokens, form
     with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
         layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
     method = layer.quant_method
-    monkeypatch.setattr(moe, "_TOGETHER", True)
-    assert method.w13.longest and method.w2.longest and all(start % moe.ALIGN == 0 for start, _ in method.w13.spans)
+    assert method.w13.longest and method.w2.longest and all(start % moe.grouped.ALIGN == 0 for start, _ in method.w13.spans)
     called = []
     for name in ("_routed", "_masked", "_picked"):
         monkeypatch.setattr(moe, name, lambda *args, name=name: called.append(name))
@@ -103,14 +102,53 @@ def test_which_layers_are_multiplied_together(folders, monkeypatch) -> None:
         method.apply(layer, x, torch.rand(tokens, 2), torch.zeros(tokens, 2, dtype=torch.int32), None, None)
         return called[0]
 
-    assert [form(n) for n in (1, 5000)] == ["_routed", "_routed"], "only if asked for, until it has run on a GPU"
-    monkeypatch.setattr(moe, "_TOGETHER", True)
     assert [form(n) for n in (0, 1, 256, 257, 5000)] == ["_routed", "_grouped", "_grouped", "_routed", "_routed"]
     assert form(1, torch.float16) == "_routed"
     monkeypatch.setattr(moe.cuda, "batch_invariant", lambda: True)
     assert [form(n) for n in (1, 256, 257, 5000)] == ["_grouped"] * 4
-    monkeypatch.setattr(method.w2, "longest", 0)
+    monkeypatch.setattr(moe.grouped, "ENABLED", False)
+    assert form(1) == "_routed", "ZIPSERV_GROUPED_EXPERTS=0"
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(moe, "_routed", lambda *args: called.append("_routed"))
+    monkeypatch.setattr(method.w2, "fits", False)
     assert form(1) == "_routed"
+
+
+def test_experts_that_are_stored_raw_are_never_multiplied_together(dtype) -> None:
+    """One that does not shrink is enough: the kernel would take its weights for tiles."""
+    w = (torch.randn(2, 128, 192) * 0.02).bfloat16()
+    noise = torch.randint(-32768, 32767, (128, 192), dtype=torch.int16).view(torch.bfloat16)
+    for third, fits in ((w[0], True), (noise, False)):
+        layer = torch.nn.Module()
+        loader = lambda param, loaded, at: param.data[at].copy_(loaded)  # noqa: E731
+        experts = moe.Experts(layer, "w13_weight", "layer", (3, 128, 192), torch.bfloat16, {"weight_loader": loader})
+        param = layer.w13_weight
+        for at, matrix in enumerate((w[0], w[1], third)):
+            param.weight_loader(param, matrix, at)
+        experts.settle()
+        assert (experts.fits, bool(experts.longest)) == (fits, fits)
+        if not fits:
+            with pytest.raises(ValueError, match="raw"):
+                routing = moe.grouped.moe_route(torch.zeros(1, 1, dtype=torch.int32), 3, 8)
+                moe.grouped.moe_linear(w[0, :1], experts.weight().blobs, 3, routing, 8, 128, 192, 1)
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_kernels_are_compiled_while_loading(folders, monkeypatch, serves) -> None:
+    """On a GPU, all that experts multiplied together need: no request and no capture is to wait for the compiler."""
+    with support.load(folders.plain("qwen3-moe"), "zipserv") as loaded:
+        layer = next(m for m in loaded.model.modules() if isinstance(getattr(m, "quant_method", None), moe.ZipServMoEMethod))
+    method, warmed = layer.quant_method, []
+    monkeypatch.setattr(moe.cuda, "warm_experts", lambda blobs, m, k, gated=False: warmed.append((m, k, gated)))
+    method.process_weights_after_loading(layer)
+    assert not warmed, "there is no GPU"
+    weight = moe.Experts.weight
+    monkeypatch.setattr(moe.Experts, "weight", lambda self: weight(self)._replace(blobs=on_gpu(weight(self).blobs)))
+    monkeypatch.setattr(moe.grouped, "ENABLED", serves)
+    method.process_weights_after_loading(layer)
+    up, down = (method.w13.m, method.w13.k), (method.w2.m, method.w2.k)
+    assert warmed == ([(*up, False), (*up, True), (*down, False)] if serves else [])
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 40])

@@ -3,6 +3,7 @@
 
     python tools/gpu/decode_loop.py --families llama,qwen2,mixtral,qwen3-moe --batch 1,8,32 --out loop.json
     torchrun --nproc-per-node 2 tools/gpu/decode_loop.py --families llama --layers 8      # tensor parallel, nccl
+    ZIPSERV_GROUPED_EXPERTS=0 python tools/gpu/decode_loop.py --families mixtral,qwen3-moe # experts one by one
     python tools/gpu/decode_loop.py --device cpu --tiny                                    # shows that the program works
 
 The classes that multiply, look up, route and load are those of `zipserv.integrations.vllm`; the layers that call them are of `vllm_standin`,
@@ -46,7 +47,7 @@ import vllm_standin as standin
 standin.install()
 
 import zipserv  # noqa: E402
-from zipserv import choices, tune  # noqa: E402
+from zipserv import choices, grouped, tune  # noqa: E402
 from zipserv.integrations.vllm import register  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -465,7 +466,7 @@ class Run:
             check(torch.equal(routed, moe._masked(method._expert, spec.experts, x, weights, ids)), f"{n} tokens: masked and routed experts differ")
             if method.w13.longest and method.w2.longest:
                 check(torch.equal(routed, moe._picked(method._pick, x, weights, ids)), f"{n} tokens: picked and routed experts differ")
-            if not method._can_group(x.dtype, ids):
+            if not method._can_group(x.dtype, spec.top):
                 continue
             together = method._grouped(x, weights, ids)
             off = distance(together.float(), routed.float())
@@ -638,7 +639,8 @@ def main() -> int:
         with torch.no_grad():
             alone = {name: one_gpu(name, spec, options, device) for name, spec in specs.items()}
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None)
-    about = {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "torch": torch.__version__, "ranks": world}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    about = {"device": name, "torch": torch.__version__, "ranks": world, "experts together": grouped.ENABLED}
     found: list[dict[str, Any]] = []
     failed: list[str] = []
     for name, spec in specs.items():

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's mixture-of-experts layers over compressed experts.
 
-Each expert's two matrices are blobs of their own. On a GPU, with few tokens an expert, and if ``ZIPSERV_GROUPED_EXPERTS`` is 1, those that were
-hit are multiplied together, on their compressed bytes and in one launch a product; which they are only the device knows
-(:mod:`zipserv.grouped`; an experiment until it has run on a GPU). Else they run one after the other. Finding out on the host which ones were
+Each expert's two matrices are blobs of their own. On a GPU, with few tokens an expert, those that were hit are multiplied together, on their
+compressed bytes and in one launch a product; which they are only the device knows (:mod:`zipserv.grouped`). What that does not serve (FP16,
+an expert that is stored raw, many tokens, no GPU) runs one expert after the other. Finding out on the host which ones were
 hit needs a synchronisation, which a CUDA graph forbids. So while one is captured the device chooses: of few tokens each has its experts' blobs
 copied to a place that is known beforehand, of many every expert runs on all tokens and the router's choice is a mask. All add a token's experts
 in the order of their numbers.
@@ -11,7 +11,6 @@ in the order of their numbers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,24 +22,13 @@ from vllm.model_executor.layers.fused_moe.config import FUSED_MOE_UNQUANTIZED_CO
 from vllm.model_executor.utils import set_weight_attrs
 
 from zipserv import cuda, grouped
-from zipserv.format import DTYPE_CODES, TILE
 from zipserv.tensor import linear_blob
 
 from .collect import Collector
 from .weight import attach, finish, follow_batch_invariance, is_raw, loaded_parameter
 
-#: Blobs of one layer lie in one tensor, at equal distances that are a multiple of this: what the kernels' wide copies want.
-ALIGN = 256
-
 #: A blob that is copied and then used is read twice and written once.
 _COPY_COST = 3
-
-#: Tokens an expert beyond which, where the host may ask, experts run one after the other: then each product is large, and these kernels would read an
-#: expert's weights once for every 64 tokens.
-_MANY = 64
-
-#: Whether experts may be multiplied together. Not by default before that has been measured on a GPU.
-_TOGETHER = os.environ.get("ZIPSERV_GROUPED_EXPERTS") == "1"
 
 Expert = Callable[[torch.Tensor], torch.Tensor]
 
@@ -65,6 +53,7 @@ class Experts:
         self.collectors = [Collector(f"{prefix}.{name}[{i}]", self.m, self.k, dtype, self.device) for i in range(count)]
         self.spans: list[tuple[int, int]] = []
         self.longest = 0  # bytes of the largest blob; 0 where one is raw, which none can stand in for
+        self.fits = False  # that they can be multiplied together
         self.loader = attach(param, self.collectors, self.settle)
 
     def settle(self) -> None:
@@ -72,10 +61,10 @@ class Experts:
             return
         made = [finish(collector) for collector in self.collectors]
         self.collectors = []
-        longest = max(blob.numel() for blob in made)
-        step = -(-longest // ALIGN) * ALIGN
+        longest, step = max(blob.numel() for blob in made), grouped.distance(made)
         self.spans = [(i * step, i * step + blob.numel()) for i, blob in enumerate(made)]
         self.longest = 0 if any(is_raw(blob, self.m, self.k) for blob in made) else longest
+        self.fits = grouped.fits(step, self.m, self.k)
         together = torch.zeros(len(made) * step, dtype=torch.uint8, device=self.device)
         for (start, stop), blob in zip(self.spans, made, strict=True):
             together[start:stop] = blob
@@ -83,11 +72,8 @@ class Experts:
                 cuda.changed(together[start:stop])  # the memory may have held another blob
         setattr(self.layer, self.name, loaded_parameter(together, self.loader))
 
-    def together(self, x: torch.Tensor, routing: torch.Tensor, tile: int, gated: bool = False) -> torch.Tensor:
-        """Each pair's row by its expert: :mod:`zipserv.grouped`."""
-        blobs = getattr(self.layer, self.name).data
-        y: torch.Tensor = grouped.moe_linear(x, blobs, len(self.spans), routing, tile, self.m, self.k, DTYPE_CODES[self.dtype], gated)
-        return y
+    def weight(self) -> grouped.Weight:
+        return grouped.Weight(getattr(self.layer, self.name).data, len(self.spans), self.m, self.k)
 
     def linear(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         start, stop = self.spans[expert]
@@ -141,6 +127,10 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         self.w13.settle()
         self.w2.settle()
+        up, down = self.w13.weight(), self.w2.weight()
+        if up.blobs.is_cuda and self._can_group(self.w13.dtype, 1):
+            # Which kernel runs depends on the number of tokens: none is to be compiled by a request, or while a graph is captured.
+            grouped.warm(up, down, self.moe.activation == MoEActivation.SILU)
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig | None:
         return FUSED_MOE_UNQUANTIZED_CONFIG
@@ -162,8 +152,9 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         count = len(self.w13.spans)
         capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
-        if x.is_cuda and self._can_group(x.dtype, topk_ids):
-            if cuda.batch_invariant() or topk_ids.numel() <= (grouped.MAX_PAIRS if capturing else min(grouped.MAX_PAIRS, _MANY * count)):
+        if x.is_cuda and topk_ids.numel() and self._can_group(x.dtype, topk_ids.shape[1]):
+            few = topk_ids.numel() <= grouped.MAX_PAIRS if capturing else grouped.few(topk_ids.numel(), count)
+            if few or cuda.batch_invariant():
                 return self._grouped(x, topk_weights, topk_ids)
         if not capturing:
             return _routed(self._expert, count, x, topk_weights, topk_ids)
@@ -171,28 +162,16 @@ class ZipServMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             return _picked(self._pick, x, topk_weights, topk_ids)
         return _masked(self._expert, count, x, topk_weights, topk_ids)
 
-    def _can_group(self, dtype: torch.dtype, ids: torch.Tensor) -> bool:
-        """It does not depend on the number of tokens: in batch-invariant mode a token's experts are always multiplied the same way."""
-        fits = len(self.w13.spans) <= grouped.MAX_EXPERTS and ids.shape[1] <= grouped.MAX_TOP
-        return bool(_TOGETHER and dtype == torch.bfloat16 and fits and ids.numel() and self.w13.longest and self.w2.longest)
+    def _can_group(self, dtype: torch.dtype, top: int) -> bool:
+        return self.w13.fits and self.w2.fits and grouped.serves(dtype, len(self.w13.spans), top)
 
     def _grouped(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """All experts that were hit together, each weight read once; nobody but the device knows which they are."""
-        count, (tokens, top) = len(self.w13.spans), ids.shape
-        most = grouped.MAX_PAIRS // top
-        if tokens > most:
-            starts = range(0, tokens, most)
-            return torch.cat([self._grouped(x[i : i + most], weights[i : i + most], ids[i : i + most]) for i in starts])
-        tile = grouped.tile_for(tokens, top, count)
-        routing = grouped.moe_route(ids, count, tile)
-        # A launch less. Not in batch-invariant mode: where gates are applied depends on the tile, and the last bit may on where.
-        gated = self.moe.activation == MoEActivation.SILU and tile <= grouped.MAX_GATED_TILE and self.w13.m % (2 * TILE) == 0
-        gated = gated and not cuda.batch_invariant()
-        inner = self.w13.together(x, routing, tile, gated)
-        if not gated:
-            inner = _activate(self.moe.activation, inner)
-        y: torch.Tensor = grouped.moe_combine(self.w2.together(inner, routing, tile), ids, weights, count)
-        return y
+        activation = self.moe.activation
+        return grouped.multiply(
+            x, ids, weights, self.w13.weight(), self.w2.weight(), lambda both: _activate(activation, both),
+            silu_and_mul=activation == MoEActivation.SILU, invariant=cuda.batch_invariant(),
+        )  # fmt: skip
 
     def _expert(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         return self.w2.linear(expert, _activate(self.moe.activation, self.w13.linear(expert, x)))
