@@ -15,7 +15,8 @@ hold it. A pair whose expert's number is negative, or too large, is nobody's (ex
 ``moe_combine`` passes over it. BF16 only, and no expert may be stored raw; no gradients.
 
 The blobs of all experts lie in one tensor at equal distances: :func:`distance`, :func:`fits`, :func:`stack`. :func:`multiply` is a whole layer, for
-the integrations, which multiply experts together where :func:`serves` says that it can be done and :func:`few` that it is worth it.
+the integrations (vLLM, transformers), which multiply experts together where :func:`serves` says that it can be done and :func:`few` that it is
+worth it.
 """
 
 from __future__ import annotations

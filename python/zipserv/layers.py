@@ -82,10 +82,14 @@ class BlobModule(nn.Module):
         Raises:
             Error: no weight has been loaded yet.
         """
-        blob = self.get_buffer(name + SUFFIX)
+        blob = self._blob(name)
         if blob.is_meta or blob.numel() == 0:
             raise Error(f"{type(self).__name__} holds no {name} yet: load a state dict, or make it from a loaded layer")
         return ZipTensor.from_blob(blob, verify="none")
+
+    def _blob(self, name: str) -> torch.Tensor:
+        """The compressed bytes of the weight ``name``."""
+        return self.get_buffer(name + SUFFIX)
 
     def _blobs(self) -> Iterator[torch.Tensor]:
         """The buffers that hold compressed bytes."""

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from . import devices
 from .errors import Error
+from .experts import ZipExperts
 from .pinned import pinned_empty
 from .streams import copy_stream, forget
 
@@ -46,6 +47,11 @@ class _Weight:
                 parameter.data = tensor
             else:
                 module._buffers[name] = tensor
+
+    def blobs(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """What products know by its address: the tensor in this one's place, or its parts."""
+        holder = next((module for module, _ in self.places if isinstance(module, ZipExperts)), None)
+        return [tensor] if holder is None or holder.together() is None else holder.parts(tensor)
 
     def view(self, data: torch.Tensor) -> torch.Tensor:
         """This tensor within the bytes ``data`` of its block."""
@@ -195,8 +201,8 @@ class _Pool:
         slot = self.holds.index(index)
         self.await_copy(slot)
         views = [weight.view(self.slots[slot]) for weight in self.blocks[index].weights]
-        forget(views)  # products fetch the first weights of a blob they know before the work ahead of them has ended: this one is new
         for weight, view in zip(self.blocks[index].weights, views, strict=True):
+            forget(weight.blobs(view))  # products fetch first weights of a blob they know before the work ahead of them has ended: this one is new
             weight.put(view)
         self.inside.add(index)
         following = (index + 1) % len(self.blocks)

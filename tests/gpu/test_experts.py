@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import zipserv
-from zipserv import grouped
+from zipserv import ZipExperts, grouped
 
 BF16 = torch.bfloat16
 
@@ -161,3 +161,49 @@ def test_one_launch_each_and_no_wait() -> None:
         torch.cuda.synchronize()
     names = [event.name for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA and event.name.startswith("zs_")]
     assert names == ["zs_moe_route", "zs_zipgemm_grouped", "zs_moe_combine"]
+
+
+def swiglu(both: torch.Tensor) -> torch.Tensor:
+    gate, up = both.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def one_by_one(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, up: ZipExperts, down: ZipExperts) -> torch.Tensor:
+    y = torch.zeros(x.shape, device="cuda")
+    for expert in ids.unique().tolist():
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        y.index_add_(0, token, F.linear(swiglu(F.linear(x[token], up[expert])), down[expert]).float() * weights[token, slot, None])
+    return y
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 512, 768), (64, 6, 256, 704)])
+@pytest.mark.parametrize("made_on", ["cpu", "cuda"])
+@torch.no_grad()
+def test_stacked_experts_of_a_model(shape: tuple[int, int, int, int], made_on: str) -> None:
+    """ZipExperts: moved, each expert by itself, all together, captured, and loaded again beneath the graph."""
+    count, top, hidden, inner = shape
+    weights = [(torch.randn(count, *size) * 0.05).to(BF16) for size in ((2 * inner, hidden), (hidden, inner))]
+    up, down = (ZipExperts.from_tensor(w.to(made_on)).cuda() for w in weights)
+    assert all(torch.equal(e.decompress().cpu(), w) for e, w in zip((up, down), weights, strict=True))
+    first, second = up.together(), down.together()
+    assert first is not None and second is not None
+    grouped.warm(first, second, True)
+    for tokens in (1, 7, 40, 300):
+        x, ids = torch.randn(tokens, hidden, device="cuda").to(BF16), choose(tokens, top, count)
+        share = torch.rand(tokens, top, device="cuda")
+        run = lambda: grouped.multiply(x, ids, share, first, second, swiglu, silu_and_mul=True, invariant=False)  # noqa: B023, E731
+        torch.testing.assert_close(run().float(), one_by_one(x, ids, share, up, down), rtol=3e-2, atol=3e-2)
+    x, ids, share = torch.randn(5, hidden, device="cuda").to(BF16), choose(5, top, count), torch.rand(5, top, device="cuda")
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for sign in (1, -1, 1):  # other weights of the same length
+        up.load_state_dict(ZipExperts.from_tensor(sign * weights[0].cuda()).state_dict())
+        graph.replay()
+        torch.testing.assert_close(y.float(), one_by_one(x, ids, share, up, down), rtol=3e-2, atol=3e-2)
+    assert up.together().blobs is first.blobs
+    up.load_state_dict(ZipExperts.from_tensor((torch.randn(count, 2 * inner, hidden) * 0.02).to(BF16)).state_dict())  # of other lengths
+    first = up.together()
+    torch.testing.assert_close(run().float(), one_by_one(x, ids, share, up, down), rtol=3e-2, atol=3e-2)

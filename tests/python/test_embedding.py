@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -176,6 +177,83 @@ def test_experts() -> None:
     assert torch.equal(copied.decompress(), w)
     with pytest.raises(ValueError, match="three dimensions"):
         ZipExperts.from_tensor(w[0])
+
+
+def noise(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(4)
+    return torch.randint(-(2**15), 2**15 - 1, shape, dtype=torch.int16, generator=generator).view(torch.bfloat16)
+
+
+def test_experts_lie_in_one_buffer_that_no_state_dict_shows() -> None:
+    w = weights(4, 192, 128)
+    experts = ZipExperts.from_tensor(w)
+    assert [name for name, _ in experts.named_buffers()] == ["experts_zipserv"]
+    state = experts.state_dict()
+    assert list(state) == [f"{i}_zipserv" for i in range(4)]
+    for index in range(4):
+        assert torch.equal(state[f"{index}_zipserv"], zipserv.compress(w[index]).blob), "the bytes that a module of its own would have"
+    together = experts.together()
+    assert together is not None and together[1:] == (4, 192, 128) and together.blobs is experts.get_buffer("experts_zipserv")
+    assert experts.nbytes == sum(blob.numel() for blob in state.values()) and not experts.is_raw
+
+    for other in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts)), copy.deepcopy(experts).to(torch.float16)):
+        assert torch.equal(other.decompress(), w) and other.dtype == torch.bfloat16
+        assert other.together().blobs.data_ptr() != together.blobs.data_ptr()
+    assert len(pickle.dumps(experts)) < 1.1 * experts.nbytes
+    meta = copy.deepcopy(experts).to("meta")
+    assert meta.device.type == "meta" and meta.state_dict()["3_zipserv"].is_meta
+    with pytest.raises(zipserv.Error, match="holds no"):
+        meta.decompress()
+
+
+def test_experts_load_what_they_saved() -> None:
+    first, second = weights(3, 192, 128), weights(3, 192, 128, seed=1)
+    experts = ZipExperts.from_tensor(first)
+    at = experts.get_buffer("experts_zipserv").data_ptr()
+    same = {f"{i}_zipserv": zipserv.compress(first[j]).blob for i, j in ((0, 0), (1, 1), (2, 2))}
+    experts.load_state_dict(same)
+    assert experts.get_buffer("experts_zipserv").data_ptr() == at, "in place: captured graphs stay valid"
+    experts.load_state_dict(ZipExperts.from_tensor(second).state_dict())  # other lengths
+    assert torch.equal(experts.decompress(), second)
+    experts.load_state_dict({"1": first[1]}, strict=False)  # plain, one of them
+    assert torch.equal(experts.decompress(), torch.stack([second[0], first[1], second[2]]))
+    experts.load_state_dict({f"{i}_zipserv": zipserv.compress(first[i]) for i in range(3)}, assign=True)
+    assert torch.equal(experts.decompress(), first)
+    meta = copy.deepcopy(experts).to("meta")
+    with pytest.warns(UserWarning, match="assign=True"):
+        meta.load_state_dict(experts.state_dict())
+    meta.load_state_dict(experts.state_dict(), assign=True)
+    assert torch.equal(meta.decompress(), first) and meta.together() is not None
+    for wrong, said in (({"0_zipserv": zipserv.compress(weights(128, 128)).blob}, "shape"), ({"0": "?"}, "expected a tensor"), ({}, "0_zipserv")):
+        with pytest.raises(RuntimeError, match=said):
+            experts.load_state_dict(wrong)
+    assert torch.equal(experts.decompress(), first)
+
+
+def test_experts_of_which_one_does_not_shrink_are_apart() -> None:
+    """The kernel for all at once would take a raw blob's weights for tiles."""
+    w = weights(3, 192, 128)
+    w[1] = noise(192, 128)
+    experts = ZipExperts.from_tensor(w)
+    assert experts.together() is None and list(experts.state_dict()) == ["0_zipserv", "1_zipserv", "2_zipserv"]
+    assert torch.equal(bits(experts.decompress()), bits(w)) and not experts.is_raw
+    shrunk = ZipExperts.from_tensor(weights(3, 192, 128))
+    shrunk.load_state_dict(experts.state_dict())
+    assert shrunk.together() is None and torch.equal(bits(shrunk.decompress()), bits(w))
+    small = ZipExperts.from_tensor(weights(3, 130, 72))  # padding costs more than is saved
+    assert small.together() is None and small.is_raw
+
+
+def test_experts_that_are_split_keep_names_and_bytes() -> None:
+    w = weights(3, 192, 128)
+    experts = ZipExperts.from_tensor(w)
+    state, at = experts.state_dict(), experts.get_buffer("experts_zipserv").untyped_storage().data_ptr()
+    experts.split()
+    assert experts.together() is None and [name for name, _ in experts.named_buffers()] == list(state)
+    assert all(torch.equal(buffer, state[name]) and buffer.untyped_storage().data_ptr() != at for name, buffer in experts.named_buffers())
+    experts.load_state_dict(ZipExperts.from_tensor(weights(3, 192, 128, seed=1)).state_dict())
+    assert torch.equal(experts.decompress(), weights(3, 192, 128, seed=1))
+    assert torch.equal(copy.deepcopy(experts).to(torch.float32).decompress(), experts.decompress())
 
 
 def test_lazy_weight_decompresses_only_for_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,31 @@ def compressed(**kwargs: Any) -> Model:
 IDS = torch.arange(24).view(2, 12)
 
 
+@torch.no_grad()
+def test_experts_stream_in_one_piece_and_each_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products know an expert by the address of its own blob."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = zipserv.ZipExperts.from_tensor((torch.randn(3, 192, 192) * 0.02).bfloat16())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for index in range(3):
+                x = torch.nn.functional.linear(x, self.weight[index])
+            return x
+
+    made = nn.Sequential(nn.ModuleList([Experts(), Experts(), Experts()]))
+    made.forward = lambda x: [x := layer(x) for layer in made[0]][-1]
+    x = torch.randn(5, 192).bfloat16()
+    expected, parts = made(x), [[experts.weight._blob(str(i)).clone() for i in range(3)] for experts in made[0]]
+    forgotten: list[torch.Tensor] = []
+    monkeypatch.setattr(offload, "forget", lambda blobs: forgotten.extend(blob.clone() for blob in blobs))
+    offload.apply(made, "cpu", stage=True)
+    assert torch.equal(made(x), expected) and torch.equal(made(x), expected)
+    assert len(forgotten) == 18 and all(torch.equal(blob, parts[i // 3 % 3][i % 3]) for i, blob in enumerate(forgotten))
+
+
 @pytest.mark.parametrize("make", [model, compressed], ids=["plain", "compressed"])
 @torch.no_grad()
 def test_streams_blocks_and_gives_the_same_result(make: Any) -> None:

@@ -268,6 +268,119 @@ def test_a_folder_with_dense_experts_and_compressed_ones(folders: Any, tmp_path:
     assert torch.equal(run("mixtral", again), run("mixtral", model))
 
 
+MIXTURES = ["mixtral", "qwen2-moe", "qwen3-moe"]
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Experts as on a GPU, by the ops' CPU forms; the tokens of each product."""
+    from zipserv import grouped
+    from zipserv.integrations.transformers import experts
+
+    products: list[int] = []
+    multiply = grouped.multiply
+    monkeypatch.setattr(experts, "_TOGETHER_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(grouped, "multiply", lambda x, *args, **kwargs: products.append(len(x)) or multiply(x, *args, **kwargs))
+    return products
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_together_as_on_a_gpu(name: str, folders: Any, together: list[int]) -> None:
+    model = load(name, folders(name), quantization_config=ZipServConfig())
+    found = run(name, model)
+    assert together == [18, 18], "one product a layer, of both sequences' tokens"
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(found, run(name, model), rtol=3e-2, atol=1e-2)
+    assert len(together) == 2
+    plain = model.dequantize()
+    plain.set_experts_implementation("zipserv")  # nothing is compressed any more
+    assert torch.equal(run(name, plain), run(name, reference(name, folders(name)))) and len(together) == 2
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+@torch.no_grad()
+def test_experts_together_are_one_graph(name: str, folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For torch.compile, and so for CUDA graphs: nothing asks which experts were chosen, for any number of tokens."""
+    from zipserv.integrations.transformers import experts
+
+    monkeypatch.setattr(experts, "_TOGETHER_ON", frozenset({"cpu"}))
+    model = load(name, folders(name), quantization_config=ZipServConfig())
+    torch._dynamo.reset()  # models share transformers' code, and so its limit of recompilations
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for tokens in (9, 1, 40):
+        ids = torch.randint(3, 320, (2, tokens), generator=torch.Generator().manual_seed(tokens))
+        torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=1e-2, atol=1e-2)
+
+
+def test_experts_one_by_one_where_that_is_right(folders: Any, together: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens, a gradient, another dtype, an expert that does not shrink, the switch; never by chance."""
+    from zipserv import grouped
+    from zipserv.integrations.transformers import experts
+
+    model = load("mixtral", folders("mixtral"), quantization_config=ZipServConfig())
+    layer = model.model.layers[0].mlp.experts
+    x, ids = torch.randn(6, 128).bfloat16(), torch.randint(0, 4, (6, 2))
+    share = torch.rand(6, 2)
+    with torch.no_grad():
+        want = layer(x, ids, share)
+        assert together == [6]
+        assert layer(x, ids, share.bfloat16()).shape == want.shape and together == [6, 6]
+        together.clear()
+        many = 1 + 64 * 4 // 2
+        layer(torch.randn(many, 128).bfloat16(), torch.randint(0, 4, (many, 2)), torch.rand(many, 2))
+        assert layer(x[:0], ids[:0], share[:0]).shape == (0, 128)
+    asked = x.clone().requires_grad_()
+    layer(asked, ids, share).float().sum().backward()
+    assert asked.grad is not None and asked.grad.abs().sum() > 0
+    with torch.no_grad():
+        layer(asked, ids, share)
+        assert together == [6], "a gradient that is not recorded is no obstacle"
+        together.clear()
+        for change in (
+            lambda patch: patch.setattr(grouped, "ENABLED", False),
+            lambda patch: patch.setattr(experts, "_TOGETHER_ON", frozenset({"cuda"})),
+            lambda patch: patch.setattr(layer, "is_transposed", True),
+            lambda patch: layer.down_proj.split(),  # as experts are of which one is stored raw
+        ):
+            with monkeypatch.context() as patch:
+                change(patch)
+                torch.testing.assert_close(layer(x, ids, share), want, rtol=3e-2, atol=1e-3)
+        auto = getattr(transformers, MODELS["mixtral"][2])
+        half = auto.from_pretrained(folders("mixtral"), dtype=torch.float16, quantization_config=ZipServConfig())
+        assert half.model.layers[0].mlp.experts.gate_up_proj.together() is not None and run("mixtral", half).dtype == torch.float16
+    assert not together
+
+
+def test_experts_that_travel_have_buffers_of_their_own(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate's offload moves single buffers by the names in a state dict."""
+    from zipserv.integrations.transformers import modules
+
+    monkeypatch.setattr(modules, "_take_down_hooks", lambda model: {"model.layers.0": 0, "model.layers.1": "cpu"})
+    monkeypatch.setattr(modules, "_put_back_hooks", lambda model, device_map: None)
+    model = load("mixtral", folders("mixtral"), quantization_config=ZipServConfig())
+    all_experts = [module for module in model.modules() if isinstance(module, ZipExperts)]
+    assert len(all_experts) == 4 and all(len(list(experts.buffers())) == 4 for experts in all_experts)
+    assert torch.equal(run("mixtral", model), run("mixtral", reference("mixtral", folders("mixtral"))))
+
+
+def test_other_activations_are_the_models_own(together: list[int]) -> None:
+    """What the kernel has at its end is SiLU and gates; all else is the module's."""
+    from zipserv.integrations.transformers.experts import _activation
+
+    config = transformers.MixtralConfig(**{**GQA, "num_local_experts": 4, "hidden_act": "gelu"})
+    torch.manual_seed(2)
+    model = transformers.MixtralForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
+    zipserv.compress_model(model)
+    layer = model.model.layers[0].mlp.experts
+    assert not _activation(layer)[1]
+    found = run("mixtral", model)
+    assert together == [18, 18]
+    model.set_experts_implementation("eager")
+    torch.testing.assert_close(found, run("mixtral", model), rtol=3e-2, atol=1e-2)
+    silu = transformers.MixtralForCausalLM._from_config(transformers.MixtralConfig(**{**GQA, "num_local_experts": 4})).model.layers[0].mlp.experts
+    assert _activation(silu)[1]
+
+
 def test_the_largest_layer_bounds_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Dense weights alive at the same time while loading."""
     from zipserv.integrations.transformers import ZipServQuantizer

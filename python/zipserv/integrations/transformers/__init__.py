@@ -23,8 +23,10 @@ def register() -> None:
 
     from zipserv import model
 
+    from .experts import register as register_experts
     from .modules import model_converters
 
+    register_experts()
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         auto.register_quantization_config(METHOD)(ZipServConfig)
     if METHOD not in auto.AUTO_QUANTIZER_MAPPING:

@@ -22,6 +22,7 @@ from zipserv.model import Converter
 from zipserv.tensor import ZipTensor, compress
 
 from .config import ZipServConfig
+from .experts import implementation
 
 Payload = ZipTensor | ZipExperts
 _STACKED = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
@@ -171,12 +172,20 @@ def replace_modules(model: Any, weights: dict[str, Payload], targets: dict[str, 
         del payload
     replaced.clear()
     weights.clear()
+    # What is mapped to the CPU beside a GPU travels with each call of a layer: its bytes must be its own.
+    travels = dispatched is not None and "cpu" in dispatched.values()
     if merge:
-        # What is mapped to the CPU beside a GPU travels with each call of a layer: its bytes must be its own.
-        travels = dispatched is not None and "cpu" in dispatched.values()
         merge_layers(model, where=lambda layer: not (travels and layer.weight_zipserv.is_cpu))
-    if any(isinstance(module, ZipExperts) for module in model.modules()) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # the one that takes one expert at a time
+    holders = []
+    for module in model.modules():
+        experts = [child for child in module.children() if isinstance(child, ZipExperts)]
+        holders += [module] if experts else []
+        for each in experts:
+            if travels and each.device.type == "cpu":
+                each.split()
+    if holders and hasattr(model, "set_experts_implementation"):
+        kinds = {implementation(module) for module in holders}
+        model.set_experts_implementation(kinds.pop() if len(kinds) == 1 else "eager")
     _put_back_hooks(model, dispatched)
     for name, parameter in model.named_parameters():
         if parameter.numel() > 1 and parameter.untyped_storage().nbytes() == parameter.element_size():
@@ -226,7 +235,7 @@ def model_converters() -> list[Converter]:
         for name, experts in weights.items():
             _place_experts(old, name, experts)
         config: Any = old.config
-        config._experts_implementation = "eager"  # the one that takes one expert at a time
+        config._experts_implementation = implementation(old)
         return old
 
     return [
