@@ -61,6 +61,9 @@ inline void st_relaxed_v4(void* p, Vec4 v) {
 inline uint32_t ld_acquire_u32(const uint32_t* p) { return uint32_t(zsemu::atomic(zsemu::Atomic::load, zsemu::Order::acquire, (void*)p, 4, 0, 0)); }
 inline void st_release_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::store, zsemu::Order::release, p, 4, v, 0); }
 inline void red_release_add_u32(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::add, zsemu::Order::release, p, 4, v, 0); }
+inline void fence_release() { zsemu::thread_fence(); }
+inline void red_add_relaxed(uint32_t* p, uint32_t v) { zsemu::atomic(zsemu::Atomic::add, zsemu::Order::relaxed, p, 4, v, 0); }
+inline uint32_t atom_inc_relaxed(uint32_t* p, uint32_t limit) { return uint32_t(zsemu::atomic(zsemu::Atomic::inc, zsemu::Order::relaxed, p, 4, limit, 0)); }
 inline uint32_t atom_add_acq_rel(uint32_t* p, uint32_t v) { return uint32_t(zsemu::atomic(zsemu::Atomic::add, zsemu::Order::acq_rel, p, 4, v, 0)); }
 
 // ---- shared memory
@@ -79,6 +82,10 @@ inline void scratch_bytes(uint32_t addr, uint32_t bytes) { zsemu::scratch(addr, 
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, false); }
 inline void ldmatrix_x2(uint32_t (&r)[2], uint32_t addr) { zsemu::ldmatrix(r, 2, addr, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, true); }
+inline void store_matrices_transposed(uint32_t addr, const Vec4& v) {
+  const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+  zsemu::stmatrix(w, 4, addr, true);
+}
 inline uint32_t transpose_8x8(uint32_t v) {
   uint32_t lane = threadIdx.x % 32, half = 16 * (lane / 4 % 2), out = 0;
   for (uint32_t i = 0; i < 2; i++) {
@@ -119,6 +126,13 @@ inline void cp_async_wait() {
   zsemu::cp_async_wait(N);
 }
 inline void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) { zsemu::bulk_g2s(dst, src, bytes, bar); }
+inline void bulk_copy_s2g(void* dst, uint32_t src, uint32_t bytes) { zsemu::bulk_s2g(dst, src, bytes); }
+template <int N>
+inline void bulk_copies_done() {
+  zsemu::stores_done(N);
+}
+inline void bulk_copies_read() { zsemu::stores_read(); }
+inline void prefetch_l2(const void* p, uint32_t bytes) { zsemu::prefetch(p, bytes); }
 // The emulator has no descriptors: the description that comes with one says it all.
 struct TensorMap {
   uint64_t unused;
@@ -134,10 +148,13 @@ inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uin
 inline void tensor_copy_multicast(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
   zsemu::tensor_multicast(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, bar, mask);
 }
+inline void tensor_store(const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t src) {
+  zsemu::tensor_s2g((void*)m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, src);
+}
 
 // ---- barriers
 inline void mbarrier_init(uint32_t bar, uint32_t count) { zsemu::mbarrier_init(bar, count); }
-inline void mbarrier_arrive(uint32_t bar) { zsemu::mbarrier_arrive(bar, 1); }
+inline void mbarrier_arrive(uint32_t bar, uint32_t count = 1) { zsemu::mbarrier_arrive(bar, count); }
 inline void mbarrier_expect_tx(uint32_t bar, uint32_t bytes) { zsemu::mbarrier_expect_tx(bar, bytes); }
 inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   zsemu::mbarrier_expect_tx(bar, bytes);
@@ -146,6 +163,7 @@ inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) { zsemu::mbarrier_wait(bar, parity); }
 inline void fence_mbarrier_init() { zsemu::fence_mbarrier_init(); }
 inline void fence_proxy_async() { zsemu::fence_proxy_async(); }
+inline void fence_proxy_async_global() { zsemu::fence_proxy_async_global(); }
 inline void named_barrier_sync(uint32_t id, uint32_t threads) { zsemu::barrier_sync(id, threads); }
 inline void named_barrier_arrive(uint32_t id, uint32_t threads) { zsemu::barrier_arrive(id, threads); }
 // ---- thread-block clusters
@@ -153,7 +171,7 @@ inline uint32_t cluster_rank() { return zsemu::cluster_rank(); }
 inline void cluster_sync() { zsemu::cluster_sync(); }
 inline void cluster_arrive_relaxed() { zsemu::cluster_arrive_relaxed(); }
 inline void cluster_wait() { zsemu::cluster_wait(); }
-inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) { zsemu::mbarrier_arrive_cluster(bar, rank); }
+inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank, uint32_t count = 1) { zsemu::mbarrier_arrive_cluster(bar, rank, count); }
 
 inline void griddep_wait() { zsemu::griddep_wait(); }
 inline void griddep_launch() { zsemu::griddep_launch(); }

@@ -38,6 +38,7 @@ uint32_t vote(Vote kind, uint32_t mask, bool pred);
 uint32_t reduce(Reduce kind, uint32_t mask, uint32_t value);
 uint32_t match_any(uint32_t mask, uint64_t value);
 void ldmatrix(uint32_t* dst, int count, uint32_t addr, bool transpose);
+void stmatrix(const uint32_t* src, int count, uint32_t addr, bool transpose);
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool fp16);
 
 // Block barriers. threads = 0: the whole block.
@@ -52,7 +53,8 @@ void mbarrier_arrive(uint32_t addr, uint32_t count);
 void mbarrier_wait(uint32_t addr, uint32_t parity);
 bool mbarrier_test(uint32_t addr, uint32_t parity);
 void fence_mbarrier_init();
-void fence_proxy_async();
+void fence_proxy_async();          // shared memory
+void fence_proxy_async_global();
 
 // Asynchronous copies. They land at a random later point, in pieces, in any order; until then the destination is poisoned.
 void cp_async(uint32_t dst, const void* src, uint32_t bytes, uint32_t src_bytes);
@@ -62,13 +64,19 @@ void cp_async_mbarrier_arrive(uint32_t addr);   // .noinc
 void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar);
 // A box of `box` rows of 64 16-bit columns of a matrix whose rows are ld bytes apart, in the 128-byte swizzle, zeros beyond the matrix.
 void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar);
+// The other way, each a group of its own thread. The destination is poisoned until they land.
+void bulk_s2g(void* dst, uint32_t src, uint32_t bytes);
+void tensor_s2g(void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t src);
+void stores_done(uint32_t pending);   // all but the last `pending` are written
+void stores_read();                   // of all of them the source may be written again
+void prefetch(const void* p, uint32_t bytes);
 
 // Thread-block clusters.
 uint32_t cluster_rank();
 void cluster_sync();
 void cluster_arrive_relaxed();
 void cluster_wait();
-void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank);
+void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank, uint32_t count);
 // tensor_g2s into each block of the cluster whose rank is in mask; what lands in one does not wait for what lands in another.
 void tensor_multicast(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar, uint32_t mask);
 
@@ -79,7 +87,7 @@ void wgmma_wait(uint32_t pending);
 void wgmma(float* d, int n, const uint32_t* a, uint64_t desc_a, uint64_t desc_b, bool accumulate, bool fp16);
 
 // Atomics and ordering on global (and shared) memory.
-enum class Atomic { add, min_u, max_u, min_s, max_s, and_, or_, xor_, exch, cas, add_f32, load, store };
+enum class Atomic { add, inc, min_u, max_u, min_s, max_s, and_, or_, xor_, exch, cas, add_f32, load, store };
 enum class Order { relaxed, acquire, release, acq_rel };
 // `words` 32-bit words as one aligned instruction, which others may see in part.
 void load_relaxed(uint32_t* to, const void* p, uint32_t words);

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Asynchronous copies, also those into several blocks of a cluster. The bytes arrive at a random later point, in pieces and in any order; until somebody has properly waited for
-// them, every access to the destination is a fault, landed or not, so a missing wait is seen whatever the schedule.
+// Asynchronous copies into shared memory, also of several blocks of a cluster. The bytes arrive at a random later point, in pieces and in any order; until
+// somebody has properly waited for them, every access to the destination is a fault, landed or not, so a missing wait is seen whatever the schedule.
 #include <algorithm>
 #include <cstring>
 #include "core.h"
 
 namespace zsemu {
 
-namespace {
-std::vector<CopyRef> flight;
+static std::vector<CopyRef> flight;
 
 void take_off(const CopyRef& c) {
   memset(c->to->base + c->off, kPoison, c->bytes + c->fill);
@@ -20,16 +19,15 @@ void take_off(const CopyRef& c) {
 size_t shared_offset(uint32_t addr, uint32_t bytes, uint32_t align, const char* what) {
   Region* s = cur->block->smem;
   size_t off = addr - kSharedOrigin;
-  if (off + bytes > s->size) fault("bounds", "%s of %u bytes to shared address %zu: shared memory has %zu bytes", what, bytes, off, s->size);
-  if (off % align) fault("alignment", "%s to shared address %zu is not aligned to %u", what, off, align);
+  if (off + bytes > s->size) fault("bounds", "%s of %u bytes at shared address %zu: shared memory has %zu bytes", what, bytes, off, s->size);
+  if (off % align) fault("alignment", "%s at shared address %zu is not aligned to %u", what, off, align);
   return off;
 }
-}  // namespace
 
 void settle(Copy& c, uint32_t gid, uint32_t clock) {
   if (c.settled) return;
   c.settled = true;
-  mark_written(*c.to, c.off, c.bytes + c.fill, gid, clock, c.pc, kInit);
+  mark_written(*c.to, c.off, c.bytes + c.fill, gid, clock, c.pc, uint8_t(kInit | (c.keep ? kAsync : 0)));
 }
 
 void land(const CopyRef& c) {

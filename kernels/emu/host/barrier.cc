@@ -141,11 +141,11 @@ void mbarrier_arrive(uint32_t addr, uint32_t count) {
   yield();
 }
 
-void arrive_in(Block& b, uint32_t off) {
+void arrive_in(Block& b, uint32_t off, uint32_t count) {
   Mbarrier& m = mbarrier_of(&b, off, "mbarrier_arrive_cluster");
-  if (!m.pending) fault("mbarrier", "an arrival too many at shared address %u of block (%u,%u,%u): its count is %u, phase %u", off, b.idx.x, b.idx.y, b.idx.z, m.count, m.phase);
+  if (count > m.pending) fault("mbarrier", "an arrival too many at shared address %u of block (%u,%u,%u): its count is %u, phase %u", off, b.idx.x, b.idx.y, b.idx.z, m.count, m.phase);
   if (g.opt.races) (&b == cur->block ? release_into : release_reads_into)(m.gathered, cur);
-  m.pending--;
+  m.pending -= count;
   try_complete(&b, m);
 }
 

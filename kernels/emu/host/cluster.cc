@@ -82,11 +82,11 @@ void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what) {
   b.foreign.push_back({gid, clock, cur->gid, cur->pc, what});
 }
 
-void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank) {
+void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank, uint32_t count) {
   ZS_ENTER();
   Block& b = block_of_cluster(rank, "mbarrier_arrive_cluster");
   if (&b != cur->block) note_foreign(b, cur->gid, cur->clock, "mbarrier_arrive_cluster");
-  arrive_in(b, addr - kSharedOrigin);
+  arrive_in(b, addr - kSharedOrigin, count);
   yield();
 }
 

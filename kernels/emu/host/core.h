@@ -35,8 +35,9 @@ enum : uint8_t {
   kFlight = 2,    // an asynchronous copy into it is not yet waited for
   kMbar = 4,      // part of an mbarrier
   kAtomic = 8,    // the last write was atomic
-  kAsync = 16,    // the last write was made by the async proxy
+  kAsync = 16,    // the last write was made by the async proxy, or is known to it
   kScratch = 32,  // declared to be nobody's
+  kSource = 64,   // a copy to global memory may still read it
 };
 constexpr uint16_t kNobody = 0xFFFF;
 
@@ -75,16 +76,28 @@ struct Copy {
   uint32_t gid = 0, clock = 0;  // its account
   uint32_t pc = 0;
   bool landed = false, settled = false;   // settled: somebody has waited for it
+  std::shared_ptr<std::vector<uint8_t>> keep;   // to global memory: what was read, of no block
   // An arrival at an mbarrier instead of a copy: when these have landed.
   std::vector<std::shared_ptr<Copy>> after;
   Gathered knowledge;
 };
 using CopyRef = std::shared_ptr<Copy>;
+void take_off(const CopyRef& c);
+void settle(Copy& c, uint32_t gid, uint32_t clock);
+size_t shared_offset(uint32_t addr, uint32_t bytes, uint32_t align, const char* what);
 bool land_one();                       // lands a random piece; false when nothing is in flight
 void land(const CopyRef& c);           // lands it now
 bool block_has_flight(const Block* b);
 void forget_copies(const Block* b);
 void cp_async_then_arrive(uint32_t mbar_off);
+
+// A copy from shared to global memory, in pieces, and what it reads.
+struct Store {
+  std::vector<CopyRef> pieces;
+  size_t off, bytes;
+  bool read = false;   // somebody has waited until it was
+};
+using StoreRef = std::shared_ptr<Store>;
 
 // ---- mbarriers and barriers
 struct Mbarrier {
@@ -97,7 +110,7 @@ struct Mbarrier {
 };
 void fence_own_mbarriers();
 void arrive_for(Block* b, uint32_t off, const Gathered& knowledge);
-void arrive_in(Block& b, uint32_t off);   // the running thread's, in any block of its cluster
+void arrive_in(Block& b, uint32_t off, uint32_t count);   // the running thread's, in any block of its cluster
 void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t clock);
 
 struct Barrier {
@@ -154,6 +167,9 @@ struct Fiber {
   std::string waits;          // for the deadlock report
   std::vector<CopyGroup> groups;
   CopyGroup open;
+  std::vector<StoreRef> stores;   // oldest first
+  ViewRef global_fence;           // what it knew at its last fence_proxy_async_global
+  uint32_t global_fence_clock = 0;
   uint32_t votes[2] = {};
   uint32_t polls = 0;         // atomic loads in a row
 };
@@ -180,6 +196,7 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[16];
   std::map<uint32_t, Mbarrier> mbars;
+  std::vector<StoreRef> reading;   // its shared memory
 };
 
 // ---- the launch

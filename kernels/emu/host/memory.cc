@@ -65,6 +65,7 @@ void check_state(const Actor& who, const Region& r, size_t off, size_t n, const 
   cur ? void(cur->pc = who.pc) : void();
   if (c.flags & kFlight)
     fault("in-flight", "%s of %s, into which an asynchronous copy is not yet waited for [copy issued at pc %x]", write ? "write" : "read", at(r, off, n).c_str(), c.wpc);
+  if (c.flags & kSource) fault("in-flight", "write of %s, which an asynchronous copy to global memory may still be reading: no bulk_copies_read since", at(r, off, n).c_str());
   if (c.flags & kMbar) fault("mbarrier", "plain %s of %s, which is an mbarrier", write ? "write" : "read", at(r, off, n).c_str());
 }
 
@@ -72,6 +73,22 @@ void check_state(const Actor& who, const Region& r, size_t off, size_t n, const 
   if (cur) cur->pc = who.pc;
   if (gid == previous_grid_gid()) fault("dependency", "%s of %s, which the preceding kernel may still be using: no griddep_wait before it", mine, at(r, off, n).c_str());
   fault("race", "%s of %s is not ordered after its %s by %s [pc %x]", mine, at(r, off, n).c_str(), theirs, thread_name(gid).c_str(), pc);
+}
+
+// Whether the async proxy may not have heard of the last write. In shared memory anybody's fence behind the write will do; in global memory it is one by the thread
+// that asks for the copy, since it learnt of the write. What a copy has written there is known to those of the same block.
+bool unknown_to_copies(const Actor& who, const Region& r, const Cell& c) {
+  if (c.wgid == kNobody) return false;
+  if (r.shared) return !(c.flags & kAsync) && !fenced(who.view, c.wgid, c.wclk);
+  if (c.wgid == previous_grid_gid() || (c.flags & kAsync && c.wgid / g.threads == who.gid / g.threads)) return false;
+  if (!cur->global_fence) return true;
+  return (c.wgid == who.gid ? cur->global_fence_clock : cur->global_fence->c[c.wgid]) < c.wclk;
+}
+
+[[noreturn]] void across_proxies(const Actor& who, const Region& r, size_t off, size_t n, const Cell& c, const char* what) {
+  if (cur) cur->pc = who.pc;
+  fault("proxy", "the async proxy %s %s, written by %s [pc %x] with no fence_proxy_async%s since", what, at(r, off, n).c_str(), thread_name(c.wgid).c_str(), c.wpc,
+        r.shared ? "" : "_global by this thread");
 }
 }  // namespace
 
@@ -130,10 +147,7 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
     if (c.wgid != kNobody && !both_atomic && !knows(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "read", "write", c.wgid, c.wpc);
-    if (kind == Access::async && c.wgid != kNobody && !(c.flags & kAsync) && !fenced(who.view, c.wgid, c.wclk)) {
-      if (cur) cur->pc = who.pc;
-      fault("proxy", "the async proxy reads %s, written by %s [pc %x] with no fence_proxy_async since", at(r, i, n).c_str(), thread_name(c.wgid).c_str(), c.wpc);
-    }
+    if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "reads");
     if (kind != Access::atomic) add_reader(c, who);
   }
 }
@@ -146,7 +160,7 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
   for (size_t i = off; i < off + n; i++) {
     Cell& c = r.cells[i];
     if (c.flags & kScratch) continue;
-    if (c.flags & (kFlight | kMbar)) check_state(who, r, i, n, c, true);
+    if (c.flags & (kFlight | kMbar | kSource)) check_state(who, r, i, n, c, true);
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
     // A copy into shared memory may follow reads, and copies, that are over; whatever else follows must be ordered.
@@ -157,10 +171,7 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
     if (c.more)
       for (const Reader& rd : read_sets[c.more])
         if (!after_reads(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
-    if (kind == Access::async && c.wgid != kNobody && !(c.flags & kAsync) && !fenced(who.view, c.wgid, c.wclk)) {
-      if (cur) cur->pc = who.pc;
-      fault("proxy", "the async proxy overwrites %s, written by %s [pc %x] with no fence_proxy_async since", at(r, i, n).c_str(), thread_name(c.wgid).c_str(), c.wpc);
-    }
+    if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "overwrites");
   }
 }
 

@@ -28,6 +28,7 @@ uint64_t atomic(Atomic op, Order order, void* p, uint32_t size, uint64_t a, uint
   uint64_t old = load(p, size), now = old;
   switch (op) {
     case Atomic::add: now = old + a; break;
+    case Atomic::inc: now = old >= a ? 0 : old + 1; break;
     case Atomic::min_u: now = a < old ? a : old; break;
     case Atomic::max_u: now = a > old ? a : old; break;
     case Atomic::min_s: now = int64_t(sign(a, size)) < int64_t(sign(old, size)) ? a : old; break;
@@ -110,6 +111,12 @@ void fence_proxy_async() {
   ZS_ENTER();
   fence_own_mbarriers();
   if (g.opt.races) note_proxy_fence(cur);
+}
+
+void fence_proxy_async_global() {
+  ZS_ENTER();
+  cur->global_fence = cur->view;
+  cur->global_fence_clock = cur->clock++;
 }
 
 void griddep_wait() {

@@ -129,6 +129,7 @@ bool start_cluster() {
 void end_block(Block* b) {
   leave_cluster(*b);
   if (block_has_flight(b)) fault("in-flight", "block (%u,%u,%u) ended while a bulk copy of its shared memory was in flight", b->idx.x, b->idx.y, b->idx.z);
+  if (!b->reading.empty()) fault("in-flight", "block (%u,%u,%u) ended while a copy to global memory was reading its shared memory", b->idx.x, b->idx.y, b->idx.z);
   forget_copies(b);
   for (uint32_t t = 0; t < g.threads; t++) {
     clocks[b->slot][t] = b->threads[t].clock;
@@ -283,6 +284,8 @@ void run_launch() {
         end_block(b);
         start_cluster();
       }
+  }
+  while (land_one()) {   // what goes to global memory may outlive its block
   }
 }
 

@@ -6,7 +6,7 @@
 
 namespace zsemu {
 
-static const char* const names[] = {"", "__syncwarp", "a shuffle", "a vote", "a reduce", "a match", "ldmatrix", "mma", "wgmma", "wgmma_commit", "wgmma_wait", "an arrival at the cluster's barrier", "cluster_wait"};
+static const char* const names[] = {"", "__syncwarp", "a shuffle", "a vote", "a reduce", "a match", "ldmatrix", "stmatrix", "mma", "wgmma", "wgmma_commit", "wgmma_wait", "an arrival at the cluster's barrier", "cluster_wait"};
 
 void meet(Meeting kind, uint32_t mask, void* data, Work work, bool whole_warp) {
   Fiber* f = cur;
@@ -207,6 +207,41 @@ void ldmatrix(uint32_t* dst, int count, uint32_t addr, bool transpose) {
              }
              memcpy(&((MatrixData*)data[l])->dst[i], pair, 4);
            }
+       },
+       true);
+}
+
+void stmatrix(const uint32_t* src, int count, uint32_t addr, bool transpose) {
+  ZS_ENTER();
+  MatrixData d{const_cast<uint32_t*>(src), count, addr, transpose};
+  meet(kStmatrix, 0xFFFFFFFFu, &d,
+       [](Warp& w, uint32_t, void* const* data) {
+         auto& any = *(MatrixData*)data[0];
+         Fiber* self = cur;
+         for (int i = 0; i < any.count; i++) {
+           uint32_t banks = 0;
+           bool conflict = false;
+           for (int r = 0; r < 8; r++) {
+             uint16_t row[8];
+             for (int c = 0; c < 8; c++) {
+               int fr = any.transpose ? c : r, fc = any.transpose ? r : c;
+               row[c] = uint16_t(((MatrixData*)data[4 * fr + fc / 2])->dst[i] >> (16 * (fc % 2)));
+             }
+             cur = w.lane[8 * i + r];   // the lane that gives the address is the one that writes
+             uint32_t at = ((MatrixData*)data[8 * i + r])->addr - kSharedOrigin;
+             Region* s = cur->block->smem;
+             if (at + 16 > s->size || at + 16 < at) fault("bounds", "stmatrix row at shared address %u: shared memory has %zu bytes", at, s->size);
+             cur->pc = self->pc;
+             checked(s->base + at, 16, 16, true, Access::plain, "stmatrix");
+             memcpy(s->base + at, row, 16);
+             uint32_t bank = 1u << (at / 16 % 8);
+             conflict |= (banks & bank) != 0;
+             banks |= bank;
+           }
+           g.matrices++;
+           g.conflicts += conflict;
+         }
+         cur = self;
        },
        true);
 }
