@@ -270,6 +270,7 @@ func TestMistakesAreCaught(t *testing.T) {
 		"flag_without_release":       "race",
 		"flag_without_acquire":       "race",
 		"flag_never_set":             "deadlock",
+		"flag_never_set_for_a_warp":  "deadlock",
 		"no_griddep_wait":            "dependency",
 	} {
 		t.Run(kernel, func(t *testing.T) {

@@ -142,6 +142,7 @@ struct TensorRows {
   uint64_t ld;
   uint32_t rows, columns, box;
 };
+inline void prefetch_map(const TensorMap&) {}
 inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar) {
   zsemu::tensor_g2s(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, bar);
 }

@@ -66,7 +66,6 @@ void barrier_sync(uint32_t id, uint32_t threads) {
   if (!threads) threads = g.threads;
   cur->waits = format("barrier %u for %u threads", id, threads);
   if (!arrive_at(id, threads, true)) {
-    cur->waits = format("barrier %u for %u threads (%u were there first)", id, threads, cur->block->barriers[id].arrived - 1);
     suspend();
   } else {
     cur->waits.clear();

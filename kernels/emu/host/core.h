@@ -232,6 +232,7 @@ void yield();          // let others run
 void spin_yield();     // the same, for a thread that polls
 void suspend();        // until wake()
 void wake(Fiber* f);
+void resume(Fiber* f);   // the same, where nothing happened that a poller may see
 void progress();       // something happened that a poller may see
 uint64_t rnd();
 inline bool chance(uint32_t one_in) { return one_in && rnd() % one_in == 0; }

@@ -251,9 +251,13 @@ void suspend() {
   switch_to(pick());
 }
 
-void wake(Fiber* f) {
+void resume(Fiber* f) {
   f->waits.clear();
   set_ready(f);
+}
+
+void wake(Fiber* f) {
+  resume(f);
   progress();
 }
 

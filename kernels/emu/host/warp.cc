@@ -40,7 +40,7 @@ void meet(Meeting kind, uint32_t mask, void* data, Work work, bool whole_warp) {
   if (work) work(w, here, all);
   for (uint32_t m = here; m; m &= m - 1) {
     int l = __builtin_ctz(m);
-    if (w.lane[l] != f) wake(w.lane[l]);
+    if (w.lane[l] != f) resume(w.lane[l]);   // lanes that poll together are no progress
   }
 }
 

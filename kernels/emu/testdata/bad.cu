@@ -284,6 +284,13 @@ extern "C" __global__ void flag_never_set(uint32_t* data, uint32_t* flag) {
   }
   data[0] = 1;
 }
+// The lanes look for it together.
+extern "C" __global__ void flag_never_set_for_a_warp(uint32_t* data, uint32_t* flag) {
+  if (threadIdx.x >= 32) return;
+  while (!__any_sync(~0u, threadIdx.x % 2 && ld_acquire_u32(flag) != 0)) {
+  }
+  data[0] = 1;
+}
 extern "C" __global__ void no_griddep_wait(uint32_t* data, uint32_t* flag) {
   if (threadIdx.x == 0 && blockIdx.x == 0) flag[0] = data[0];
   griddep_wait();
