@@ -26,16 +26,21 @@ type gemm struct {
 	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
 	wide      bool // any number of tokens: tiles of n
+	relay     bool
 }
 
-// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with cluster, of the wide one (wide_test.go).
+// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with cluster, of the wide one (wide_test.go), or, with ring too, of the relay
+// (relay_test.go).
 type variant struct {
 	n, mw, kw, xstages       int
 	groups, decoders, stages int
-	cluster                  int
+	cluster, ring            int
 }
 
 func (v variant) String() string {
+	if v.ring > 0 {
+		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
+	}
 	if v.cluster > 0 {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,xstages=%d", v.n, v.mw, v.cluster, v.xstages)
 	}
@@ -46,6 +51,9 @@ func (v variant) String() string {
 }
 
 func (v variant) defines() []string {
+	if v.ring > 0 {
+		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_STAGES=%d", v.ring)}
+	}
 	if v.cluster > 0 {
 		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	}
@@ -59,10 +67,13 @@ func (v variant) defines() []string {
 func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
 	entry := "zs_zipgemm_" + kernel
-	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry},
-		Constants: []string{"ZS_THREADS", "ZS_GEMM_SMEM"}})
+	constants := []string{"ZS_THREADS", "ZS_GEMM_SMEM"}
+	if kernel == "relay" {
+		constants = append(constants, "ZS_CONTROL")
+	}
+	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry}, Constants: constants})
 	require.NoError(t, err)
-	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", wide: kernel == "wide"}
+	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", wide: kernel == "wide", relay: kernel == "relay"}
 }
 
 type product struct {
@@ -74,6 +85,7 @@ type product struct {
 	ldx, ldy int // 0: k and m
 	misalign bool
 	seed     uint64
+	state    *relayState // nil: as before the first launch
 }
 
 // units of a cluster, or of a block where there are none.
@@ -83,6 +95,11 @@ func (g gemm) units(p product) int {
 		tiles = (p.n + g.n - 1) / g.n
 	}
 	return (strips + rows - 1) / rows * ((cols + g.kw - 1) / g.kw) * tiles
+}
+
+// allSet is memory that every launch leaves as it was before the first: all bits set.
+func allSet(name string, size int) *emu.Buffer {
+	return &emu.Buffer{Name: name, Data: bytes.Repeat([]byte{0xFF}, size), Mode: emu.InOut, Dependent: true}
 }
 
 // run returns y as BF16 bits, n x m.
@@ -100,7 +117,10 @@ func (g gemm) run(p product) ([]uint16, error) {
 	if g.tensor {
 		p.ldx, alignX = (p.ldx+7)/8*8, 16
 	}
-	grid := g.cluster * min(max(p.grid/g.cluster, 1), g.units(p))
+	grid := g.cluster * max(p.grid/g.cluster, 1)
+	if !g.relay {
+		grid = min(grid, g.cluster*g.units(p))
+	}
 	x := make([]uint16, (p.n-1)*p.ldx+p.w.k)
 	for i := range x {
 		x[i] = 0x7FFF // NaN between the rows
@@ -124,8 +144,16 @@ func (g gemm) run(p product) ([]uint16, error) {
 	}
 	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: alignY, Dependent: true}
 	// Every word of the workspace is empty (all bits set) before and after each launch.
-	workspace := &emu.Buffer{Name: "workspace", Data: bytes.Repeat([]byte{0xFF}, 4*grid*g.mw*64*g.n), Mode: emu.InOut, Dependent: true}
-	args[4], args[9] = y, workspace
+	restored := []*emu.Buffer{allSet("workspace", 4*grid*g.mw*64*g.n)}
+	args[4] = y
+	if g.relay {
+		if p.state == nil {
+			p.state = g.newRelayState(p, grid)
+		}
+		restored = []*emu.Buffer{p.state.workspace, p.state.flags}
+		args = append(args, p.state.flags, p.state.decoded, 0)
+	}
+	args[9] = restored[0]
 	if g.tensor {
 		args = append(args, 0) // the emulator reads the tensor map's description, not the map
 	}
@@ -136,9 +164,11 @@ func (g gemm) run(p product) ([]uint16, error) {
 	if err != nil {
 		return nil, err
 	}
-	for i, b := range workspace.Data {
-		if b != 0xFF {
-			return nil, fmt.Errorf("byte %d of the workspace is not 0xFF after the launch", i)
+	for _, buffer := range restored {
+		for i, b := range buffer.Data {
+			if b != 0xFF {
+				return nil, fmt.Errorf("byte %d of %s is not 0xFF after the launch", i, buffer.Name)
+			}
 		}
 	}
 	all := fromHalves(y.Data)
@@ -214,6 +244,8 @@ var mmaVariants = []variant{
 // seededVariant is the layout that tests take which are not about layouts.
 func seededVariant(kernel string, n int) variant {
 	switch kernel {
+	case "relay":
+		return variant{n: max(n, 16), mw: 2, cluster: 2, ring: 4}
 	case "wide":
 		return variant{n: max(n, 16), mw: 1, kw: 2, xstages: 2, cluster: 2}
 	case "wgmma":

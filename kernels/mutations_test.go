@@ -90,6 +90,57 @@ var mutations = []struct {
 	{"decoder starts the second column beyond k", "wide", "zipgemm_wide.cu", `pair = !odd \|\| [^;]*;`, 0, "pair = true;", "bounds wrong"},
 	{"whole tiles a round short", "wide", "tiles.cuh", `next \+= share\.clusters`, 0, "next += 2 * share.clusters", "wrong deadlock bounds"},
 	{"no wait for the kernel before the activations of a cluster", "wide", "zipgemm_wide.cu", `griddep_wait\(\);`, 1, "", "dependency"},
+	{"tile goes out with no proxy fence", "relay", "zipgemm_relay.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
+	{"no __syncwarp between decode and escapes of a tile to hand on", "relay", "zipgemm_relay.cu", `__syncwarp\(\);(\s+escapes\.patch)`, 0, "$1", "race uninitialised"},
+	{"a tile sent by one lane for all", "relay", "zipgemm_relay.cu", `(fence_proxy_async\(\);\s+)__syncwarp\(\);`, 0, "$1", "race proxy uninitialised"},
+	{"a tile decoded over one that is being sent", "relay", "zipgemm_relay.cu", `if \(lane == 0\) bulk_copies_read\(\);`, 0, "", "in-flight"},
+	{"a tile decoded over one that lane 0 alone knows to be sent", "relay", "zipgemm_relay.cu", `(bulk_copies_read\(\);\s+)__syncwarp\(\);`, 0, "$1", "in-flight race"},
+	{"flag before the tile is there", "relay", "zipgemm_relay.cu", `if \(lane == 0\) bulk_copies_done<1>\(\);`, 0, "", "in-flight race"},
+	{"flag before the first tile is there", "relay", "zipgemm_relay.cu", `if \(lane == 0\) bulk_copies_done<0>\(\);`, 0, "", "in-flight race"},
+	{"flag before the last tile is there", "relay", "zipgemm_relay.cu", `if \(lane == 0\) bulk_copies_done<0>\(\);`, -1, "", "in-flight race"},
+	{"flag without a release", "relay", "zipgemm_relay.cu", `fence_release\(\);`, 0, "", "race"},
+	{"flag of another column", "relay", "zipgemm_relay.cu", `told = flags \+ column;`, 0, "told = flags + column + 1;", "deadlock race in-flight bounds uninitialised"},
+	{"flags of every second round lost", "relay", "zipgemm_relay.cu", `if \(told_before\) red_add_relaxed\(told_before, 1\);`, 0, "", "deadlock"},
+	{"one strip taken for all", "relay", "zipgemm_relay.cu", `\+ 1 >= here;`, 0, "+ 1 >= 1;", "in-flight race uninitialised"},
+	{"tile of the other strip", "relay", "zipgemm_relay.cu", `at\.strip % ZS_GROUPS \* 8192`, 0, "(at.strip + 1) % ZS_GROUPS * 8192", "wrong uninitialised race"},
+	{"tiles read with no proxy fence", "relay", "zipgemm_relay.cu", `if \(ready > 0 && lane == 0\) fence_proxy_async_global\(\);`, 0, "", "proxy"},
+	{"a vote taken for a fence", "relay", "zipgemm_relay.cu", `if \(ready > 0\) __syncwarp\(\);`, 0, "", "proxy race"},
+	{"the first ticket skipped", "relay", "zipgemm_relay.cu", `ticket, 0\) \+ 1;`, 0, "ticket, 0) + 2;", "deadlock"},
+	{"a guess of a ticket that is of no tile", "relay", "zipgemm_relay.cu", `if \(s\.column < 0\) s\.strip = -1;`, 0, "", "bounds"},
+	{"tickets of no tile decoded", "relay", "relay.cuh", `column < begin \? -1 : column`, 0, "column", "race in-flight bounds wrong"},
+	{"results over columns that are being read", "relay", "zipgemm_relay.cu", `mbarrier_wait\(bars \+ 8, stage\.parity \^ 1\);`, 0, "", "race in-flight"},
+	{"results with no proxy fence", "relay", "zipgemm_relay.cu", `fence_proxy_async\(\);`, 1, "", "proxy"},
+	{"results sent before all warps have them", "relay", "zipgemm_relay.cu", `named_barrier_sync\(1 \+ g, 128\);`, 0, "", "race uninitialised proxy"},
+	{"results of two warps exchanged", "relay", "zipgemm_relay.cu", `warp \* 2 \+ lane / 8 % 2`, 0, "warp % 2 * 4 + warp / 2 * 2 + lane / 8 % 2", "wrong"},
+	{"stage of results loaded while they are read", "relay", "zipgemm_relay.cu", `bulk_copies_read\(\);`, 1, "", "in-flight"},
+	{"stage of results handed back to this block alone", "relay", "zipgemm_relay.cu", `mbarrier_arrive_cluster\(sent \+ 8, r, 4 \* ZS_GROUPS\);`, 0, "if (r == cluster_rank()) mbarrier_arrive(sent + 8, 4 * ZS_GROUPS);", "deadlock"},
+	{"stage of results handed back by one arrival", "relay", "zipgemm_relay.cu", `\(sent \+ 8, r, 4 \* ZS_GROUPS\)`, 0, "(sent + 8, r)", "deadlock"},
+	{"the last results not waited for", "relay", "zipgemm_relay.cu", `if \(tid == 0\) bulk_copies_read\(\);`, -1, "", "in-flight"},
+	{"round of the results not told of", "relay", "zipgemm_relay.cu", `, mbarrier_arrive\(full\);`, 0, ";", "deadlock mbarrier in-flight race"},
+	{"round of the results told of when they are sent", "relay", "zipgemm_relay.cu", `(?s), mbarrier_arrive\(full\);(.*?turn\.token, at)\);`, 0, ";$1), mbarrier_arrive(bars);", "in-flight race mbarrier deadlock"},
+	{"round of the results told of too early", "relay", "zipgemm_relay.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\), `, 0, "", "mbarrier in-flight race"},
+	{"the last stage of results handed back to a block that has not come to it", "relay", "zipgemm_relay.cu", `if \(tid == 0\) bulk_copies_read\(\);  // nothing`, 0, "results.settle(tid);  // ", "mbarrier race deadlock"},
+	{"no stages for the results in the loader's ring", "relay", "zipgemm_relay.cu", `g < ZS_GROUPS; g\+\+, stage\.advance\(1, ZS_STAGES\)`, 0, "g < ZS_GROUPS; g++", "deadlock mbarrier in-flight race uninitialised"},
+	{"no stages for the results in the consumers' ring", "relay", "zipgemm_relay.cu", `stage\.advance\(ZS_GROUPS - g, ZS_STAGES\);`, 0, "", "deadlock mbarrier in-flight race uninitialised"},
+	{"columns loaded over those that are being read", "relay", "zipgemm_relay.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race in-flight mbarrier"},
+	{"no wait for a column", "relay", "zipgemm_relay.cu", `mbarrier_wait\(full, stage\.parity\);`, 0, "", "in-flight race uninitialised"},
+	{"columns handed back before wgmma has read them", "relay", "zipgemm_relay.cu", `wgmma_wait<1>\(\);`, 0, "", "race"},
+	{"columns handed back to this block alone", "relay", "zipgemm_relay.cu", `mbarrier_arrive_cluster\(busy \+ 8, r\)`, 0, "mbarrier_arrive(busy + 8)", "deadlock race mbarrier in-flight"},
+	{"the last column of a turn kept", "relay", "zipgemm_relay.cu", `(wgmma_wait<0>\(\);\s+)release\(\);`, 0, "$1", "deadlock"},
+	{"the peer's half of a column left out", "relay", "zipgemm_relay.cu", `\(1 << ZS_CLUSTER\) - 1`, 0, "1 << plan.rank", "deadlock uninitialised"},
+	{"both blocks bring the same tokens", "relay", "zipgemm_relay.cu", `turn\.token \+ plan\.rank \* ROWS`, 0, "turn.token", "wrong"},
+	{"whole turns a round short", "relay", "relay.cuh", `coming \+= plan\.clusters`, 0, "coming += 2 * plan.clusters", "wrong uninitialised deadlock"},
+	{"sums of parts from one that has none below", "relay", "relay.cuh", `others = below \+ d < parts;`, 0, "others = 1;", "deadlock bounds wrong race"},
+	{"sums of parts always from the neighbour", "relay", "relay.cuh", `add_sums\(acc, slot, d, others\)`, 0, "add_sums(acc, slot, 1, others)", "deadlock wrong race"},
+	{"no wait for the kernel before the tiles that it may still read", "relay", "zipgemm_relay.cu", `griddep_wait\(\);`, 0, "", "dependency"},
+	{"no wait for the kernel before columns", "relay", "zipgemm_relay.cu", `griddep_wait\(\);`, 2, "", "dependency"},
+	{"flags not cleared", "relay", "zipgemm_relay.cu", `i < words;`, 0, "i < ZS_CONTROL;", "wrong"},
+	{"tickets not cleared", "relay", "zipgemm_relay.cu", `uint64_t i = tid; i < words`, 0, "uint64_t i = tid + 1; i < words", "wrong"},
+	{"flags cleared while others look at them", "relay", "zipgemm_relay.cu", `atom_add_acq_rel\(flags \+ 1, 1\)`, 0, "atomicAdd(flags + 1, 1u)", "race"},
+	{"flags cleared by a block that is not done", "relay", "zipgemm_relay.cu", `named_barrier_sync\(7, 128\);`, 0, "", "race wrong deadlock"},
+	{"no barrier before a block knows whether it is the last", "relay", "zipgemm_relay.cu", `named_barrier_sync\(7, 128\);`, 1, "", "race uninitialised wrong"},
+	{"a block of results that leaves while its peer writes to it", "relay", "zipgemm_relay.cu", `cluster_sync\(\);`, 0, "", "cluster"},
+	{"columns into a block that has no barriers yet", "relay", "zipgemm_relay.cu", `(?s)cluster_arrive_relaxed\(\);\s+if \([^;]*cluster_wait\(\);(.*)if \([^;]*cluster_wait\(\);`, 0, "__syncthreads();$1", "cluster mbarrier race proxy"},
 	{"no barrier before the list is written", "compress", "compress.cu", `__syncthreads\(\);(\s+if \(writes\))`, 0, "$1", "race uninitialised wrong"},
 	{"no barrier before the plans are read", "compress", "compress.cu", `__syncthreads\(\);(\s+uint32_t before)`, 0, "$1", "race uninitialised"},
 	{"no barrier before the first group is read", "compress", "compress.cu", `__syncthreads\(\);(\s+uint32_t group)`, 0, "$1", "race uninitialised"},
@@ -213,9 +264,18 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		}
 		p.seed = seed
 	}
+	if kernel == "relay" {
+		// A cluster with ten turns of three columns; one tile in three parts, of which none has as many columns as another; in four; turns and two parts; one turn that goes round the ring.
+		s := []struct{ m, k, n, grid int }{{250, 130, 150, 2}, {200, 200, 9, 6}, {70, 600, 12, 8}, {400, 260, 40, 8}, {100, 400, 16, 2}}[seed%5]
+		p = newProduct(s.m, s.k, s.n, 2*seed)
+		p.grid, p.seed, p.ldy = s.grid, seed, (s.m+7)/8*8
+	}
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
+	if kernel == "relay" && err != nil && faultKind(err) == "" {
+		return "wrong" // what is to be left as it was
+	}
 	return verdict(t, err, slices.Equal(want, got))
 }
 
@@ -236,7 +296,7 @@ func verdict(t *testing.T, err error, right bool) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "route", "wgmma", "wide"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "relay", "route", "wgmma", "wide"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}
