@@ -37,6 +37,7 @@ def test_every_source_is_compiled() -> None:
     assert {p.name for p in sass.KERNELS.glob("*.cu")} == {v.source for v in sass.variants()}
     wide = {(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_wide.cu"}
     assert wide == {("sm_90a", "ZS_N=256", "ZS_GROUPS=2"), ("sm_90a", "ZS_N=128", "ZS_GROUPS=3")}
+    assert [(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_relay.cu"] == [("sm_90a", "ZS_N=256", "ZS_GROUPS=2")]
 
 
 def test_page_is_current() -> None:
