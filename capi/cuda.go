@@ -67,17 +67,16 @@ func zsgo_cuda_set_batch_invariant(on C.int32_t) C.int32_t {
 }
 
 //export zsgo_cuda_linear
-func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, expand *C.int32_t) C.int32_t {
-	*expand = 0
+func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, needs *C.uint64_t) C.int32_t {
+	*needs = 0
 	return onDevice(device, func(d *engine.Device) error {
 		p := engine.Matmul{
 			Stream: driver.Stream(job.stream), Blob: driver.Pointer(job.blob), M: uint64(job.m), K: uint64(job.k), N: uint64(job.n),
 			X: driver.Pointer(job.x), LdX: uint64(job.ldx), Bias: driver.Pointer(job.bias), Y: driver.Pointer(job.y), LdY: uint64(job.ldy),
+			Scratch: driver.Pointer(job.scratch), ScratchBytes: uint64(job.scratch_bytes),
 		}
-		wide, err := d.Linear(&p)
-		if wide {
-			*expand = 1
-		}
+		n, err := d.Linear(&p)
+		*needs = C.uint64_t(n)
 		return err
 	})
 }

@@ -46,11 +46,11 @@ int32_t zs_cuda_set_batch_invariant(int32_t on) {
     return zsgo_cuda_set_batch_invariant(on);
 }
 
-int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand) {
+int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, uint64_t *needs) {
     REFUSE_IN_CHILD();
     REQUIRE(job);
-    REQUIRE(expand);
-    return zsgo_cuda_linear(device, (zs_cuda_linear_t *)job, expand);
+    REQUIRE(needs);
+    return zsgo_cuda_linear(device, (zs_cuda_linear_t *)job, needs);
 }
 
 int32_t zs_cuda_changed(int32_t device, uint64_t blob) {

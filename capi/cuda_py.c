@@ -102,19 +102,19 @@ static PyObject *py_set_batch_invariant(PyObject *self, PyObject *const *args, P
 
 static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("cuda_linear", 11);
+    ARGS("cuda_linear", 13);
     ARG(0, device);
     zs_cuda_linear_t job;
     const field_t fields[] = {
         {"stream", &job.stream}, {"blob", &job.blob}, {"m", &job.m}, {"k", &job.k}, {"x", &job.x}, {"n", &job.n}, {"ldx", &job.ldx},
-        {"bias", &job.bias}, {"y", &job.y}, {"ldy", &job.ldy},
+        {"bias", &job.bias}, {"y", &job.y}, {"ldy", &job.ldy}, {"scratch", &job.scratch}, {"scratch_bytes", &job.scratch_bytes},
     };
     if (!READ(1, fields)) return NULL;
-    int32_t code, expand = 0;
-    WITHOUT_GIL(code = zs_cuda_linear(device_number(device), &job, &expand));
+    int32_t code;
+    uint64_t needs = 0;
+    WITHOUT_GIL(code = zs_cuda_linear(device_number(device), &job, &needs));
     if (code != ZS_OK) return zs_py_fail(code);
-    if (expand) Py_RETURN_FALSE;
-    Py_RETURN_TRUE;
+    return PyLong_FromUnsignedLongLong(needs);
 }
 
 static PyObject *py_changed(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {

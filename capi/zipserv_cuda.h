@@ -39,10 +39,13 @@ typedef struct zs_cuda_linear_t {
     uint64_t x, ldx; /* [n, k] BF16, elements from row to row */
     uint64_t bias;   /* [m] BF16 or 0 */
     uint64_t y, ldy; /* [n, m] BF16, elements from row to row */
+    uint64_t scratch, scratch_bytes; /* device memory for the time of the product, 16-byte aligned, or 0 */
 } zs_cuda_linear_t;
 
-/* y = x w^T + bias. Where it is faster to decompress w and multiply by another library, does nothing and sets *expand to 1. */
-ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, int32_t *expand);
+/* y = x w^T + bias. *needs is 0 where it was queued. Else nothing was: 1 (ZS_EXPAND) where it is faster to decompress w and multiply by another library; a
+ * larger number where that many bytes of scratch memory are needed, to be asked for again with. */
+ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, uint64_t *needs);
+#define ZS_EXPAND 1
 
 /* A product may fetch its first weights before the kernel ahead of it in the stream has ended; the first product with a blob does not.
  * Whoever writes new content to the address of a blob that was used already, by work in a stream, says so here. */

@@ -40,6 +40,9 @@ struct Output {
     uint64_t ldy;
     uint32_t m, n;
 
+    // Whether y is such that the copy engine can write it.
+    ZS_DEVICE bool by_copies() const { return ldy % 8 == 0 && (uint64_t)y % 16 == 0; }
+
     // The same, with whole 32-byte sectors where all rows are there and y is aligned for it. The warp does it together.
     ZS_DEVICE void store_together(const float (&v)[4], uint32_t row0, uint32_t token0, uint32_t lane) const {
         if (row0 + 16 > m || ldy % 4 != 0 || (uint64_t)y % 8 != 0) {

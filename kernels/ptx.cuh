@@ -111,6 +111,26 @@ ZS_DEVICE Vec4 ld_relaxed_v4(const void* p) {
 ZS_DEVICE void st_relaxed_v4(void* p, Vec4 v) {
     asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+// Counters between blocks.
+ZS_DEVICE uint32_t ld_acquire_u32(const uint32_t* p) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+// What this thread has written, or knows of, is seen by those who acquire what it adds or stores later.
+ZS_DEVICE void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+ZS_DEVICE void red_add_relaxed(uint32_t* p, uint32_t v) { asm volatile("red.relaxed.gpu.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory"); }
+// Adds 1; from `limit` on, or beyond it, to 0. (Where the compiler sees an addition it makes one for all lanes, with a shuffle of its result, which waits for it.)
+ZS_DEVICE uint32_t atom_inc_relaxed(uint32_t* p, uint32_t limit) {
+    uint32_t d;
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(d) : "l"(p), "r"(limit) : "memory");
+    return d;
+}
+ZS_DEVICE uint32_t atom_add_acq_rel(uint32_t* p, uint32_t v) {
+    uint32_t d;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(d) : "l"(p), "r"(v) : "memory");
+    return d;
+}
 
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
@@ -127,6 +147,12 @@ ZS_DEVICE uint32_t ld_shared_u16(uint32_t addr) {
 ZS_DEVICE void st_shared_v4(uint32_t addr, Vec4 v) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
+ZS_DEVICE uint32_t ld_shared_u32(uint32_t addr) {
+    uint32_t v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(addr) : "memory");
+    return v;
+}
+ZS_DEVICE void st_shared_u32(uint32_t addr, uint32_t v) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(addr), "r"(v) : "memory"); }
 ZS_DEVICE void st_shared_u16(uint32_t addr, uint32_t v) {
     asm volatile("{ .reg .b16 h; cvt.u16.u32 h, %1; st.shared.b16 [%0], h; }" ::"r"(addr), "r"(v) : "memory");
 }
@@ -137,6 +163,11 @@ ZS_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(addr)
                  : "memory");
+}
+
+// Four 8x8 matrices of 16-bit values, row l / 4, columns 2 (l mod 4) and the next in lane l, each transposed: lane l gives the address of column l % 8 of matrix l / 8. sm_90
+ZS_DEVICE void store_matrices_transposed(uint32_t addr, const Vec4& v) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(addr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
 // An 8x8 matrix of 16-bit values, row l / 4, columns 2 (l mod 4) and the next in lane l: transposed.
@@ -164,8 +195,8 @@ ZS_DEVICE void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.m
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
 ZS_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-ZS_DEVICE void mbarrier_arrive(uint32_t bar) {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(bar) : "memory");
+ZS_DEVICE void mbarrier_arrive(uint32_t bar, uint32_t count = 1) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(count) : "memory");
 }
 // Waits until the phase of the given parity is complete.
 ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
@@ -194,6 +225,24 @@ ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 ZS_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 // Orders this thread's shared-memory accesses before later ones of the copy engine and of wgmma.
 ZS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Orders what this thread has acquired in global memory before later reads of it by the copy engine.
+ZS_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+// `bytes` (a multiple of 16) that follow each other, from global to shared memory, completing on the barrier; and from shared to global memory.
+ZS_DEVICE void bulk_copy_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst), "l"(src), "r"(bytes), "r"(bar) : "memory");
+}
+ZS_DEVICE void bulk_copy_s2g(void* dst, uint32_t src, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+}
+// Waits until this thread's copies to global memory have been written, but for the last N.
+template <int N>
+ZS_DEVICE void bulk_copies_done() {
+    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory");
+}
+// Waits until all of them have been read from shared memory.
+ZS_DEVICE void bulk_copies_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Brings bytes (a multiple of 16) to L2.
+ZS_DEVICE void prefetch_l2(const void* p, uint32_t bytes) { asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p), "r"(bytes) : "memory"); }
 // A matrix in global memory as the copy engine sees it (a CUtensorMap), and what it was made from.
 struct __align__(64) TensorMap {
     uint64_t opaque[16];
@@ -204,11 +253,17 @@ struct TensorRows {
     uint32_t rows, columns;
     uint32_t box;  // rows of a copy
 };
+// Brings a map to where the copy engine looks for it.
+ZS_DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // A box of rows of 64 BF16 from (row, column) on, in the 128-byte swizzle, zeros beyond the matrix; completes on the barrier with all box * 128 bytes.
 ZS_DEVICE void tensor_copy(uint32_t dst, const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t bar) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(dst), "l"(&map), "r"(column), "r"(row),
                  "r"(bar)
                  : "memory");
+}
+// The other way: what lies within the matrix. One of this thread's copies to global memory (bulk_copies_done).
+ZS_DEVICE void tensor_store(const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t src) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(src) : "memory");
 }
 // ---- thread-block clusters: shared addresses are of the block's own memory, and name the same place in every block of its cluster ----
 
@@ -226,12 +281,12 @@ ZS_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.align
 // Arrives at the barrier in the block of that rank, which must not have ended. It says that this thread, and those that it has synchronised with, have
 // read what they have read of their shared memory, so that copies may land there; what they have written it does not publish. (.release.cluster would,
 // and an .acquire.cluster in the wait: a MEMBAR.GPU before each arrival and an L1 cache emptied after each wait.)
-ZS_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank) {
+ZS_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank, uint32_t count = 1) {
     asm volatile(
         "{ .reg .b32 there;\n"
         "mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(bar),
-        "r"(rank)
+        "mbarrier.arrive.shared::cluster.b64 _, [there], %2; }" ::"r"(bar),
+        "r"(rank), "r"(count)
         : "memory");
 }
 // tensor_copy into every block whose rank is a bit of the mask: to dst in its memory, completing on its own barrier at bar.

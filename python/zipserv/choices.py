@@ -35,7 +35,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel``: mma, wgmma, wide (many tokens), or decompress (and multiply by cuBLAS). The kernels have ``mw`` x ``kw`` warps (mma)
+    """``kernel``: mma, wgmma, wide or relay (many tokens), or decompress (and multiply by cuBLAS). The kernels have ``mw`` x ``kw`` warps (mma)
     or tiles a step of a block, side by side in rows and along K, and deal the work to ``blocks`` blocks."""
 
     kernel: str

@@ -25,6 +25,7 @@ __all__ = [
 
 _BF16 = 1
 _RAW = 0
+_EXPAND = 1  # ZS_EXPAND of zipserv_cuda.h
 _bf16 = torch.bfloat16
 _linear = _zipserv.cuda_linear
 _invariant = os.environ.get("VLLM_BATCH_INVARIANT") == "1"
@@ -105,14 +106,24 @@ def linear(
         rows_ptr, ldx = rows.data_ptr(), k
     y = x.new_empty((*shape[:-1], m))
     job = (index, _stream(index), address, m, k, rows_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
+    needs = _queue(*job, 0, 0)
+    if needs == _EXPAND:
+        return _linear_expanded(x, blob, m, k, dtype_code, bias)
+    if needs:
+        scratch = torch.empty(needs, dtype=torch.uint8, device=blob.device)
+        _queue(*job, scratch.data_ptr(), needs)
+    return y
+
+
+def _queue(*job: int) -> int:
+    """The engine's answer: 0 (queued), ``_EXPAND``, or the bytes of scratch memory that it needs."""
     try:
-        done = _linear(*job)
+        return _linear(*job)
     except _zipserv.Error as error:
         if "OUT_OF_MEMORY" not in str(error) or torch.cuda.is_current_stream_capturing():
             raise
         torch.cuda.empty_cache()  # the engine's workspaces and code come from the memory that torch leaves
-        done = _linear(*job)
-    return y if done else _linear_expanded(x, blob, m, k, dtype_code, bias)
+        return _linear(*job)
 
 
 def eager_linear(

@@ -7,7 +7,8 @@ import torch
 from gpu_cases import escapes, islands, on_gpu, same_bits, trained
 
 import zipserv
-from zipserv import grouped
+from zipserv import choices, grouped, tune
+from zipserv.choices import Problem
 
 
 def experts(count: int, m: int, k: int) -> None:
@@ -29,6 +30,18 @@ def experts(count: int, m: int, k: int) -> None:
                 grouped.moe_linear(x, blobs, count, routing, tile, m, k, 1, True)
 
 
+def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
+    """Every way that there is for many tokens; with results that no tensor copy can write, too."""
+    m, k = w.shape
+    x = torch.randn(n, k, device="cuda").bfloat16()
+    want = x.double() @ w.cuda().double().T
+    problem = Problem(m, k, tune.bucket(n))
+    for choice in choices.candidates(0, problem):
+        with choices.chosen(0, problem, choice):
+            for _ in range(2):
+                torch.testing.assert_close(zipserv.linear(x, z).double(), want, rtol=2e-2, atol=5e-2)
+
+
 def main() -> None:
     torch.manual_seed(7)
     experts(5, 190, 123)
@@ -44,6 +57,8 @@ def main() -> None:
             bias = torch.randn(m, device="cuda").bfloat16()
             y = zipserv.linear(x, zf, bias)
             torch.testing.assert_close(y.double(), x.double() @ finite.cuda().double().T + bias.double(), rtol=2e-2, atol=5e-2)
+        for n in (150, 300):
+            many_tokens(zf, finite, n)
         assert torch.equal(zipserv.compress(w.cuda()).blob.cpu(), zipserv.compress(w).blob)
         ids = torch.randint(m, (20,), device="cuda")
         assert same_bits(torch.ops.zipserv.embedding(ids, z.blob, m, k, 1), w[ids.cpu()])

@@ -107,6 +107,7 @@ RAGGED = [(4096, 4096), (1000, 776), (126, 120), (250, 184), (60, 2040), (2040, 
 def test_many_tokens_are_one_launch_on_hopper(m: int, k: int) -> None:
     """What an H100 measured as the fastest way (core/cuda/plan/wide_test.go)."""
     assert choices.current(0, Problem(m, k, 256)).kernel == "wide"
+    assert choices.current(0, Problem(m, k, 2048)).kernel == "relay"
     zipserv.cuda.set_batch_invariant(True)
     try:
         assert choices.current(0, Problem(m, k, None)).kernel == "wgmma"
@@ -114,10 +115,10 @@ def test_many_tokens_are_one_launch_on_hopper(m: int, k: int) -> None:
         zipserv.cuda.set_batch_invariant(False)
 
 
-@pytest.mark.skipif(not HOPPER, reason="zipgemm_wide is for compute capability 9.0")
+@pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")
 @pytest.mark.parametrize("n", MANY)
 @pytest.mark.parametrize("shape", RAGGED, ids=lambda s: f"{s[0]}x{s[1]}")
-def test_both_layouts_for_many_tokens(shape: tuple[int, int], n: int) -> None:
+def test_every_kernel_for_many_tokens(shape: tuple[int, int], n: int) -> None:
     """Ragged ends in every direction, more and fewer tiles than clusters; twice the same bits."""
     m, k = shape
     w = islands(m, k) if m == 1000 else trained(m, k)
@@ -125,9 +126,9 @@ def test_both_layouts_for_many_tokens(shape: tuple[int, int], n: int) -> None:
     z, x = on_gpu(w), torch.randn(n, k, device="cuda").bfloat16()
     bias = torch.randn(m, device="cuda").bfloat16() if n % 2 else None
     problem = Problem(m, k, tune.bucket(n))
-    wide = [c for c in choices.candidates(0, problem) if c.kernel == "wide"]
-    assert {c.mw for c in wide} == {2, 3}
-    for choice in wide:
+    many = [c for c in choices.candidates(0, problem) if c.kernel in ("wide", "relay")]
+    assert {(c.kernel, c.mw) for c in many} == {("wide", 2), ("wide", 3), ("relay", 2)}
+    for choice in many:
         with choices.chosen(0, problem, choice):
             assert choices.current(0, problem) == choice
             y = zipserv.linear(x, z, bias)
@@ -136,14 +137,14 @@ def test_both_layouts_for_many_tokens(shape: tuple[int, int], n: int) -> None:
                 assert same_bits(zipserv.linear(x, z, bias), y)
 
 
-@pytest.mark.skipif(not HOPPER, reason="zipgemm_wide is for compute capability 9.0")
+@pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")
 def test_one_hot_activations_read_the_weights_exactly_with_many_tokens() -> None:
     w = islands(520, 456)
     w = torch.where(w.isfinite(), w, torch.zeros_like(w))
     z = on_gpu(w)
     x = torch.eye(456, device="cuda").bfloat16()
     problem = Problem(520, 456, tune.bucket(456))
-    for choice in (c for c in choices.candidates(0, problem) if c.kernel == "wide"):
+    for choice in (c for c in choices.candidates(0, problem) if c.kernel in ("wide", "relay")):
         with choices.chosen(0, problem, choice):
             assert torch.equal(zipserv.linear(x, z).float().cpu(), w.T.float() + 0.0)
 
@@ -152,7 +153,7 @@ def test_graphs_of_many_numbers_of_tokens() -> None:
     """Graphs of different numbers of tokens, replayed in turns beside eager calls: the same bits as alone, and no workspace is left in disorder."""
     w = trained(4096, 4096)
     z = on_gpu(w)
-    xs = {n: torch.randn(n, 4096, device="cuda").bfloat16() for n in (1, 64, 128, 129, 256, 300, 512, 1000)}
+    xs = {n: torch.randn(n, 4096, device="cuda").bfloat16() for n in (1, 64, 128, 129, 256, 300, 512, 1000, 2000)}
     alone = {n: zipserv.linear(x, z) for n, x in xs.items()}
     graphs = {}
     for n, x in xs.items():
@@ -198,6 +199,32 @@ def test_infinite_and_nan_activations_stay_in_their_token() -> None:
     keep = torch.tensor([0, 1, 2, 4, 6, 7], device="cuda")
     assert same_bits(y[keep], clean[keep])
     assert y[5].isnan().all() and not y[3].isfinite().any()
+
+
+@pytest.mark.skipif(not HOPPER, reason="for compute capability 9.0")
+def test_weights_that_were_handed_on_are_those_of_the_product() -> None:
+    """Products with different weights one after the other, some in the memory of the one before, beside products on another stream."""
+    ws = [trained(1024, 2048), gaussian(1024, 2048), trained(2048, 1024)]
+    zs, other = [on_gpu(w) for w in ws], torch.cuda.Stream()
+    xs = [torch.randn(1500, w.shape[1], device="cuda").bfloat16() for w in ws]
+    want = []
+    for w, z, x in zip(ws, zs, xs, strict=True):
+        problem = Problem(*w.shape, tune.bucket(1500))
+        relay = next(c for c in choices.candidates(0, problem) if c.kernel == "relay")
+        choices.choose(0, problem, relay)
+        want.append(zipserv.linear(x, z))
+        assert_like_cublas(want[-1], x, w.cuda(), None)
+    try:
+        torch.cuda.synchronize()
+        for _ in range(30):
+            got = [zipserv.linear(x, z) for x, z in zip(xs, zs, strict=True)]
+            with torch.cuda.stream(other):
+                beside = [zipserv.linear(x, z) for x, z in zip(xs, zs, strict=True)]
+            torch.cuda.synchronize()
+            assert all(same_bits(a, b) for a, b in zip(got + beside, want + want, strict=True))
+    finally:
+        for w in ws:
+            choices.unchoose(0, Problem(*w.shape, tune.bucket(1500)))
 
 
 def test_wrong_arguments() -> None:

@@ -86,14 +86,33 @@ raises(zipserv.Error, ["cuLaunchKernelEx", "700"], cuda.linear, x, blob, 256, 19
 
 def test_many_tokens_and_batch_invariance(run) -> None:
     run("""
-job = (0, 0x77, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256)
-assert _zipserv.cuda_linear(*job) is False and not launches()
+job = (0, 0x77, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256, 0, 0)
+EXPAND = 1
+assert _zipserv.cuda_linear(*job) == EXPAND and not launches()
 zipserv.set_batch_invariant(True)
-assert _zipserv.cuda_linear(*job) is True and len(launches()) == 40, len(launches())
+assert _zipserv.cuda_linear(*job) == 0 and len(launches()) == 40, len(launches())
 zipserv.set_batch_invariant(False)
-assert _zipserv.cuda_linear(*job) is False
+assert _zipserv.cuda_linear(*job) == EXPAND
 """)
-    run("assert _zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256) is True", VLLM_BATCH_INVARIANT="1")
+    run("assert _zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5000, 192, 0, 0x3000, 256, 0, 0) == 0", VLLM_BATCH_INVARIANT="1")
+
+
+def test_scratch_memory_is_torch_s_for_the_time_of_a_product(run) -> None:
+    """Beside what the engine asks for nothing is allocated, and the product is queued with it."""
+    run("""
+import unittest.mock
+m, k = 4096, 4096
+blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(2048, k).bfloat16())
+asked = []
+real = torch.empty
+def empty(*shape, **options):
+    asked.append(shape[0])
+    return on_device(real(*shape, dtype=options["dtype"]))
+with unittest.mock.patch.object(torch, "empty", empty):
+    y = cuda.linear(x, blob, m, k, 1)
+assert y.shape == (2048, m) and asked == [2 * m * k], asked
+assert len(launches()) == 1 and "zs_zipgemm_relay" in launches()[0], launches()
+""", TENSORS)
 
 
 def test_decompress_and_raw_weights(run) -> None:
@@ -194,7 +213,7 @@ def test_warm_and_report(run) -> None:
     out = run("""
 cuda.warm(on_device(torch.zeros(1)), 256, 192, 8)
 before = len(log())
-_zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256)
+_zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256, 0, 0)
 assert [line.split()[0] for line in log()[before:]] == ["tensor", "launch"], log()
 facts = cuda.describe()
 assert facts["driver"]["cuda"] == "13.0" and len(facts["devices"]) == 2 and facts["cache"]["files"] >= 1
@@ -204,7 +223,7 @@ for key, value in cuda.report().items(): print(key, "=", value)
 
 
 def test_errors_of_the_machine(run, tmp_path: Path) -> None:
-    call = "_zipserv.cuda_linear, 0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256"
+    call = "_zipserv.cuda_linear, 0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256, 0, 0"
     run(f"raises(zipserv.Error, ['too old', 'CUDA 11.4', '12.0'], {call})", FAKECUDA_VERSION="11040")
     run(f"raises(zipserv.Error, ['compute capability 7.5', '8.0'], {call})", FAKECUDA_CC="75")
     run(f"raises(ValueError, ['no CUDA device 0', 'shows 0'], {call})", FAKECUDA_DEVICES="0")
@@ -324,7 +343,7 @@ import threading
 failures = []
 def work():
     try:
-        for _ in range(200): assert _zipserv.cuda_linear(0, 0x77, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256)
+        for _ in range(200): assert _zipserv.cuda_linear(0, 0x77, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256, 0, 0) == 0
     except BaseException as error: failures.append(error)
 threads = [threading.Thread(target=work) for _ in range(6)]
 for t in threads: t.start()
@@ -336,10 +355,10 @@ assert len(launches()) == 1200
 
 def test_first_argument_errors(run) -> None:
     run("""
-raises(TypeError, ["11 arguments, got 2"], _zipserv.cuda_linear, 0, 0)
-raises(TypeError, ["ldx must be an int"], _zipserv.cuda_linear, 0, 0, 16, 1, 1, 0, 1, "8", 0, 0, 1)
-raises(ValueError, ["stream must be 0"], _zipserv.cuda_linear, 0, -1, 16, 1, 1, 0, 1, 8, 0, 0, 1)
-raises(ValueError, ["M, K and N must be"], _zipserv.cuda_linear, 0, 0, 16, 0, 1, 0, 1, 8, 0, 0, 1)
+raises(TypeError, ["13 arguments, got 2"], _zipserv.cuda_linear, 0, 0)
+raises(TypeError, ["ldx must be an int"], _zipserv.cuda_linear, 0, 0, 16, 1, 1, 0, 1, "8", 0, 0, 1, 0, 0)
+raises(ValueError, ["stream must be 0"], _zipserv.cuda_linear, 0, -1, 16, 1, 1, 0, 1, 8, 0, 0, 1, 0, 0)
+raises(ValueError, ["M, K and N must be"], _zipserv.cuda_linear, 0, 0, 16, 0, 1, 0, 1, 8, 0, 0, 1, 0, 0)
 raises(ValueError, ["not aligned to 16"], _zipserv.cuda_decompress, 0, 0, 17, 64, 64, 0, 64, 0x2000, 64)
 raises(ValueError, ["do not fit"], _zipserv.cuda_decompress, 0, 0, 16, 64, 64, 0, 64, 0x2000, 63)
 raises(ValueError, ["multiple of 64"], _zipserv.cuda_decompress, 0, 0, 16, 128, 64, 1, 2, 0x2000, 64)

@@ -105,11 +105,11 @@ type Launch struct {
 	Programmatic bool   // programmatic dependent launch
 	Args         [MaxArgs]uint64
 	NumArgs      int
-	Tensor       Tensor
+	Tensors      [C.ZS_MAX_TENSORS]Tensor
 }
 
-// Tensor describes a BF16 matrix that a kernel reads by tensor copies of Box rows of 64 columns in the 128-byte swizzle; its map is the kernel's last
-// parameter, after Args. Data is a multiple of 16 bytes, Ld (elements from one row to the next) of 8. Box 0: none.
+// Tensor describes a BF16 matrix that a kernel reads or writes by tensor copies of Box rows of 64 columns in the 128-byte swizzle; the maps are the kernel's last
+// parameters, after Args. Data is a multiple of 16 bytes, Ld (elements from one row to the next) of 8. Box 0: none.
 type Tensor struct {
 	Data               Pointer
 	Ld                 uint64
@@ -126,9 +126,10 @@ func (c *Context) Launch(l *Launch) error {
 	if l.Programmatic {
 		a.programmatic = 1
 	}
-	if t := &l.Tensor; t.Box != 0 {
-		a.tensor_box, a.tensor_rows, a.tensor_columns = C.uint32_t(t.Box), C.uint32_t(t.Rows), C.uint32_t(t.Columns)
-		a.tensor_data, a.tensor_ld = C.uint64_t(t.Data), C.uint64_t(t.Ld)
+	for i := range l.Tensors {
+		from, to := &l.Tensors[i], &a.tensors[i]
+		to.box, to.rows, to.columns = C.uint32_t(from.Box), C.uint32_t(from.Rows), C.uint32_t(from.Columns)
+		to.data, to.ld = C.uint64_t(from.Data), C.uint64_t(from.Ld)
 	}
 	for i := range l.NumArgs {
 		a.args[i] = C.uint64_t(l.Args[i])

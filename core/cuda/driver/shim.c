@@ -182,8 +182,8 @@ zs_result zs_cluster_occupancy(zs_cu *cu, uint64_t ctx, uint64_t function, uint3
 }
 
 zs_result zs_launch(zs_cu *cu, const zs_launch_args *a) {
-  void *params[ZS_MAX_ARGS + 1];
-  CUtensorMap map;
+  void *params[ZS_MAX_ARGS + ZS_MAX_TENSORS];
+  CUtensorMap maps[ZS_MAX_TENSORS];
   for (uint32_t i = 0; i < a->nargs; i++) params[i] = (void *)&a->args[i];
   CUlaunchAttribute attrs[2];
   unsigned n = 0;
@@ -199,12 +199,12 @@ zs_result zs_launch(zs_cu *cu, const zs_launch_args *a) {
       .sharedMemBytes = a->smem, .hStream = P(CUstream, a->stream), .attrs = attrs, .numAttrs = n,
   };
   ENTER(a->ctx);
-  if (a->tensor_box) {
-    const uint64_t dims[2] = {a->tensor_columns, a->tensor_rows}, strides[1] = {2 * a->tensor_ld};
-    const uint32_t box[2] = {64, a->tensor_box}, steps[2] = {1, 1};
-    TRY(cuTensorMapEncodeTiled, &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, P(void *, a->tensor_data), dims, strides, box, steps,
+  for (uint32_t i = 0; i < ZS_MAX_TENSORS && a->tensors[i].box; i++) {
+    const uint64_t dims[2] = {a->tensors[i].columns, a->tensors[i].rows}, strides[1] = {2 * a->tensors[i].ld};
+    const uint32_t box[2] = {64, a->tensors[i].box}, steps[2] = {1, 1};
+    TRY(cuTensorMapEncodeTiled, &maps[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, P(void *, a->tensors[i].data), dims, strides, box, steps,
          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    params[a->nargs] = &map;
+    params[a->nargs + i] = &maps[i];
   }
   TRY(cuLaunchKernelEx, &config, P(CUfunction, a->function), params, NULL);
   LEAVE;

@@ -28,6 +28,7 @@ typedef struct {
 } zs_result;
 
 #define ZS_MAX_ARGS 24
+#define ZS_MAX_TENSORS 2
 
 typedef struct {
   uint64_t ctx, function, stream;
@@ -37,9 +38,11 @@ typedef struct {
   uint32_t cluster;      // CTAs along x that share a cluster; 0 or 1: none
   uint32_t programmatic; // may start before the kernel ahead of it in the stream has ended
   uint32_t nargs;
-  uint32_t tensor_box;             // rows of a box; not 0: a tensor map of a BF16 matrix is the parameter after the others,
-  uint32_t tensor_rows, tensor_columns; // in boxes of 64 columns, in the 128-byte swizzle
-  uint64_t tensor_data, tensor_ld;      // ld: elements from one row to the next
+  struct {
+    uint32_t box;           // rows of a box; not 0: a tensor map of a BF16 matrix is a parameter after the others,
+    uint32_t rows, columns; // in boxes of 64 columns, in the 128-byte swizzle
+    uint64_t data, ld;      // ld: elements from one row to the next
+  } tensors[ZS_MAX_TENSORS];
   uint64_t args[ZS_MAX_ARGS]; // one slot a parameter; narrower ones use the low bytes
 } zs_launch_args;
 

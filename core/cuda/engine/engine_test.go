@@ -29,7 +29,8 @@ var stubs = fstest.MapFS{
 	"zipgemm_grouped.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_grouped() {}`)},
 	"moe.cu": {Data: []byte(`extern "C" __global__ void zs_moe_route() {}
 extern "C" __global__ void zs_moe_combine() {}`)},
-	"zipgemm_wide.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
+	"zipgemm_relay.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_relay() {}`)},
+	"zipgemm_wide.cu":  {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
 	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_sample() {}
 extern "C" __global__ void zs_compress() {}`)},
 }
@@ -79,9 +80,9 @@ func TestLinearLaunchesOnceOnTheStreamItWasGiven(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
 	p := job()
-	expand, err := d.Linear(&p)
+	needs, err := d.Linear(&p)
 	require.NoError(t, err)
-	assert.False(t, expand)
+	assert.Zero(t, needs)
 	require.Len(t, launches(f), 1)
 	assert.Regexp(t, `^launch 0 zs_zipgemm_wgmma grid \d+,1,1 block \d+ smem \d+ stream 77 pdl [01] args 1000 20000 200 0$`, launches(f)[0])
 	assert.Contains(t, f.Log(), "tensor 5x512 ld 512 box 8x64")
@@ -102,17 +103,19 @@ func TestManyTokens(t *testing.T) {
 	d := device(t, e, 0)
 	p := job()
 	p.N = 8192
-	expand, err := d.Linear(&p)
+	p.X += 2 // else it would be the relay kernel's
+	needs, err := d.Linear(&p)
 	require.NoError(t, err)
-	assert.True(t, expand)
+	assert.EqualValues(t, engine.NeedsExpand, needs)
 	assert.Empty(t, launches(f))
+	p.X -= 2
 
 	engine.SetInvariant(true)
 	defer engine.SetInvariant(false)
 	p.N = 200
-	expand, err = d.Linear(&p)
+	needs, err = d.Linear(&p)
 	require.NoError(t, err)
-	assert.False(t, expand)
+	assert.Zero(t, needs)
 	require.Len(t, launches(f), 2, "128 + 72 tokens")
 	for i, line := range launches(f) {
 		assert.Contains(t, line, fmt.Sprintf("args 1000 %x 200 0", 0x20000+2*512*128*i), "the activations move on")
@@ -134,9 +137,9 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 	} {
 		f.Reset()
 		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: c.n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
-		expand, err := d.Linear(&p)
+		needs, err := d.Linear(&p)
 		require.NoError(t, err)
-		assert.False(t, expand)
+		assert.Zero(t, needs)
 		require.Len(t, launches(f), 1)
 		assert.Contains(t, launches(f)[0], "zs_zipgemm_wide "+c.want)
 		assert.Contains(t, launches(f)[0], "cluster 2 args 1000 20000 1000 0")
@@ -167,6 +170,38 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, launches(f), 2)
 	assert.Contains(t, launches(f)[0], "zs_zipgemm_wgmma")
+}
+
+// The kernel that hands decoded weights on asks for memory to do so; its results have a tensor map too, where they can.
+func TestScratchMemoryIsAskedFor(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096 - 60, K: 4096, N: 2000, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
+	needs, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, 64*64*8192, needs, "whole pairs of strips")
+	assert.Empty(t, launches(f))
+	p.Scratch, p.ScratchBytes = 0x700000, needs-1
+	again, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Equal(t, needs, again)
+	p.ScratchBytes = needs
+	f.Reset()
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs)
+	require.Len(t, launches(f), 1)
+	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1000 20000 1000 0 3000000 1000 fc4 1000 7d0 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
+	assert.Contains(t, f.Log(), "tensor 2000x4096 ld 4096 box 128x64")
+	assert.Contains(t, f.Log(), "tensor 2000x4036 ld 4096 box 256x64", "the results")
+	p.Y += 2
+	f.Reset()
+	_, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Equal(t, 2, count(f, "tensor 2000x4096 ld 4096 box 128x64"), "none of results that no copy can write")
+	p.Scratch += 8
+	_, err = d.Linear(&p)
+	assert.ErrorContains(t, err, "not aligned to 16 bytes")
 }
 
 // Rows that begin anywhere are no matter for a tensor map.

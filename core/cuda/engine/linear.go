@@ -20,7 +20,13 @@ type Matmul struct {
 	Bias    driver.Pointer
 	Y       driver.Pointer
 	LdY     uint64
+	// Scratch is memory for the time of the product, or 0.
+	Scratch      driver.Pointer
+	ScratchBytes uint64
 }
+
+// NeedsExpand is what Linear says of a product that it leaves to another library.
+const NeedsExpand = 1
 
 type linearKey struct {
 	m, k, class          uint64
@@ -34,26 +40,37 @@ type linearPlan struct {
 
 const maxSide = 1<<31 - 1
 
+const scratchAlign = 16
+
 // Linear queues a product. The kernels fetch their first weights before the work ahead of them in the stream has ended, which must
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
-// Where the plan is to decompress the weights and leave the product to cuBLAS it does nothing and returns
-// expand.
-func (d *Device) Linear(p *Matmul) (expand bool, err error) {
+// It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS; a larger number
+// where that many bytes of scratch memory have to come with the product.
+func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
-		return false, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
+		return 0, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
 	}
 	if p.Blob%16 != 0 {
-		return false, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
+		return 0, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
 	}
 	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
 	l, err := d.linear(p.M, p.K, p.N, unaligned)
-	if err != nil || l.plan.Expand {
-		return err == nil, err
+	if err != nil {
+		return 0, err
+	}
+	if l.plan.Expand {
+		return NeedsExpand, nil
+	}
+	if l.plan.Scratch > p.ScratchBytes {
+		return l.plan.Scratch, nil
+	}
+	if p.Scratch%scratchAlign != 0 {
+		return 0, badArgument("the scratch memory at %#x is not aligned to %d bytes", p.Scratch, scratchAlign)
 	}
 	ws, err := d.workspaces.Get(p.Stream, l.plan.Workspace)
 	if err != nil {
-		return false, err
+		return 0, err
 	}
 	_, early := d.read.Load(p.Blob)
 	for first := uint64(0); first < p.N; first += l.plan.Tokens {
@@ -66,17 +83,26 @@ func (d *Device) Linear(p *Matmul) (expand bool, err error) {
 			if p.N == 1 { // the distance to a next row means nothing then
 				ld = p.K
 			}
-			launch.Tensor = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: min(box, uint32(n+7)/8*8)}
+			launch.Tensors[0] = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: min(box, uint32(n+7)/8*8)}
+		}
+		if l.plan.Scratch != 0 {
+			launch.Args[launch.NumArgs], launch.Args[launch.NumArgs+1] = uint64(ws)+l.plan.Flags, uint64(p.Scratch)
+			launch.NumArgs += 2
+			y := &launch.Tensors[1] // of a y that no copy can write the kernel does not look at it
+			*y = launch.Tensors[0]
+			if p.Y%16 == 0 && p.LdY%8 == 0 {
+				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(p.M), Box: l.plan.ResultRows}
+			}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
-			return false, err
+			return 0, err
 		}
 		if !early {
 			d.read.Store(p.Blob, struct{}{})
 			early = true
 		}
 	}
-	return false, nil
+	return 0, nil
 }
 
 func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {

@@ -9,14 +9,14 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 3
+const Version = 4
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
 
 // Choice is a way to solve a product that was not picked by ForLinear but by a measurement or a user.
 type Choice struct {
-	Kernel string `json:"kernel"` // mma, wgmma, wide or decompress; what follows is of the first three
+	Kernel string `json:"kernel"` // mma, wgmma, wide, relay or decompress; what follows is of all but the last
 	MW     int    `json:"mw,omitempty"`
 	KW     int    `json:"kw,omitempty"`
 	Blocks uint32 `json:"blocks,omitempty"`
@@ -86,8 +86,11 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 		}
 		return Linear{Expand: true}, nil
 	}
-	if c.Kernel == Wide {
+	switch c.Kernel {
+	case Wide:
 		return chosenWide(d, p, c)
+	case Relay:
+		return chosenRelay(d, p, c)
 	}
 	v := variant{c.MW, c.KW}
 	if !slices.Contains(variants(d, p, c.Kernel), v) {
@@ -96,10 +99,20 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 	if most := v.resident(d, p.M, p.K); c.Blocks < 1 || c.Blocks > most {
 		return Linear{}, fmt.Errorf("%s: a %d x %d weight can be shared by 1 to %d blocks", c, p.M, p.K, most)
 	}
-	l := families[c.Kernel].launch(d, v, p.M, p.K, launchTokens(p, c.Kernel))
+	l := families[c.Kernel].launch(d, v, p, launchTokens(p, c.Kernel))
 	l.Workspace = l.Workspace / uint64(l.Kernel.Grid) * uint64(c.Blocks)
 	l.Kernel.Grid = c.Blocks
 	return l, nil
+}
+
+func chosenRelay(d Device, p Problem, c Choice) (Linear, error) {
+	if !relays(d, p) || c.MW != relayGroups || c.KW != 1 {
+		return Linear{}, fmt.Errorf("%s is no layout for %d tokens of a %d x %d weight on compute capability %d.%d", c, p.N, p.M, p.K, d.Capability/10, d.Capability%10)
+	}
+	if most := uint32(relayClusters(d) * relayCluster); c.Blocks < relayCluster || c.Blocks > most || c.Blocks%relayCluster != 0 {
+		return Linear{}, fmt.Errorf("%s: %d to %d blocks, in clusters of %d", c, relayCluster, most, relayCluster)
+	}
+	return relayLaunch(p, uint64(c.Blocks/relayCluster)), nil
 }
 
 func chosenWide(d Device, p Problem, c Choice) (Linear, error) {
@@ -135,6 +148,9 @@ func ChoiceOf(l Linear) (Choice, error) {
 			_, _ = fmt.Sscanf(define, "ZS_GROUPS=%d", &c.MW)
 		}
 		return c, nil
+	}
+	if l.Kernel.Source == relaySource {
+		return Choice{Relay, relayGroups, 1, l.Kernel.Grid}, nil
 	}
 	for name, f := range families {
 		if f.source != l.Kernel.Source {
@@ -177,6 +193,9 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 	}
 	for _, w := range wide(d, p) {
 		add(Choice{Wide, w.groups, wideKW, uint32(w.clusters(d, p) * wideCluster)})
+	}
+	if relays(d, p) {
+		add(Choice{Relay, relayGroups, 1, uint32(relayClusters(d) * relayCluster)})
 	}
 	if !p.Invariant && Class(p.N) >= mma.tokens {
 		add(Choice{Kernel: Expanded})

@@ -34,6 +34,15 @@ func TestEveryCandidateCanBeChosen(t *testing.T) {
 						}
 						checkKernel(t, d, l.Kernel)
 						assert.LessOrEqual(t, int(l.Kernel.Grid), d.SMs, "all blocks at once")
+						if c.Kernel == plan.Relay {
+							assert.False(t, p.Invariant)
+							assert.Equal(t, uint64(l.Kernel.Grid)*2*64*256*4, l.Flags)
+							pairs := (p.M + 127) / 128
+							assert.Equal(t, l.Flags+4*(32+pairs*((p.K+63)/64)), l.Workspace, "a flag for each pair of strips and column of tiles")
+							assert.Equal(t, pairs*2*((p.K+63)/64)*8192, l.Scratch)
+							continue
+						}
+						assert.Zero(t, l.Scratch)
 						if c.Kernel == plan.Wide {
 							assert.False(t, p.Invariant)
 							assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_GROUPS")*define(t, l.Kernel, "ZS_N"))*64*4, l.Workspace)
@@ -70,6 +79,32 @@ func TestAChoiceThatCannotBeIsRefused(t *testing.T) {
 	assert.Error(t, err)
 	_, err = plan.Candidates(d, plan.Problem{})
 	assert.Error(t, err)
+}
+
+func TestChoicesOfTheKernelThatDecodesOnce(t *testing.T) {
+	d := devices["H200"]
+	many := plan.Problem{M: 4096, K: 4096, N: 2048}
+	for _, c := range []plan.Choice{
+		{Kernel: "relay"}, {Kernel: "relay", MW: 3, KW: 1, Blocks: 132}, {Kernel: "relay", MW: 2, KW: 2, Blocks: 132}, {Kernel: "relay", MW: 2, KW: 1, Blocks: 131},
+		{Kernel: "relay", MW: 2, KW: 1, Blocks: 134}, {Kernel: "relay", MW: 2, KW: 1},
+	} {
+		_, err := plan.Chosen(d, many, c)
+		assert.Error(t, err, "%+v", c)
+	}
+	c := plan.Choice{Kernel: "relay", MW: 2, KW: 1, Blocks: 100}
+	l, err := plan.Chosen(d, many, c)
+	require.NoError(t, err)
+	assert.EqualValues(t, 100, l.Kernel.Grid)
+	same, err := plan.ChoiceOf(l)
+	require.NoError(t, err)
+	assert.Equal(t, c, same)
+	for name, p := range map[string]plan.Problem{
+		"invariant": {M: 4096, K: 4096, N: 2048, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 2048, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 2048},
+		"few tokens": {M: 4096, K: 4096, N: 128}, "more scratch memory than it may ask for": {M: 1 << 20, K: 4096, N: 2048},
+	} {
+		_, err = plan.Chosen(d, p, c)
+		assert.ErrorContains(t, err, "no layout", name)
+	}
 }
 
 func TestChoicesOfTheKernelForManyTokens(t *testing.T) {

@@ -10,7 +10,7 @@ const (
 	launchTime    = 2e-6
 	streamReached = 0.95 // share of the copy bandwidth that the few-token kernel's weight stream reaches
 	sumsTime      = 3e-6 // what a launch of the wgmma kernel takes for partial sums and results
-	gemmReached   = 0.75 // share of the tensor rate that cuBLAS reaches at the clock under load
+	gemmReached   = 0.73 // share of the tensor rate that cuBLAS reaches at the clock under load
 	decodeReached = 0.95 // share of the copy bandwidth that decompress reaches
 	clockReached  = 0.90 // share of the highest clock under load
 	moreEscapes   = 1.08 // what the kernel for many tokens takes longer with trained-like weights, halved: its times are of Gaussian ones

@@ -21,8 +21,13 @@ type Linear struct {
 	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns, or of as many as there are tokens, rounded up
 	// to 8; x and its rows are then aligned to 16 bytes.
 	TensorRows uint32
-	// Workspace is the bytes for partial sums, all of them 0xFF between launches.
+	// Workspace is the bytes for partial sums and, from Flags on, for the flags and tickets of the relay kernel; all of them 0xFF between launches.
 	Workspace uint64
+	Flags     uint64
+	// Scratch is the bytes that a launch needs for the time it runs, whatever they are before; 0 but for the relay kernel. Its results leave by tensor copies
+	// of ResultRows tokens.
+	Scratch    uint64
+	ResultRows uint32
 }
 
 // layouts lists those of the mma kernel that serve 64 tokens without spilling registers, and so every number of tokens: the order of a token's
@@ -73,12 +78,16 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	n := Class(p.N)
 	if !p.Invariant && n > f.tokens {
 		few, expand := fusedTime(d, p, f), expandTime(d, p)
-		if w, t := bestWide(d, p); w != nil && t < min(few, expand) {
+		w, wide := bestWide(d, p)
+		if relays(d, p) && relayTime(d, p) < min(few, expand, wide) {
+			return relayLaunch(p, relayClusters(d)), nil
+		}
+		if wide < min(few, expand) {
 			return w.launch(d, p, w.clusters(d, p)), nil
 		}
 		if expand < few {
 			return Linear{Expand: true}, nil
 		}
 	}
-	return f.launch(d, v, p.M, p.K, min(n, f.tokens)), nil
+	return f.launch(d, v, p, min(n, f.tokens)), nil
 }

@@ -89,11 +89,12 @@ func (v variant) units(m, k uint64) uint64 {
 	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
-// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, at the cost of runs longer by 2 % at most. Then fewer
+// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, at the cost of runs longer by 2 % or `more` units at most. Then fewer
 // partial sums travel.
-func (v variant) grid(d Device, m, k uint64) uint32 {
+func (v variant) grid(d Device, m, k, more uint64) uint32 {
 	all, even := v.resident(d, m, k), v.even(d, m, k)
-	if units := v.units(m, k); 100*ceilDiv(units, uint64(even)) <= 102*ceilDiv(units, uint64(all)) {
+	units := v.units(m, k)
+	if longest, shortest := ceilDiv(units, uint64(even)), ceilDiv(units, uint64(all)); 100*longest <= 102*shortest || longest <= shortest+more {
 		return even
 	}
 	return all
@@ -122,9 +123,20 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 	return chosen, nil
 }
 
+// Up to how many tokens a token's sums are the same without the batch-invariant mode, and by how many units runs of whole strips may be longer beyond: the
+// partial sums of a strip are in proportion to the tokens (docs/performance.md, "128 tokens").
+const (
+	sameTokens = 32
+	manyMore   = 6
+)
+
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
-func (f family) launch(d Device, v variant, m, k, tokens uint64) Linear {
-	grid := v.grid(d, m, k)
+func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
+	m, k, more := p.M, p.K, uint64(0)
+	if f.tensor && !p.Invariant && tokens > sameTokens {
+		more = manyMore
+	}
+	grid := v.grid(d, m, k, more)
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,

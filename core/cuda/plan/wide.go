@@ -2,7 +2,10 @@
 
 package plan
 
-import "fmt"
+import (
+	"fmt"
+	"math"
+)
 
 // wideLayout is one of the layouts of the kernel for many tokens (zipgemm_wide.cu): an output tile of a block is groups strips by tokens, a unit two columns of
 // tiles. Clusters of two blocks have twice as many strips. Which tiles are split over how many clusters depends on the tokens, so it is never used in the
@@ -10,7 +13,7 @@ import "fmt"
 type wideLayout struct {
 	groups int
 	tokens uint64 // a multiple of 64, so that all numbers of a class have as many tiles
-	// Least squares over an H100's times: 10.7, 2.0 and 3.75 us of the first, 8.0, 1.7 and 1.0 of the second, at 1.755 GHz.
+	// Fitted to an H100's times: 8.5, 1.9 and 5.5 us of the first, 4.5, 2.0 and 3.0 of the second, at 1.78 GHz.
 	startClocks, unitClocks, helperClocks float64
 }
 
@@ -25,8 +28,8 @@ const (
 
 // wideLayouts: the first moves less through shared memory for a product, the second deals out finer work with fewer partial sums.
 var wideLayouts = []wideLayout{
-	{groups: 2, tokens: 256, startClocks: 18800, unitClocks: 3510, helperClocks: 6580},
-	{groups: 3, tokens: 128, startClocks: 14000, unitClocks: 2985, helperClocks: 1755},
+	{groups: 2, tokens: 256, startClocks: 15100, unitClocks: 3400, helperClocks: 9800},
+	{groups: 3, tokens: 128, startClocks: 8000, unitClocks: 3620, helperClocks: 5300},
 }
 
 const (
@@ -112,10 +115,11 @@ func (w wideLayout) launch(d Device, p Problem, clusters uint64) Linear {
 	}
 }
 
-// bestWide is the layout that should be fastest, and its time; nil where none can solve the problem.
+// bestWide is the layout that should be fastest, and its time; infinite where none can solve the problem.
 func bestWide(d Device, p Problem) (best *wideLayout, least float64) {
+	least = math.Inf(1)
 	for _, w := range wide(d, p) {
-		if t := w.wideTime(d, p); best == nil || t < least {
+		if t := w.wideTime(d, p); t < least {
 			best, least = &w, t
 		}
 	}
