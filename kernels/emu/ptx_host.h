@@ -131,7 +131,10 @@ template <int N>
 inline void bulk_copies_done() {
   zsemu::stores_done(N);
 }
-inline void bulk_copies_read() { zsemu::stores_read(); }
+template <int N = 0>
+inline void bulk_copies_read() {
+  zsemu::stores_read(N);
+}
 inline void prefetch_l2(const void* p, uint32_t bytes) { zsemu::prefetch(p, bytes); }
 // The emulator has no descriptors: the description that comes with one says it all.
 struct TensorMap {

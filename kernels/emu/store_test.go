@@ -96,6 +96,7 @@ func TestMistakesWithStoresAreCaught(t *testing.T) {
 		"store_of_nothing":                    "uninitialised",
 		"source_written_while_read":           "in-flight",
 		"source_of_the_other_copy":            "in-flight",
+		"source_of_the_last_copy":             "in-flight",
 		"source_written_by_matrices":          "in-flight",
 		"source_written_by_a_copy":            "in-flight",
 		"source_written_by_others":            "in-flight race",

@@ -68,7 +68,7 @@ void tensor_g2s(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, ui
 void bulk_s2g(void* dst, uint32_t src, uint32_t bytes);
 void tensor_s2g(void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t src);
 void stores_done(uint32_t pending);   // all but the last `pending` are written
-void stores_read();                   // of all of them the source may be written again
+void stores_read(uint32_t pending);   // their sources may be written again
 void prefetch(const void* p, uint32_t bytes);
 
 // Thread-block clusters.

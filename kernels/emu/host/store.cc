@@ -119,10 +119,10 @@ void stores_done(uint32_t pending) {
   all.erase(all.begin(), all.begin() + long(n));
 }
 
-void stores_read() {
+void stores_read(uint32_t pending) {
   ZS_ENTER();
   yield();
-  for (const StoreRef& s : cur->stores) has_read(*s);
+  for (size_t i = 0; i + pending < cur->stores.size(); i++) has_read(*cur->stores[i]);
 }
 
 void prefetch(const void* p, uint32_t bytes) {

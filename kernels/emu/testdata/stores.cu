@@ -14,7 +14,7 @@ extern "C" __global__ void bulk_stores(const uint32_t* in, uint32_t* out, uint32
     __syncwarp();
     if (lane == 0) {
       bulk_copy_s2g(out + p * 128, at, 512);
-      if (round % 2) bulk_copies_read();
+      bulk_copies_read<1>();
     }
     __syncwarp();
   }

@@ -71,6 +71,20 @@ extern "C" __global__ void source_of_the_other_copy(uint32_t* data, uint32_t*) {
   fill(base, 2);
   if (threadIdx.x == 0) bulk_copies_done<0>();
 }
+extern "C" __global__ void source_of_the_last_copy(uint32_t* data, uint32_t*) {
+  SHARED;
+  fill(base, 1);
+  fill(base + 512, 1);
+  if (threadIdx.x == 0) {
+    bulk_copy_s2g(data, base, 512);
+    bulk_copy_s2g(data + 128, base + 512, 512);
+    bulk_copies_read<1>();
+  }
+  __syncthreads();
+  fill(base, 2);
+  fill(base + 512, 2);
+  if (threadIdx.x == 0) bulk_copies_done<0>();
+}
 extern "C" __global__ void source_written_by_matrices(uint32_t* data, uint32_t*) {
   SHARED;
   fill(base, 1);
