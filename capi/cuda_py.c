@@ -398,7 +398,7 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(control, "cuda_control(device, request) -> str: a request about plans and tuning and its reply, both JSON"),
     {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
-    FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy) -> bool: False means: decompress and multiply instead"),
+    FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy, scratch, scratch_bytes) -> int: 0 queued; 1 decompress and multiply instead; else bytes of scratch that it needs"),
     FUNCTION(changed, "cuda_changed(device, blob) -> None: the blob has new content, written by work in a stream"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(gather, "cuda_gather(device, stream, blob, dtype, m, k, ids, id_bytes, n, out) -> None"),

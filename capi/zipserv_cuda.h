@@ -39,11 +39,12 @@ typedef struct zs_cuda_linear_t {
     uint64_t x, ldx; /* [n, k] BF16, elements from row to row */
     uint64_t bias;   /* [m] BF16 or 0 */
     uint64_t y, ldy; /* [n, m] BF16, elements from row to row */
-    uint64_t scratch, scratch_bytes; /* device memory for the time of the product, 16-byte aligned, or 0 */
+    uint64_t scratch, scratch_bytes; /* device memory, 16-byte aligned, or 0: see zs_cuda_linear */
 } zs_cuda_linear_t;
 
 /* y = x w^T + bias. *needs is 0 where it was queued. Else nothing was: 1 (ZS_EXPAND) where it is faster to decompress w and multiply by another library; a
- * larger number where that many bytes of scratch memory are needed, to be asked for again with. */
+ * larger number where that many bytes of scratch memory are needed: call again with that much. Its contents do not matter; it must not be used by anything else until
+ * the product is done, and while a graph that the call was captured into replays. */
 ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, uint64_t *needs);
 #define ZS_EXPAND 1
 

@@ -195,9 +195,7 @@ ZS_DEVICE void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.m
 // ---- mbarrier -------------------------------------------------------------------------------------------------------
 
 ZS_DEVICE void mbarrier_init(uint32_t bar, uint32_t count) { asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(bar), "r"(count) : "memory"); }
-ZS_DEVICE void mbarrier_arrive(uint32_t bar, uint32_t count = 1) {
-    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(count) : "memory");
-}
+ZS_DEVICE void mbarrier_arrive(uint32_t bar) { asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0]; }" ::"r"(bar) : "memory"); }
 // Waits until the phase of the given parity is complete.
 ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 #if __CUDA_ARCH__ >= 900
@@ -218,6 +216,10 @@ ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 #if __CUDA_ARCH__ >= 900
+// As `count` arrivals.
+ZS_DEVICE void mbarrier_arrive(uint32_t bar, uint32_t count) {
+    asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(count) : "memory");
+}
 ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
     asm volatile("{ .reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(bytes) : "memory");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // zipgemm_relay's division of work. An *output tile* is ZS_CLUSTER * ZS_GROUPS strips by ZS_N tokens; tiles are numbered in panels of token tiles, in a panel row
-// groups major, so that those under way at the same time share weights and activations in L2. As many as go round evenly are made by one cluster each, in turns; the rest
-// come last and are shared, in equal runs of columns. All go through k from its end to its beginning.
+// groups major, so that those under way at the same time share weights and activations in L2. As many as go round evenly are made by one cluster each, in turns. The rest
+// come last, each by as many clusters as there are for it, in equal parts of k, which begin at the same time. All go through k from its end to its beginning.
 #pragma once
 #include "tiles.cuh"
 
@@ -10,7 +10,7 @@
 
 struct Plan {
     int32_t strips, ksteps;
-    uint32_t token_tiles, row_groups, tiles, whole, sharers, clusters, cluster, rank;
+    uint32_t token_tiles, row_groups, tiles, whole, parts, sharers, clusters, cluster, rank;
     ZS_DEVICE Plan(const Blob& blob, uint32_t n) {
         strips = (int32_t)blob.row_tiles, ksteps = (int32_t)blob.col_tiles;
         token_tiles = (n + ZS_N - 1) / ZS_N;
@@ -20,13 +20,11 @@ struct Plan {
         rank = ZS_CLUSTER > 1 ? cluster_rank() : 0;
         whole = tiles / clusters * clusters;
         const uint32_t rest = tiles - whole;
-        sharers = rest ? min(clusters / rest, min((uint32_t)ZS_MOST_SHARERS, blob.col_tiles)) * rest : 0;
+        parts = rest ? min(clusters / rest, min((uint32_t)ZS_MOST_SHARERS, blob.col_tiles)) : 1;
+        sharers = parts * rest;
     }
-    ZS_DEVICE uint32_t rest() const { return tiles - whole; }
-    // Clusters that share one tile, where all do so in equal parts; else 1.
-    ZS_DEVICE uint32_t parts() const { return rest() && sharers % rest() == 0 ? sharers / rest() : 1; }
-    // First column of a sharer's run, counted through the shared tiles.
-    ZS_DEVICE int32_t start_of(uint32_t c) const { return part_begin(rest() * (uint32_t)ksteps, c, sharers); }
+    // Whether this cluster ends up with the sums of a tile that it has a part of.
+    ZS_DEVICE bool ends(uint32_t tile) const { return tile < whole || cluster % parts == parts - 1; }
     // First strip of this block and first token of an output tile.
     ZS_DEVICE void locate(uint32_t tile, int32_t& strip, uint32_t& token) const {
         const uint32_t panel = tile / (ZS_PANEL * row_groups), in = tile - panel * ZS_PANEL * row_groups;
@@ -38,30 +36,22 @@ struct Plan {
 // A cluster's turns: of an output tile the columns begin .. end - 1.
 struct Turns {
     uint32_t coming, tile, token;
-    int32_t run_begin, run_end, begin, end, strip;
-    ZS_DEVICE explicit Turns(const Plan& plan) : coming(plan.cluster), tile(0), token(0), run_begin(0), run_end(0), begin(0), end(0), strip(0) {
-        if (plan.cluster < plan.sharers) run_begin = plan.start_of(plan.cluster), run_end = plan.start_of(plan.cluster + 1);
-    }
+    int32_t begin, end, strip;
+    bool shares;  // a part of a shared tile is still to come
+    ZS_DEVICE explicit Turns(const Plan& plan) : coming(plan.cluster), tile(0), token(0), begin(0), end(0), strip(0), shares(plan.cluster < plan.sharers) {}
     ZS_DEVICE bool next(const Plan& plan) {
         if (coming < plan.whole) {
             tile = coming, coming += plan.clusters;
             begin = 0, end = plan.ksteps;
-        } else if (run_end > run_begin) {
-            const int32_t shared = (run_end - 1) / plan.ksteps, first = shared * plan.ksteps;
-            tile = plan.whole + (uint32_t)shared;
-            begin = max(run_begin - first, 0), end = run_end - first;
-            run_end = first + begin;
+        } else if (shares) {
+            const uint32_t part = plan.cluster % plan.parts;
+            tile = plan.whole + plan.cluster / plan.parts, shares = false;
+            begin = part_begin((uint32_t)plan.ksteps, part, plan.parts), end = part_begin((uint32_t)plan.ksteps, part + 1, plan.parts);
         } else {
             return false;
         }
         plan.locate(tile, strip, token);
         return true;
-    }
-    // Whether this cluster ends up with the sums of the tile.
-    ZS_DEVICE bool writes(const Plan& plan) const {
-        if (tile < plan.whole || plan.sharers == plan.rest()) return true;
-        const uint32_t parts = plan.parts();
-        return parts > 1 ? plan.cluster % parts == parts - 1 : end == plan.ksteps;
     }
 };
 
@@ -90,7 +80,7 @@ struct Order {
     int32_t ksteps;
     Divider band, last, parts, whole;  // strips of a band, of the last one; parts of k; tickets of a band
     ZS_DEVICE explicit Order(const Plan& plan) {
-        const uint32_t width = min((uint32_t)ZS_PANEL, plan.token_tiles), shared = plan.whole == 0 ? plan.parts() : 1;
+        const uint32_t width = min((uint32_t)ZS_PANEL, plan.token_tiles), shared = plan.whole == 0 ? plan.parts : 1;
         const uint32_t height = max(1u, (plan.clusters / shared + width - 1) / width) * ZS_CLUSTER * ZS_GROUPS;
         strips = (uint32_t)plan.strips, ksteps = plan.ksteps;
         bands = (strips + height - 1) / height;
@@ -108,23 +98,18 @@ struct Order {
     }
 };
 
-// Adds up one strip of an output tile over the clusters that shared it. False: another one has the sums. As `settle` in tiles.cuh.
+// Adds up one strip of an output tile over the clusters that shared it, two by two, as `settle` in tiles.cuh. False: another one has the sums.
 ZS_DEVICE bool add_up(float (&acc)[ZS_N / 2], const Plan& plan, const Turns& turn, uint32_t g, uint32_t tid, float* workspace) {
-    if (turn.tile < plan.whole || plan.sharers == plan.rest()) return true;
+    if (turn.tile < plan.whole) return true;
     float* const slot = workspace + (g * (ZS_N / 8) * 128 + tid) * 4;
-    const uint32_t parts = plan.parts();
-    const uint32_t below = parts - 1 - plan.cluster % parts, end = parts > 1 ? parts : 2;
+    const uint32_t parts = plan.parts, below = parts - 1 - plan.cluster % parts;  // how far from the last one
 #pragma unroll 1
-    for (uint32_t d = 1; d < end; d *= 2) {
-        if (parts > 1 ? (below & d) != 0 : turn.end != plan.ksteps) {
+    for (uint32_t d = 1; d < parts; d *= 2) {
+        if (below & d) {
             publish_sums(acc, slot);
             return false;
         }
-        uint32_t others = 0;
-        if (parts > 1)
-            others = below + d < parts;
-        else
-            while (plan.start_of(plan.cluster - others) > (int32_t)((turn.tile - plan.whole) * (uint32_t)plan.ksteps)) others++;
+        const uint32_t others = below + d < parts;
         add_sums(acc, slot, d, others);
     }
     return true;

@@ -7,9 +7,9 @@
 //
 // relay.cuh says which block makes which output tiles, and in what order tiles are decoded.
 //
-// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM.
+// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid of whole clusters <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * ZS_GROUPS * 64 * ZS_N floats. flags: ZS_CONTROL words and one for each ZS_GROUPS strips and column of tiles. Of both all bytes are 0xFF before the
-// first launch, and every launch leaves them so. decoded: 8192 bytes for each tile, an even number of strips, 16-byte aligned. x_map: x as n rows of k columns, boxes of
+// first launch, and every launch leaves them so. decoded: 8192 bytes for each tile, of a multiple of ZS_GROUPS strips, 16-byte aligned. x_map: x as n rows of k columns, boxes of
 // ZS_N / ZS_CLUSTER rows of 64 columns, also where n is less, in the 128-byte swizzle.
 #define ZS_WGMMA 1
 
@@ -93,7 +93,7 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
                 for (uint32_t g = here; g < ZS_GROUPS; g++) bulk_copy_g2s(to + g * 8192, from, 8192, full);
             }
         }
-        if (!by_copies || !turn.writes(plan)) continue;
+        if (!by_copies || !plan.ends(turn.tile)) continue;
         // The results take the place of columns. Who waits for a later column so knows that this round of the stage is over, also that of the other block.
         for (uint32_t g = 0; g < ZS_GROUPS; g++, stage.advance(1, ZS_STAGES)) {
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16;
@@ -205,7 +205,7 @@ struct Results {
         sent = bars;
     }
     // The stage may be loaded again once the copy has read it. Not before a later column is there, so that the other block has come to this round, too.
-    ZS_DEVICE void settle(uint32_t tid) {
+    ZS_DEVICE void hand_back(uint32_t tid) {
         if (sent && tid == 0) {
             bulk_copies_read();
 #if ZS_CLUSTER > 1
@@ -250,7 +250,7 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
 #pragma unroll
             for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
             wgmma_commit();
-            results.settle(tid);
+            results.hand_back(tid);
             wgmma_wait<1>();
             release();
             busy = full;
@@ -276,6 +276,7 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
 // The last block whose helpers are done, with the tickets and the flags of all, leaves these as they were found; the tensor cores still work on what has been
 // loaded. `told`: 4 bytes of shared memory.
 ZS_DEVICE void restore_flags(const Blob& blob, uint32_t* flags, uint32_t told, uint32_t tid) {
+    __syncwarp();
     named_barrier_sync(7, 128);
     if (tid == 0) st_shared_u32(told, atom_add_acq_rel(flags + 1, 1) + 2);  // blocks that are done
     named_barrier_sync(7, 128);
@@ -302,12 +303,12 @@ zs_zipgemm_relay(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
     __syncwarp();
     const Output out{bias, y, ldy, m, n};
     const uint32_t helper = warp - ZS_CONSUMERS / 32;
-    // Nobody's copies or arrivals come before the barriers are there. Decoders have nothing to do with them and do not wait.
+    // Nobody's copies or arrivals come before the barriers are there.
 #if ZS_CLUSTER > 1
     cluster_arrive_relaxed();
-    if (warp < ZS_CONSUMERS / 32 || helper == 0) cluster_wait();
+    cluster_wait();
 #else
-    if (warp < ZS_CONSUMERS / 32 || helper == 0) named_barrier_sync(8, ZS_CONSUMERS + 32);
+    __syncthreads();
 #endif
     if (warp < ZS_CONSUMERS / 32) {
         setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
@@ -329,7 +330,6 @@ zs_zipgemm_relay(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
     }
 #if ZS_CLUSTER > 1
     __syncwarp();
-    if (warp >= ZS_CONSUMERS / 32 && helper != 0) cluster_wait();
     cluster_sync();  // the others may still write here
 #endif
 }

@@ -107,12 +107,10 @@ def linear(
     y = x.new_empty((*shape[:-1], m))
     job = (index, _stream(index), address, m, k, rows_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
     needs = _queue(*job, 0, 0)
-    if needs == _EXPAND:
-        return _linear_expanded(x, blob, m, k, dtype_code, bias)
-    if needs:
+    while needs > _EXPAND:  # again where the choice has changed in between
         scratch = torch.empty(needs, dtype=torch.uint8, device=blob.device)
-        _queue(*job, scratch.data_ptr(), needs)
-    return y
+        needs = _queue(*job, scratch.data_ptr(), needs)
+    return _linear_expanded(x, blob, m, k, dtype_code, bias) if needs else y
 
 
 def _queue(*job: int) -> int:
@@ -367,9 +365,9 @@ def _compress_on_host(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ..
 def set_batch_invariant(on: bool) -> None:
     """A token's result has the same bits whatever else is in the batch, for every number of tokens.
 
-    Without it that holds for the numbers of tokens that one fused kernel serves; more may be multiplied by cuBLAS, and choices of
-    ``zipserv tune`` are for classes of tokens. The environment variable ``VLLM_BATCH_INVARIANT=1`` switches it on at start. CUDA graphs that
-    were captured before keep what they have.
+    Without it that holds for up to 32 tokens. More are split in another way where that is faster, for thousands the sums depend on their
+    number or are cuBLAS's, and choices of ``zipserv tune`` are for classes of tokens. The environment variable ``VLLM_BATCH_INVARIANT=1``
+    switches it on at start. CUDA graphs that were captured before keep what they have.
     """
     global _invariant
     _zipserv.cuda_set_batch_invariant(on)

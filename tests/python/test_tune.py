@@ -295,7 +295,7 @@ _zipserv.cuda_set_dirs(os.environ["TEST_NVRTC_DIRS"])
 fake = ctypes.CDLL(os.environ["ZIPSERV_LIBCUDA"])
 fake.fake_log.restype = ctypes.c_char_p
 def grid(n=5):
-    assert _zipserv.cuda_linear(0, 0x77, 0x1000, 4096, 4096, 0x2000, n, 4096, 0, 0x3000, 4096) is True
+    assert _zipserv.cuda_linear(0, 0x77, 0x1000, 4096, 4096, 0x2000, n, 4096, 0, 0x3000, 4096, 0, 0) == 0
     line = [x for x in fake.fake_log().decode().splitlines() if x.startswith("launch")][-1]
     return int(line.split(" grid ")[1].split(",")[0])
 few, any_number = Problem(4096, 4096, 16), Problem(4096, 4096, None)

@@ -204,6 +204,59 @@ func TestScratchMemoryIsAskedFor(t *testing.T) {
 	assert.ErrorContains(t, err, "not aligned to 16 bytes")
 }
 
+// Without memory for its code nothing is settled: the next call gets the kernel. Where clusters have no room there is another way, for good.
+func TestMemoryThatIsUsedUpSettlesNothing(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096, K: 4096, N: 2048, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
+	f.Fail("cuModuleLoadData", driver.OutOfMemory, 0)
+	_, err := d.Linear(&p)
+	require.ErrorContains(t, err, "OUT_OF_MEMORY")
+	f.Fail("", 0, 0)
+	needs, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, 2*4096*4096, needs, "the kernel that hands decoded weights on")
+
+	p.M = 8192
+	f.Fail("cuOccupancyMaxActiveClusters", 1, 0)
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, engine.NeedsExpand, needs, "no room for clusters")
+}
+
+// Warm makes ready whatever a larger number of tokens may take, also where no smaller one takes it.
+func TestWarmForThousandsOfTokens(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	late := 0
+	for m := uint64(512); m <= 4096; m += 512 {
+		first := uint64(0) // of the relay kernel
+		for n := uint64(256); n <= 8192; n += 64 {
+			p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: m, K: 4096, N: n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: m}
+			needs, err := d.Linear(&p)
+			require.NoError(t, err)
+			if needs > engine.NeedsExpand && first == 0 {
+				first = n
+			}
+		}
+		if first <= 2048 {
+			continue
+		}
+		late++
+		g, e := open(t)
+		d := device(t, e, 0)
+		require.NoError(t, d.Warm(m, 4096, 8192))
+		g.Reset()
+		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: m, K: 4096, N: first, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: m}
+		needs, err := d.Linear(&p)
+		require.NoError(t, err)
+		assert.Greater(t, needs, uint64(engine.NeedsExpand))
+		assert.Zero(t, count(g, "load"), "M = %d, N = %d", m, first)
+	}
+	assert.Positive(t, late, "no shape shows it")
+	assert.NotEmpty(t, f.Log())
+}
+
 // Rows that begin anywhere are no matter for a tensor map.
 func TestUnalignedActivations(t *testing.T) {
 	f, e := open(t)

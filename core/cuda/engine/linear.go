@@ -62,7 +62,7 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if l.plan.Expand {
 		return NeedsExpand, nil
 	}
-	if l.plan.Scratch > p.ScratchBytes {
+	if l.plan.Scratch > 0 && (p.Scratch == 0 || p.ScratchBytes < l.plan.Scratch) {
 		return l.plan.Scratch, nil
 	}
 	if p.Scratch%scratchAlign != 0 {
@@ -117,7 +117,8 @@ func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {
 		if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
 			l, err = d.prepareLinear(usual)
 		}
-		if err != nil && usual.Kernel.Cluster > 1 { // a part of a GPU may have no room for clusters; there is always another way
+		// A part of a GPU may have no room for clusters; there is always another way. Memory may come back, so without it nothing is settled.
+		if err != nil && usual.Kernel.Cluster > 1 && !outOfMemory(err) {
 			p.Apart = true
 			if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
 				l, err = d.prepareLinear(usual)
@@ -129,6 +130,11 @@ func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {
 	}
 	d.linears.Store(key, l)
 	return l, nil
+}
+
+func outOfMemory(err error) bool {
+	var failed *driver.Error
+	return errors.As(err, &failed) && failed.Code == driver.OutOfMemory
 }
 
 func (d *Device) prepareLinear(p plan.Linear) (*linearPlan, error) {
@@ -154,6 +160,16 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
 		try(func() error { _, err := d.linear(m, k, n, false); return err })
 	}
+	if tokens > warmTokens {
+		// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.
+		list, err := plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens})
+		if err != nil {
+			return err
+		}
+		for _, l := range list {
+			try(func() error { _, err := d.prepareLinear(l); return err })
+		}
+	}
 	try(func() error { _, err := d.workspaces.Get(0, smallWorkspace); return err })
 	wg.Wait()
 	close(errs)
@@ -164,12 +180,11 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	return errors.Join(all...)
 }
 
-// smallWorkspace is what Warm makes ready on the legacy default stream: room for the partial sums of any kernel on 132 SMs.
+// smallWorkspace is what Warm makes ready on the legacy default stream: room for the partial sums of any kernel on 132 SMs, and for the flags of 2^18 tiles.
 const smallWorkspace = 18 << 20
 
 // Changed tells the engine that a blob has new content, written by work that may still be in the stream.
 func (d *Device) Changed(blob driver.Pointer) { d.read.Delete(blob) }
 
-// warmTokens is where Warm stops: larger problems use the same kernels, and their plans cost nothing. The kernel for many tokens has its last layout from some
-// hundreds of tokens on.
+// warmTokens is where Warm stops to go through all classes: beyond, it makes ready whatever there is for many tokens.
 const warmTokens = 2048

@@ -73,6 +73,23 @@ func relayRun(d Device, p Problem) (columns float64, shared bool) {
 	return columns, shared
 }
 
+// Many are the plans of the kernels for many tokens that can solve a problem, outside the batch-invariant mode.
+func Many(d Device, p Problem) ([]Linear, error) {
+	list, err := Candidates(d, p)
+	var out []Linear
+	for _, c := range list {
+		if c.Kernel != Wide && c.Kernel != Relay {
+			continue
+		}
+		l, err := Chosen(d, p, c)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, l)
+	}
+	return out, err
+}
+
 // relayTime: a start, then multiplying and decoding at the same time.
 func relayTime(d Device, p Problem) float64 {
 	columns, shared := relayRun(d, p)

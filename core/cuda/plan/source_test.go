@@ -83,6 +83,13 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 				}
 				got := constants(t, lib, files, k, d.Capability, smem, threads)
 				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")
+				if k.Entry == "zs_zipgemm_relay" {
+					r := constants(t, lib, files, k, d.Capability, "ZS_CONTROL", "ZS_MOST_SHARERS", "ZS_DECODERS", "ZS_HELPER_REGISTERS", "ZS_CONSUMER_REGISTERS", "ZS_CONSUMERS")
+					require.Len(t, r, 6)
+					assert.Equal(t, []int{plan.RelayControl, plan.RelaySharers, plan.RelayWarps}, r[:3])
+					assert.Zero(t, r[3]%8+r[4]%8)
+					assert.LessOrEqual(t, 128*r[3]+r[4]*r[5], 65536)
+				}
 				if k.Entry != "zs_zipgemm_wide" {
 					return
 				}

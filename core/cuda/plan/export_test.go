@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+// What the sources repeat.
+const (
+	RelayControl = relayControl
+	RelaySharers = relaySharers
+	RelayWarps   = relayWarps
+)
