@@ -53,6 +53,9 @@ NAMES: tuple[tuple[str, ...], ...] = (
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)|(^|\.)attn2$", re.IGNORECASE)
 #: Where one product serves all; elsewhere each layer multiplies by its own rows.
 _SHARED_ON = frozenset({"cuda"})
+#: Beyond, each layer decompresses its own rows and its result is no view: reading many rows that lie apart costs more than one product saves
+#: (docs/performance.md).
+_MANY_TOKENS = 1024
 
 Slots = tuple[dict[str, Any], dict[str, Any]]
 
@@ -222,6 +225,8 @@ class MergedLinear(ZipLinear):
             return self._alone(input, blob)  # somebody may write into the input between the layers, and nothing counts it
         if _transform() is not None:
             return self._alone(input, blob)
+        if input.numel() > _MANY_TOKENS * self.in_features and not _batch_invariant(blob):
+            return self._alone(input, blob)
         own = self._group.slots[self._index][0]
         if own is not self._parameters or own.get("bias") is not bias or self._group.is_sharded():
             return self._alone(input, blob)  # a replica with tensors of its own, a parametrized bias, one in pieces
@@ -333,6 +338,9 @@ class MergedLinear(ZipLinear):
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, dtype={self.weight_dtype}, {bits:.2f} bits/weight, rows {self._row0}.. of {self._group.m}"
 
+
+def _batch_invariant(blob: torch.Tensor) -> bool:
+    return blob.is_cuda and bool(ops.cuda_module().batch_invariant())
 
 
 def _written(biases: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:

@@ -286,11 +286,12 @@ def test_one_product_a_group(shared: Counter) -> None:
 
 
 @torch.no_grad()
-def test_many_tokens_are_one_product_too(shared: Counter) -> None:
+def test_many_tokens_are_multiplied_by_the_own_rows(shared: Counter) -> None:
     single, made = pair()
-    x = torch.randn(3000, 128).bfloat16()
-    assert torch.allclose(made(x).float(), single(x).float(), rtol=2e-2, atol=2e-2)
-    assert shared == [x.shape, x.shape]
+    x = torch.randn(1025, 128).bfloat16()
+    assert torch.equal(made(x), single(x)) and not shared
+    made(x[:1024])
+    assert len(shared) == 2
 
 
 @pytest.mark.parametrize("work", [merge_layers, split_layers])
