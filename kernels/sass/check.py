@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps the tables of compiled kernels in docs/performance.md: `python kernels/sass/check.py` compares, `--write` writes them anew."""
+"""Keeps the tables of compiled kernels in docs/performance.md: `python kernels/sass/check.py` compares, `--write` writes them anew.
+
+`--nvrtc .../libnvrtc.so.12` compiles every variant with another version and names those that spill or that ptxas has something to say of:
+users have the NVRTC of their torch, and a kernel at the limit of its registers may fit with one version and not with the next.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import sass
 from sass import ARCHITECTURES, REPO, Usage, Variant, ceilings, decode_core, nvrtc, usages, variants
 
 PAGE = REPO / "docs" / "performance.md"
@@ -68,10 +73,34 @@ def write(page: Path = PAGE) -> None:
     page.write_text(text)
 
 
+def other_version(library: Path) -> int:
+    sass.library = library
+    known, bad, skipped = [], 0, set()
+    for v in variants():
+        try:
+            if v.arch not in skipped:
+                known.append((v, sass.usage(v)))
+        except RuntimeError as error:
+            if "gpu-architecture" not in str(error):
+                raise
+            skipped.add(v.arch)  # younger than this NVRTC
+    for v, u in known:
+        if u.spill_bytes or u.warnings:
+            bad += 1
+            print(f"{v}: {u.spill_bytes} bytes spilled", *u.warnings, sep="\n  ")
+    without = f" (it does not know {', '.join(sorted(skipped))})" if skipped else ""
+    print(f"NVRTC {nvrtc().version}: {len(known)} variants, {bad} with spills or warnings{without}")
+    return 1 if bad else 0
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the tables into docs/performance.md")
-    if parser.parse_args().write:
+    parser.add_argument("--nvrtc", type=Path, metavar="LIB", help="look for spills with this version instead")
+    args = parser.parse_args()
+    if args.nvrtc:
+        return other_version(args.nvrtc)
+    if args.write:
         write()
         return 0
     text = current()

@@ -50,10 +50,10 @@ class Compiled:
 
 
 class NVRTC:
-    """One NVRTC library."""
+    """One NVRTC library: that at ``path``, or the installed one."""
 
-    def __init__(self) -> None:
-        path = _find("**/libnvrtc.so.*", ("nvidia",), "pip install nvidia-cuda-nvrtc")
+    def __init__(self, path: Path | None = None) -> None:
+        path = path or _find("**/libnvrtc.so.*", ("nvidia",), "pip install nvidia-cuda-nvrtc")
         # NVRTC does not find its builtins by itself when it is loaded by path.
         for builtins in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)

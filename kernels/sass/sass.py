@@ -24,9 +24,12 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120")
 OPTIONS = ["-std=c++17", "-default-device"]  # those of core/cuda/jit
 
 
+library: Path | None = None  # of NVRTC; None: the installed one
+
+
 @cache
 def nvrtc() -> NVRTC:
-    return NVRTC()
+    return NVRTC(library)
 
 
 @cache

@@ -49,7 +49,7 @@ func Grouped(d Device, m, k, tile uint64, invariant, gated bool) (Linear, error)
 		if invariant {
 			whole = 1
 		}
-		if tile == 64 && d.Capability != 80 { // there ptxas would spill
+		if tile == 64 && d.Capability != 80 && d.Capability < 120 { // there ptxas would spill, on 12.0 with some versions of NVRTC
 			half = 1
 		}
 		defines := []string{
