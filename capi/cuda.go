@@ -119,10 +119,6 @@ func zsgo_cuda_route(device C.int32_t, job *C.zs_cuda_route_t) C.int32_t {
 //export zsgo_cuda_grouped
 func zsgo_cuda_grouped(device C.int32_t, job *C.zs_cuda_grouped_t) C.int32_t {
 	return onDevice(device, func(d *engine.Device) error {
-		// Length alone tells a raw blob, in which the kernel would look for tiles.
-		if m, k := uint64(job.m), uint64(job.k); max(m, k) < 1<<31 && uint64(job.step) >= format.RawSize(m, k) {
-			return badArgument("blobs of %d x %d weights, %d bytes apart: a raw blob has %d bytes, and raw ones can't be multiplied together", m, k, uint64(job.step), format.RawSize(m, k))
-		}
 		return d.Grouped(&engine.Grouped{
 			Stream: driver.Stream(job.stream), Blobs: driver.Pointer(job.blobs), Step: uint64(job.step), M: uint64(job.m), K: uint64(job.k), X: driver.Pointer(job.x),
 			ByPair: job.by_pair != 0, Gated: job.gated != 0, Y: driver.Pointer(job.y), Words: driver.Pointer(job.routing), Pairs: uint64(job.pairs), Tile: uint64(job.tile),

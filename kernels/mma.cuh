@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels over mma.sync share: a warp multiplies its decoded tile, the warps and blocks that shared a strip group add up. (Taken out of zipgemm_mma.cu
-// on 2026-11-26; of the kernels that use it zipgemm_grouped has run on a GPU since.)
+// What the kernels over mma.sync share: a warp multiplies its decoded tile, the warps and blocks that shared a strip group add up.
 //
 // A kernel says before it includes this: ZS_N (tokens of an output tile), ZS_MW and ZS_KW (warps side by side in m and in k), ZS_XSTAGES.
 #pragma once

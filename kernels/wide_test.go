@@ -34,6 +34,34 @@ var wideShapes = []struct{ m, k, tiles, last, grid int }{
 // The large layouts take the emulator long: they run what has few output tiles.
 func (v variant) large() bool { return v.n > 64 }
 
+// tokensOf are those of so many token tiles, the last of them with `last` tokens (0: all).
+func tokensOf(g gemm, tiles, last int) int {
+	if last > 0 {
+		return (tiles-1)*g.n + last
+	}
+	return tiles * g.n
+}
+
+// underSchedules runs a product under two schedules, a large layout under one: right, and the same bits.
+func (g gemm) underSchedules(t *testing.T, v variant, make func() product) {
+	t.Helper()
+	var first []uint16
+	for i, seed := range seeds(t, 2) {
+		p := make()
+		p.seed = seed
+		y, err := g.run(p)
+		require.NoError(t, err)
+		if i == 0 {
+			p.check(t, y)
+			first = y
+		}
+		require.Equal(t, first, y, "another schedule gives other bits")
+		if v.large() {
+			break
+		}
+	}
+}
+
 func TestWide(t *testing.T) {
 	for _, v := range wideVariants {
 		t.Run(v.String(), func(t *testing.T) {
@@ -44,31 +72,17 @@ func TestWide(t *testing.T) {
 					continue
 				}
 				t.Run(fmt.Sprintf("%dx%d,tiles=%d,last=%d,grid=%d", s.m, s.k, s.tiles, s.last, s.grid), func(t *testing.T) {
-					var first []uint16
-					for i, seed := range seeds(t, 2) {
-						n := s.tiles * g.n
-						if s.last > 0 {
-							n += s.last - g.n
-						}
-						p := newProduct(s.m, s.k, n, seeds(t, 1)[0])
-						p.grid, p.seed = s.grid, seed
+					g.underSchedules(t, v, func() product {
+						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seeds(t, 1)[0])
+						p.grid = s.grid
 						switch s.m % 4 {
 						case 0:
 							p.ldx, p.ldy = s.k+16, s.m+5
 						case 1:
 							p.misalign = true
 						}
-						y, err := g.run(p)
-						require.NoError(t, err)
-						if i == 0 {
-							p.check(t, y)
-							first = y
-						}
-						require.Equal(t, first, y, "another schedule gives other bits")
-						if v.large() {
-							break
-						}
-					}
+						return p
+					})
 				})
 			}
 		})

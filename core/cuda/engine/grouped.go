@@ -7,6 +7,7 @@ import (
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/plan"
+	"github.com/zipserv/zipserv/core/format"
 )
 
 // Routing is a router's choice, on device memory: Pairs expert numbers, Top of each token. Numbers below 0 or from Experts on are of no expert here.
@@ -103,6 +104,10 @@ func (d *Device) Grouped(p *Grouped) error {
 	}
 	if p.Blobs%16 != 0 || p.Step%16 != 0 {
 		return badArgument("the blobs at %#x, %d bytes apart, are not aligned to 16 bytes", p.Blobs, p.Step)
+	}
+	// Length alone tells a raw blob, in which the kernel would look for tiles.
+	if raw := format.RawSize(p.M, p.K); p.Step >= raw {
+		return badArgument("blobs of %d x %d weights, %d bytes apart: a raw blob has %d bytes, and raw ones can't be multiplied together", p.M, p.K, p.Step, raw)
 	}
 	if p.Gated && (p.M%128 != 0 || p.Tile > plan.GatedTile) {
 		return badArgument("gates need two halves of whole tiles, M a multiple of 128, and at most %d pairs at a time, not %d and %d", plan.GatedTile, p.M, p.Tile)

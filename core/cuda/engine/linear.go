@@ -162,11 +162,7 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	}
 	if tokens > warmTokens {
 		// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.
-		list, err := plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens})
-		if err != nil {
-			return err
-		}
-		for _, l := range list {
+		for _, l := range plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens}) {
 			try(func() error { _, err := d.prepareLinear(l); return err })
 		}
 	}

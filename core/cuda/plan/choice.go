@@ -107,12 +107,13 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 
 func chosenRelay(d Device, p Problem, c Choice) (Linear, error) {
 	if !relays(d, p) || c.MW != relayGroups || c.KW != 1 {
-		return Linear{}, fmt.Errorf("%s is no layout for %d tokens of a %d x %d weight on compute capability %d.%d", c, p.N, p.M, p.K, d.Capability/10, d.Capability%10)
+		return Linear{}, c.noLayout(d, p)
 	}
-	if most := uint32(relayClusters(d) * relayCluster); c.Blocks < relayCluster || c.Blocks > most || c.Blocks%relayCluster != 0 {
-		return Linear{}, fmt.Errorf("%s: %d to %d blocks, in clusters of %d", c, relayCluster, most, relayCluster)
+	clusters, err := c.clusters(d, relayCluster)
+	if err != nil {
+		return Linear{}, err
 	}
-	return relayLaunch(p, uint64(c.Blocks/relayCluster)), nil
+	return relayLaunch(p, clusters), nil
 }
 
 func chosenWide(d Device, p Problem, c Choice) (Linear, error) {
@@ -120,12 +121,36 @@ func chosenWide(d Device, p Problem, c Choice) (Linear, error) {
 		if w.groups != c.MW || c.KW != wideKW {
 			continue
 		}
-		if most := uint32(d.SMs / wideCluster * wideCluster); c.Blocks < wideCluster || c.Blocks > most || c.Blocks%wideCluster != 0 {
-			return Linear{}, fmt.Errorf("%s: %d to %d blocks, in clusters of %d", c, wideCluster, most, wideCluster)
+		clusters, err := c.clusters(d, wideCluster)
+		if err != nil {
+			return Linear{}, err
 		}
-		return w.launch(d, p, min(uint64(c.Blocks/wideCluster), w.clusters(d, p))), nil
+		return w.launch(d, p, min(clusters, w.clusters(d, p))), nil
 	}
-	return Linear{}, fmt.Errorf("%s is no layout for %d tokens of a %d x %d weight on compute capability %d.%d", c, p.N, p.M, p.K, d.Capability/10, d.Capability%10)
+	return Linear{}, c.noLayout(d, p)
+}
+
+func (c Choice) noLayout(d Device, p Problem) error {
+	return fmt.Errorf("%s is no layout for %d tokens of a %d x %d weight on compute capability %d.%d", c, p.N, p.M, p.K, d.Capability/10, d.Capability%10)
+}
+
+// clusters of a choice whose blocks stand in clusters of so many.
+func (c Choice) clusters(d Device, cluster uint32) (uint64, error) {
+	if most := uint32(d.SMs) / cluster * cluster; c.Blocks < cluster || c.Blocks > most || c.Blocks%cluster != 0 {
+		return 0, fmt.Errorf("%s: %d to %d blocks, in clusters of %d", c, cluster, most, cluster)
+	}
+	return uint64(c.Blocks / cluster), nil
+}
+
+// Many are the plans of the kernels for many tokens that can solve a problem.
+func Many(d Device, p Problem) (list []Linear) {
+	for _, w := range wide(d, p) {
+		list = append(list, w.launch(d, p, w.clusters(d, p)))
+	}
+	if relays(d, p) {
+		list = append(list, relayLaunch(p, relayClusters(d)))
+	}
+	return list
 }
 
 // DefaultChoice is what ForLinear picks.

@@ -81,6 +81,17 @@ func TestAChoiceThatCannotBeIsRefused(t *testing.T) {
 	assert.Error(t, err)
 }
 
+// staysItself: the plan of a choice has its blocks, and is recognised as that choice.
+func staysItself(t *testing.T, d plan.Device, p plan.Problem, c plan.Choice) {
+	t.Helper()
+	l, err := plan.Chosen(d, p, c)
+	require.NoError(t, err)
+	assert.Equal(t, c.Blocks, l.Kernel.Grid)
+	same, err := plan.ChoiceOf(l)
+	require.NoError(t, err)
+	assert.Equal(t, c, same)
+}
+
 func TestChoicesOfTheKernelThatDecodesOnce(t *testing.T) {
 	d := devices["H200"]
 	many := plan.Problem{M: 4096, K: 4096, N: 2048}
@@ -92,17 +103,12 @@ func TestChoicesOfTheKernelThatDecodesOnce(t *testing.T) {
 		assert.Error(t, err, "%+v", c)
 	}
 	c := plan.Choice{Kernel: "relay", MW: 2, KW: 1, Blocks: 100}
-	l, err := plan.Chosen(d, many, c)
-	require.NoError(t, err)
-	assert.EqualValues(t, 100, l.Kernel.Grid)
-	same, err := plan.ChoiceOf(l)
-	require.NoError(t, err)
-	assert.Equal(t, c, same)
+	staysItself(t, d, many, c)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 2048, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 2048, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 2048},
 		"few tokens": {M: 4096, K: 4096, N: 128}, "more scratch memory than it may ask for": {M: 1 << 20, K: 4096, N: 2048},
 	} {
-		_, err = plan.Chosen(d, p, c)
+		_, err := plan.Chosen(d, p, c)
 		assert.ErrorContains(t, err, "no layout", name)
 	}
 }
@@ -118,17 +124,12 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 		assert.Error(t, err, "%+v", c)
 	}
 	c := plan.Choice{Kernel: "wide", MW: 3, KW: 2, Blocks: 100}
-	l, err := plan.Chosen(d, many, c)
-	require.NoError(t, err)
-	assert.EqualValues(t, 100, l.Kernel.Grid)
-	same, err := plan.ChoiceOf(l)
-	require.NoError(t, err)
-	assert.Equal(t, c, same)
+	staysItself(t, d, many, c)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
 		"few tokens": {M: 4096, K: 4096, N: 128},
 	} {
-		_, err = plan.Chosen(d, p, c)
+		_, err := plan.Chosen(d, p, c)
 		assert.ErrorContains(t, err, "no layout", name)
 		list, err := plan.Candidates(d, p)
 		require.NoError(t, err)
@@ -136,10 +137,10 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 			assert.NotEqual(t, plan.Wide, other.Kernel, name)
 		}
 	}
-	_, err = plan.Chosen(devices["B200"], many, c)
+	_, err := plan.Chosen(devices["B200"], many, c)
 	assert.ErrorContains(t, err, "compute capability 10.0")
 	// The least number of tokens of a bucket may have less work than its choice has blocks.
-	l, err = plan.Chosen(d, plan.Problem{M: 64, K: 1024, N: 1088}, plan.Choice{Kernel: "wide", MW: 2, KW: 2, Blocks: 132})
+	l, err := plan.Chosen(d, plan.Problem{M: 64, K: 1024, N: 1088}, plan.Choice{Kernel: "wide", MW: 2, KW: 2, Blocks: 132})
 	require.NoError(t, err)
 	assert.EqualValues(t, 2*5*8, l.Kernel.Grid)
 }

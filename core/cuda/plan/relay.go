@@ -42,8 +42,7 @@ func relaySmem() int {
 
 // relays says whether the kernel can solve a problem.
 func relays(d Device, p Problem) bool {
-	return tensor(d, p) && !p.Invariant && !p.Apart && Class(p.N) > wideFewest && d.SMs >= relayCluster && relaySmem() <= d.limit(blocksPerSM) &&
-		relayScratch(p) <= relayMost && relayTiles(p) < 1<<20
+	return many(d, p, relayCluster) && relaySmem() <= d.limit(blocksPerSM) && relayScratch(p) <= relayMost && relayTiles(p) < 1<<20
 }
 
 // relayTiles is the number of output tiles.
@@ -71,23 +70,6 @@ func relayRun(d Device, p Problem) (columns float64, shared bool) {
 		shared = parts > 1
 	}
 	return columns, shared
-}
-
-// Many are the plans of the kernels for many tokens that can solve a problem, outside the batch-invariant mode.
-func Many(d Device, p Problem) ([]Linear, error) {
-	list, err := Candidates(d, p)
-	var out []Linear
-	for _, c := range list {
-		if c.Kernel != Wide && c.Kernel != Relay {
-			continue
-		}
-		l, err := Chosen(d, p, c)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, l)
-	}
-	return out, err
 }
 
 // relayTime: a start, then multiplying and decoding at the same time.

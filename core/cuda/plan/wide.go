@@ -20,9 +20,8 @@ type wideLayout struct {
 const (
 	wideKW       = 2
 	wideCluster  = 2
-	wideStages   = 3 // decoded units
-	wideXStages  = 2 // units of activations
-	wideFewest   = 128
+	wideStages   = 3  // decoded units
+	wideXStages  = 2  // units of activations
 	wideBarriers = 16 // bytes of a pair
 )
 
@@ -46,9 +45,14 @@ func (w wideLayout) smem() int {
 	return units + activations + (wideXStages*wideKW+wideStages*w.groups)*wideBarriers + w.groups*spareBytes
 }
 
-// wide are the layouts that can solve a problem: as wgmma, for more tokens than one launch of that takes.
+// many says whether a kernel for many tokens can be asked for: as wgmma, for more tokens than one launch of that takes, and in clusters of so many blocks.
+func many(d Device, p Problem, cluster int) bool {
+	return tensor(d, p) && !p.Invariant && !p.Apart && Class(p.N) > wgmma.tokens && d.SMs >= cluster
+}
+
+// wide are the layouts that can solve a problem.
 func wide(d Device, p Problem) (list []wideLayout) {
-	if !tensor(d, p) || p.Invariant || p.Apart || Class(p.N) <= wideFewest || d.SMs < wideCluster {
+	if !many(d, p, wideCluster) {
 		return nil
 	}
 	for _, w := range wideLayouts {

@@ -170,6 +170,28 @@ uint32_t match_any(uint32_t mask, uint64_t value) {
   return d.result;
 }
 
+namespace {
+// The rows of an 8x8 matrix in shared memory, each at the address that a lane, `cur`, gives; two in the same banks are a conflict.
+struct MatrixRows {
+  uint32_t banks = 0;
+  bool conflict = false;
+  uint8_t* row(uint32_t addr, bool write, const char* what) {
+    uint32_t at = addr - kSharedOrigin;
+    Region* s = cur->block->smem;
+    if (at + 16 > s->size || at + 16 < at) fault("bounds", "%s row at shared address %u: shared memory has %zu bytes", what, at, s->size);
+    checked(s->base + at, 16, 16, write, Access::plain, what);
+    uint32_t bank = 1u << (at / 16 % 8);
+    conflict |= (banks & bank) != 0;
+    banks |= bank;
+    return s->base + at;
+  }
+  ~MatrixRows() {
+    g.matrices++;
+    g.conflicts += conflict;
+  }
+};
+}  // namespace
+
 void ldmatrix(uint32_t* dst, int count, uint32_t addr, bool transpose) {
   ZS_ENTER();
   MatrixData d{dst, count, addr, transpose};
@@ -179,22 +201,11 @@ void ldmatrix(uint32_t* dst, int count, uint32_t addr, bool transpose) {
          uint8_t rows[4][8][16];
          Fiber* self = cur;
          for (int i = 0; i < any.count; i++) {
-           uint32_t banks = 0;
-           bool conflict = false;
+           MatrixRows of;
            for (int r = 0; r < 8; r++) {
-             Fiber* f = w.lane[8 * i + r];   // the lane that gives the address is the one that reads
-             uint32_t at = ((MatrixData*)data[8 * i + r])->addr - kSharedOrigin;
-             cur = f;
-             Region* s = f->block->smem;
-             if (at + 16 > s->size || at + 16 < at) fault("bounds", "ldmatrix row at shared address %u: shared memory has %zu bytes", at, s->size);
-             checked(s->base + at, 16, 16, false, Access::plain, "ldmatrix");
-             memcpy(rows[i][r], s->base + at, 16);
-             uint32_t bank = 1u << (at / 16 % 8);
-             conflict |= (banks & bank) != 0;
-             banks |= bank;
+             cur = w.lane[8 * i + r];   // the lane that gives the address is the one that reads
+             memcpy(rows[i][r], of.row(((MatrixData*)data[8 * i + r])->addr, false, "ldmatrix"), 16);
            }
-           g.matrices++;
-           g.conflicts += conflict;
          }
          cur = self;
          for (int i = 0; i < any.count; i++)
@@ -219,8 +230,7 @@ void stmatrix(const uint32_t* src, int count, uint32_t addr, bool transpose) {
          auto& any = *(MatrixData*)data[0];
          Fiber* self = cur;
          for (int i = 0; i < any.count; i++) {
-           uint32_t banks = 0;
-           bool conflict = false;
+           MatrixRows of;
            for (int r = 0; r < 8; r++) {
              uint16_t row[8];
              for (int c = 0; c < 8; c++) {
@@ -228,18 +238,9 @@ void stmatrix(const uint32_t* src, int count, uint32_t addr, bool transpose) {
                row[c] = uint16_t(((MatrixData*)data[4 * fr + fc / 2])->dst[i] >> (16 * (fc % 2)));
              }
              cur = w.lane[8 * i + r];   // the lane that gives the address is the one that writes
-             uint32_t at = ((MatrixData*)data[8 * i + r])->addr - kSharedOrigin;
-             Region* s = cur->block->smem;
-             if (at + 16 > s->size || at + 16 < at) fault("bounds", "stmatrix row at shared address %u: shared memory has %zu bytes", at, s->size);
              cur->pc = self->pc;
-             checked(s->base + at, 16, 16, true, Access::plain, "stmatrix");
-             memcpy(s->base + at, row, 16);
-             uint32_t bank = 1u << (at / 16 % 8);
-             conflict |= (banks & bank) != 0;
-             banks |= bank;
+             memcpy(of.row(((MatrixData*)data[8 * i + r])->addr, true, "stmatrix"), row, 16);
            }
-           g.matrices++;
-           g.conflicts += conflict;
          }
          cur = self;
        },
