@@ -42,6 +42,15 @@ func TestClusters(t *testing.T) {
 			}
 		}
 	}
+	for _, rounds := range []int{1, 2, 9} {
+		run(t, p, func() emu.Launch {
+			return emu.Launch{Kernel: "block_exchange", Grid: [3]int{4}, Block: [3]int{96}, Cluster: 2, Shared: 2048 + 32, Args: []any{zeros("out", 4), rounds}}
+		}, func(l emu.Launch) {
+			for b := range 4 {
+				require.Equal(t, uint32(3*rounds*(rounds+1)/2*(31*32/2+32*7)), word(data(l, 0), b))
+			}
+		})
+	}
 	run(t, p, func() emu.Launch {
 		return emu.Launch{Kernel: "cluster_token", Grid: [3]int{8}, Block: [3]int{96}, Cluster: 4, Args: []any{zeros("numbers", 2), result("out", 8)}}
 	}, func(l emu.Launch) {
@@ -77,6 +86,22 @@ func TestMistakesInClustersAreCaught(t *testing.T) {
 		"arrival_is_no_fence":                "race proxy",
 		"arrives_at_the_cluster_twice":       "barrier",
 		"waits_for_the_cluster_unarrived":    "barrier",
+
+		"block_copy_without_proxy_fence":        "proxy",
+		"block_copy_of_nothing":                 "uninitialised",
+		"block_copy_before_all_have_written":    "race uninitialised",
+		"block_copy_not_waited_for":             "in-flight race",
+		"block_copy_of_which_half_is_expected":  "in-flight race deadlock",
+		"test_taken_for_a_wait":                 "in-flight race",
+		"source_written_while_the_peer_gets_it": "race",
+		"block_copy_over_readers":               "race in-flight",
+		"block_copy_over_loads":                 "proxy",
+		"ends_while_the_peer_gets_it":           "cluster",
+		"block_copy_beyond_the_cluster":         "argument",
+		"block_copy_beyond_the_end":             "bounds",
+		"block_copy_misaligned":                 "alignment",
+		"block_copy_of_some_bytes":              "argument",
+		"block_copy_onto_itself":                "argument",
 	} {
 		t.Run(kernel, func(t *testing.T) {
 			t.Parallel()
@@ -99,7 +124,7 @@ func TestBugsSeededInAClusterAreCaught(t *testing.T) {
 		nth           int
 		replacement   string
 		want          string
-		blocks        int // 0: two
+		blocks        int // 0: two, -2: two that make what they read
 	}{
 		{"no barrier of the cluster at the start", `cluster_arrive_relaxed\(\);\s+cluster_wait\(\);`, 0, "__syncthreads();", "race mbarrier proxy", 0},
 		{"no barrier of the cluster at the end", `if \(BLOCKS == 2\) cluster_sync\(\);`, 0, "", "cluster", 0},
@@ -112,15 +137,27 @@ func TestBugsSeededInAClusterAreCaught(t *testing.T) {
 		{"barriers not made known to the copy engine", `fence_mbarrier_init\(\);`, 0, "", "proxy race", 0},
 		{"handed back before all lanes have read", `__syncwarp\(\);(\s+if \(lane < BLOCKS)`, 0, "$1", "race", 0},
 		{"the last arrivals are not waited for", `mbarrier_wait\(empty[^;]*;`, 1, "", "cluster", 4},
+		{"loads that the next copy overtakes", `fence_proxy_async\(\);`, 0, "", "proxy", 0},
+		{"half copied with no proxy fence", `fence_proxy_async\(\);`, 1, "", "proxy", -2},
+		{"half copied before all lanes have written", `(fence_proxy_async\(\);\s+)__syncwarp\(\);`, 1, "$1", "race uninitialised", -2},
+		{"half that the other block gets over loads", `fence_proxy_async\(\);`, 2, "", "proxy", -2},
+		{"made over what the other block reads", `mbarrier_arrive_cluster\(free, lane\)`, 0, "mbarrier_arrive(free)", "race in-flight", -2},
+		{"free stages not asked for", `while \(!mbarrier_test[^{]*\{\s+\}`, 0, "mbarrier_test(free, parity ^ 1);", "race in-flight", -2},
+		{"half copied to the own block", `told, rank \^ 1\)`, 0, "told, rank)", "argument", -2},
+		{"half of which nothing is expected", `mbarrier_arrive_expect_tx\(told, 512\)`, 0, "mbarrier_arrive(told)", "race in-flight deadlock uninitialised", -2},
+		{"leaves while the other block gets its half", `cluster_sync\(\);`, 1, "", "cluster", -2},
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			t.Parallel()
 			files, err := emu.Mutate(os.DirFS("testdata"), "cluster.cu", m.pattern, m.nth, m.replacement)
 			require.NoError(t, err)
-			p, err := emu.Compile(emu.Source{Files: files, Main: "cluster.cu", Kernels: []string{"cluster_ring2", "cluster_ring4"}})
+			p, err := emu.Compile(emu.Source{Files: files, Main: "cluster.cu", Kernels: []string{"cluster_ring2", "cluster_ring4", "block_exchange"}})
 			require.NoError(t, err)
 			for seed := range uint64(4) { // each in every schedule
 				l, _ := ring(max(m.blocks, 2), 11, 0)
+				if m.blocks < 0 {
+					l = emu.Launch{Kernel: "block_exchange", Grid: [3]int{4}, Block: [3]int{96}, Cluster: 2, Shared: 2048 + 32, Args: []any{zeros("out", 4), 9}}
+				}
 				l.Seed = seed + 1
 				_, err := p.Run(context.Background(), l)
 				var f *emu.Fault

@@ -165,6 +165,7 @@ inline void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
   zsemu::mbarrier_arrive(bar, 1);
 }
 inline void mbarrier_wait(uint32_t bar, uint32_t parity) { zsemu::mbarrier_wait(bar, parity); }
+inline bool mbarrier_test(uint32_t bar, uint32_t parity) { return zsemu::mbarrier_test(bar, parity); }
 inline void fence_mbarrier_init() { zsemu::fence_mbarrier_init(); }
 inline void fence_proxy_async() { zsemu::fence_proxy_async(); }
 inline void fence_proxy_async_global() { zsemu::fence_proxy_async_global(); }
@@ -176,6 +177,7 @@ inline void cluster_sync() { zsemu::cluster_sync(); }
 inline void cluster_arrive_relaxed() { zsemu::cluster_arrive_relaxed(); }
 inline void cluster_wait() { zsemu::cluster_wait(); }
 inline void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank, uint32_t count = 1) { zsemu::mbarrier_arrive_cluster(bar, rank, count); }
+inline void bulk_copy_to_block(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar, uint32_t rank) { zsemu::bulk_s2s(dst, src, bytes, bar, rank); }
 
 inline void griddep_wait() { zsemu::griddep_wait(); }
 inline void griddep_launch() { zsemu::griddep_launch(); }

@@ -51,7 +51,7 @@ void mbarrier_init(uint32_t addr, uint32_t count);
 void mbarrier_expect_tx(uint32_t addr, uint32_t bytes);
 void mbarrier_arrive(uint32_t addr, uint32_t count);
 void mbarrier_wait(uint32_t addr, uint32_t parity);
-bool mbarrier_test(uint32_t addr, uint32_t parity);
+bool mbarrier_test(uint32_t addr, uint32_t parity);   // false now and then where it has been complete for a moment
 void fence_mbarrier_init();
 void fence_proxy_async();          // shared memory
 void fence_proxy_async_global();
@@ -77,6 +77,8 @@ void cluster_sync();
 void cluster_arrive_relaxed();
 void cluster_wait();
 void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank, uint32_t count);
+// From this block's shared memory to dst and mbar in that block's. The source is read as late as the pieces land.
+void bulk_s2s(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t mbar, uint32_t rank);
 // tensor_g2s into each block of the cluster whose rank is in mask; what lands in one does not wait for what lands in another.
 void tensor_multicast(uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column, uint32_t box, uint32_t mbar, uint32_t mask);
 

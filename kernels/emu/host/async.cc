@@ -188,6 +188,31 @@ void bulk_g2s(uint32_t dst, const void* src, uint32_t bytes, uint32_t mbar) {
   yield();
 }
 
+void bulk_s2s(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t mbar, uint32_t rank) {
+  ZS_ENTER();
+  const char* what = "a bulk copy to another block";
+  if (bytes == 0 || bytes % 16) fault("argument", "%s of %u bytes: the size must be a positive multiple of 16", what, bytes);
+  Block* b = &block_of_cluster(rank, what);
+  Region& mine = *cur->block->smem;
+  const size_t to = shared_offset(dst, bytes, 16, what), from = shared_offset(src, bytes, 16, what);
+  if (b == cur->block && from < to + bytes && to < from + bytes) fault("argument", "%s whose source and destination overlap", what);
+  Mbarrier& m = copy_barrier(b, mbar, what);
+  const uint32_t gid = mbar_gid(b, m.index), clock = engine_clock(gid);
+  check_read_later(here(), mine, from, bytes, gid, clock);
+  check_write(here(), *b->smem, to, bytes, Access::async);
+  if (b != cur->block) {
+    note_foreign(*b, gid, clock, "a bulk copy to it");
+    note_foreign(*cur->block, gid, clock, "a bulk copy from it");
+  }
+  g.bulk_bytes += bytes;
+  for (uint32_t done = 0; done < bytes;) {
+    uint32_t piece = chance(2) ? bytes - done : std::min<uint32_t>(bytes - done, 16 * (1 + uint32_t(rnd() % (bytes / 16))));
+    send(b, to + done, mine.base + from + done, piece, 0, mbar, gid, clock);
+    done += piece;
+  }
+  yield();
+}
+
 namespace {
 void tensor_to(const std::vector<Block*>& to, const char* what, uint32_t dst, const void* matrix, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t row, uint32_t column,
                uint32_t box, uint32_t mbar) {
@@ -204,7 +229,7 @@ void tensor_to(const std::vector<Block*>& to, const char* what, uint32_t dst, co
     check_write(here(), *b->smem, off, box * 128, Access::async);
     uint32_t gid = mbar_gid(b, m.index);
     accounts.push_back({b, gid, engine_clock(gid)});
-    if (b != cur->block) note_foreign(*b, gid, accounts.back().clock, what);
+    if (b != cur->block) note_foreign(*b, gid, accounts.back().clock, "a multicast copy to it");
     g.bulk_bytes += box * 128;
   }
   for (uint32_t r = 0; r < box; r++) {

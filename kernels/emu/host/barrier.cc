@@ -178,11 +178,14 @@ void cp_async_mbarrier_arrive(uint32_t addr) {
 
 bool mbarrier_test(uint32_t addr, uint32_t parity) {
   ZS_ENTER();
+  if (parity > 1) fault("argument", "mbarrier_test with parity %u", parity);
   Mbarrier& m = find_mbarrier(addr, "mbarrier_test");
-  if ((m.phase & 1) == (parity & 1)) {
+  yield();
+  if ((m.phase & 1) == parity) {
     spin_yield();
     return false;
   }
+  if (chance(4)) return false;   // this thread has not heard of it yet
   if (g.opt.races) acquire(cur, m.released);
   return true;
 }

@@ -25,7 +25,10 @@ void release_reads_into(Gathered& into, Fiber* f) {
   const std::vector<uint32_t>& c = f->view->c;
   const size_t n = g.gids;
   if (into.empty()) into.assign(view_size(), 0);
-  for (size_t i = 0; i < n; i++) into[2 * n + i] = std::max({into[2 * n + i], c[i], c[2 * n + i]});
+  for (size_t i = 0; i < n; i++) {
+    into[2 * n + i] = std::max({into[2 * n + i], c[i], c[2 * n + i]});
+    into[3 * n + i] = std::max({into[3 * n + i], c[n + i], c[3 * n + i]});
+  }
   into[2 * n + f->gid] = std::max(into[2 * n + f->gid], f->clock);
   f->clock++;
 }
@@ -83,5 +86,6 @@ bool is_over(const View* v, uint32_t self, uint32_t gid, uint32_t clock) {
   return knows(v, self, gid, clock) || (g.opt.cluster > 1 && v->c[2 * size_t(g.gids) + gid] >= clock);
 }
 bool fenced(const View* v, uint32_t gid, uint32_t clock) { return v->c[g.gids + gid] >= clock; }
+bool read_fenced(const View* v, uint32_t gid, uint32_t clock) { return fenced(v, gid, clock) || (g.opt.cluster > 1 && v->c[3 * size_t(g.gids) + gid] >= clock); }
 
 }  // namespace zsemu

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Happens-before, by vector clocks. Every thread (gid) counts its releases; a View says up to which count of every gid somebody
 // has synchronised. A second part of the view says the same of writes that a proxy fence has made visible to the async proxy; a third, with clusters,
-// of what is over without being published: reads, which arrivals at another block's mbarriers tell of, but not of writes.
+// of what is over without being published: reads, which arrivals at another block's mbarriers tell of, but not of writes; a fourth, which of these reads a
+// proxy fence came behind, in their own block.
 // Threads that leave a barrier together share one immutable view, which is what makes this affordable.
 #pragma once
 #include <cstdint>
@@ -11,7 +12,7 @@
 namespace zsemu {
 
 struct View {
-  std::vector<uint32_t> c;   // 2 or 3 * gids
+  std::vector<uint32_t> c;   // 2 or 4 * gids
   explicit View(size_t n) : c(n, 0) {}
   View(const View&) = default;
 };
@@ -29,5 +30,6 @@ void note_proxy_fence(Fiber* f);
 bool knows(const View* v, uint32_t self, uint32_t gid, uint32_t clock);
 bool is_over(const View* v, uint32_t self, uint32_t gid, uint32_t clock);
 bool fenced(const View* v, uint32_t gid, uint32_t clock);
+bool read_fenced(const View* v, uint32_t gid, uint32_t clock);
 
 }  // namespace zsemu

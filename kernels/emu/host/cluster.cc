@@ -85,7 +85,7 @@ void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what) {
 void mbarrier_arrive_cluster(uint32_t addr, uint32_t rank, uint32_t count) {
   ZS_ENTER();
   Block& b = block_of_cluster(rank, "mbarrier_arrive_cluster");
-  if (&b != cur->block) note_foreign(b, cur->gid, cur->clock, "mbarrier_arrive_cluster");
+  if (&b != cur->block) note_foreign(b, cur->gid, cur->clock, "an arrival at its mbarrier");
   arrive_in(b, addr - kSharedOrigin, count);
   yield();
 }
@@ -103,7 +103,7 @@ void leave_cluster(Block& b) {
       // One thread of the block that knows is enough: the block is there until its last thread ends.
       bool known = std::any_of(b.threads.begin(), b.threads.end(), [&](const Fiber& t) { return is_over(t.view.get(), t.gid, f.gid, f.clock); });
       if (!known)
-        fault("cluster", "block (%u,%u,%u) ended without waiting for the %s to it by %s [pc %x], which may come later", b.idx.x, b.idx.y, b.idx.z, f.what,
+        fault("cluster", "block (%u,%u,%u) ended without waiting for %s by %s [pc %x], which may come later", b.idx.x, b.idx.y, b.idx.z, f.what,
               thread_name(f.by).c_str(), f.pc);
     }
   Cluster* c = b.cluster;

@@ -38,6 +38,7 @@ enum : uint8_t {
   kAsync = 16,    // the last write was made by the async proxy, or is known to it
   kScratch = 32,  // declared to be nobody's
   kSource = 64,   // a copy to global memory may still read it
+  kPlainRead = 128,   // the last read was not by the async proxy
 };
 constexpr uint16_t kNobody = 0xFFFF;
 
@@ -58,6 +59,8 @@ struct Actor {
   uint32_t pc;
 };
 void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind);
+// The same, of a copy that reads later: until its account is known to be over, nobody may write there.
+void check_read_later(const Actor& who, Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock);
 void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind);
 void mark_written(Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock, uint32_t pc, uint8_t flags);
 Region* find_region(const void* p);
@@ -218,11 +221,12 @@ extern Launch g;
 extern Fiber* cur;
 inline uint32_t mbar_gid(const Block* b, uint32_t index) { return g.resident * g.threads + b->slot * kMaxMbarriers + index; }
 inline uint32_t previous_grid_gid() { return g.gids - 1; }
+inline bool is_engine(uint32_t gid) { return gid >= g.resident * g.threads && gid != previous_grid_gid(); }
 Block& block_of_cluster(uint32_t rank, const char* what);   // a fault where there is none
 void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what);
 void cluster_thread_ended(Fiber& f);
 void leave_cluster(Block& b);   // with the checks of what others did to it
-inline size_t view_size() { return (g.opt.cluster > 1 ? 3 : 2) * size_t(g.gids); }
+inline size_t view_size() { return (g.opt.cluster > 1 ? 4 : 2) * size_t(g.gids); }
 bool knows_init(const View* v, uint32_t self, const Mbarrier& m);
 inline Actor here() { return Actor{cur->gid, cur->clock, cur->view.get(), cur->pc}; }
 std::string thread_name(uint32_t gid);

@@ -17,6 +17,7 @@ namespace {
 std::vector<Region*> regions;
 struct Reader {
   uint16_t gid;
+  bool plain;   // not by the async proxy
   uint32_t clock, pc;
 };
 std::vector<std::vector<Reader>> read_sets(1);
@@ -25,11 +26,14 @@ constexpr size_t kMaxReaders = 24;
 
 uint32_t warp_of(uint32_t gid) { return gid < g.resident * g.threads ? gid / g.threads * 64 + gid % g.threads / 32 : 1u << 20 | gid; }
 
-void add_reader(Cell& c, const Actor& who) {
-  if (c.rgid == kNobody || warp_of(c.rgid) == warp_of(who.gid)) {
-    c.rgid = uint16_t(who.gid);
-    c.rclk = who.clock;
-    c.rpc = who.pc;
+// Of a warp's reads of one kind the last is remembered.
+void add_reader(Cell& c, uint32_t gid, uint32_t clock, uint32_t pc, bool plain) {
+  const Reader reader{uint16_t(gid), plain, clock, pc};
+  if (c.rgid == kNobody || (warp_of(c.rgid) == warp_of(gid) && !(c.flags & kPlainRead) == !plain)) {
+    c.rgid = reader.gid;
+    c.rclk = clock;
+    c.rpc = pc;
+    c.flags = uint8_t(plain ? c.flags | kPlainRead : c.flags & ~kPlainRead);
     return;
   }
   if (!c.more) {
@@ -43,11 +47,11 @@ void add_reader(Cell& c, const Actor& who) {
   }
   auto& set = read_sets[c.more];
   for (Reader& r : set)
-    if (warp_of(r.gid) == warp_of(who.gid)) {
-      r = {uint16_t(who.gid), who.clock, who.pc};
+    if (warp_of(r.gid) == warp_of(gid) && r.plain == plain) {
+      r = reader;
       return;
     }
-  if (set.size() < kMaxReaders) set.push_back({uint16_t(who.gid), who.clock, who.pc});
+  if (set.size() < kMaxReaders) set.push_back(reader);
 }
 
 void drop_readers(Cell& c) {
@@ -89,6 +93,12 @@ bool unknown_to_copies(const Actor& who, const Region& r, const Cell& c) {
   if (cur) cur->pc = who.pc;
   fault("proxy", "the async proxy %s %s, written by %s [pc %x] with no fence_proxy_async%s since", what, at(r, off, n).c_str(), thread_name(c.wgid).c_str(), c.wpc,
         r.shared ? "" : "_global by this thread");
+}
+
+// Loads from shared memory may still be under way when their thread has gone on, even past a barrier: other loads and stores come behind them, copies do not.
+[[noreturn]] void over_loads(const Actor& who, const Region& r, size_t off, size_t n, const Reader& rd) {
+  if (cur) cur->pc = who.pc;
+  fault("proxy", "the async proxy overwrites %s, read by %s [pc %x] with no fence_proxy_async since", at(r, off, n).c_str(), thread_name(rd.gid).c_str(), rd.pc);
 }
 }  // namespace
 
@@ -148,8 +158,15 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
     if (c.wgid != kNobody && !both_atomic && !knows(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "read", "write", c.wgid, c.wpc);
     if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "reads");
-    if (kind != Access::atomic) add_reader(c, who);
+    if (kind != Access::atomic) add_reader(c, who.gid, who.clock, who.pc, kind == Access::plain);
   }
+}
+
+void check_read_later(const Actor& who, Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock) {
+  check_read(who, r, off, n, Access::async);
+  if (!g.opt.races) return;
+  for (size_t i = off; i < off + n; i++)
+    if (!(r.cells[i].flags & kScratch)) add_reader(r.cells[i], gid, clock, who.pc, false);
 }
 
 void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind) {
@@ -163,14 +180,17 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
     if (c.flags & (kFlight | kMbar | kSource)) check_state(who, r, i, n, c, true);
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
-    // A copy into shared memory may follow reads, and copies, that are over; whatever else follows must be ordered.
-    auto after_reads = kind == Access::async && r.shared ? is_over : knows;
-    auto after_write = c.flags & kAsync ? after_reads : knows;
+    // A copy into shared memory may follow reads, and copies, that are over, and all may follow what a copy has read there; whatever else follows must be ordered.
+    const bool copies = kind == Access::async && r.shared;
+    auto after_write = copies && c.flags & kAsync ? is_over : knows;
     if (c.wgid != kNobody && !both_atomic && !after_write(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "write", "write", c.wgid, c.wpc);
-    if (c.rgid != kNobody && !after_reads(who.view, who.gid, c.rgid, c.rclk)) race(who, r, i, n, "write", "read", c.rgid, c.rpc);
+    auto after_read = [&](const Reader& rd) {
+      if (!(copies || is_engine(rd.gid) ? is_over : knows)(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
+      if (copies && rd.plain && !read_fenced(who.view, rd.gid, rd.clock)) over_loads(who, r, i, n, rd);
+    };
+    if (c.rgid != kNobody) after_read({c.rgid, (c.flags & kPlainRead) != 0, c.rclk, c.rpc});
     if (c.more)
-      for (const Reader& rd : read_sets[c.more])
-        if (!after_reads(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
+      for (const Reader& rd : read_sets[c.more]) after_read(rd);
     if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "overwrites");
   }
 }

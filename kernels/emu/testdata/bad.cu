@@ -68,6 +68,49 @@ extern "C" __global__ void bulk_over_readers(const uint32_t* in, uint32_t* out) 
     }
     mbarrier_wait(base + 512, round);
     out[round * 128 + threadIdx.x] = ld_shared_u32(base + 4 * threadIdx.x);
+    fence_proxy_async();
+  }
+}
+
+// All have read, by ordinary loads, and met: no fence between these and the next copy, or one before the loads, or of a thread that had not heard of all of them.
+inline void over_loads(uint32_t base, const uint32_t* in, uint32_t* out, int fence) {
+  one_barrier(base + 512, 1);
+  for (uint32_t round = 0; round < 2; round++) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect_tx(base + 512, 512);
+      bulk_copy_g2s(base, in + round * 128, 512, base + 512);
+    }
+    mbarrier_wait(base + 512, round);
+    if (fence == 1) fence_proxy_async();
+    out[round * 128 + threadIdx.x] = ld_shared_u32(base + 4 * threadIdx.x);
+    if (fence == 2 && threadIdx.x == 0) fence_proxy_async();
+    __syncthreads();
+  }
+}
+extern "C" __global__ void bulk_over_loads(const uint32_t* in, uint32_t* out) {
+  SHARED;
+  over_loads(base, in, out, 0);
+}
+extern "C" __global__ void bulk_over_loads_after_a_fence(const uint32_t* in, uint32_t* out) {
+  SHARED;
+  over_loads(base, in, out, 1);
+}
+extern "C" __global__ void bulk_over_loads_of_others(const uint32_t* in, uint32_t* out) {
+  SHARED;
+  over_loads(base, in, out, 2);
+}
+// The same within a warp.
+extern "C" __global__ void bulk_over_loads_of_the_warp(const uint32_t* in, uint32_t* out) {
+  SHARED;
+  one_barrier(base + 512, 1);
+  for (uint32_t round = 0; round < 2 && threadIdx.x < 32; round++) {
+    if (threadIdx.x == 0) {
+      mbarrier_arrive_expect_tx(base + 512, 512);
+      bulk_copy_g2s(base, in + round * 128, 512, base + 512);
+    }
+    mbarrier_wait(base + 512, round);
+    st_global_v4(out + 4 * threadIdx.x, ld_shared_v4(base + 16 * threadIdx.x));
+    __syncwarp();
   }
 }
 

@@ -45,6 +45,7 @@ inline void cluster_ring(const uint16_t* x, uint32_t* out, uint32_t rounds) {
       mbarrier_wait(full + 8 * stage, parity);
       for (uint32_t row = warp; row < BLOCKS * 8; row += CONSUMERS)
         sum += (row + 1) * (lane + 3) * ld_shared_u32(base + stage * BOX + row * 128 + ((lane / 4 ^ row % 8) << 4) + lane % 4 * 4);
+      fence_proxy_async();  // a copy into the stage is not ordered behind these loads otherwise
       __syncwarp();
       if (lane < BLOCKS) mbarrier_arrive_cluster(empty + 8 * stage, lane);
       if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -57,6 +58,50 @@ inline void cluster_ring(const uint16_t* x, uint32_t* out, uint32_t rounds) {
 }
 extern "C" __global__ void cluster_ring2(const uint16_t* x, uint32_t* out, uint32_t rounds) { cluster_ring<2>(x, out, rounds); }
 extern "C" __global__ void cluster_ring4(const uint16_t* x, uint32_t* out, uint32_t rounds) { cluster_ring<4>(x, out, rounds); }
+
+// Two blocks make half of what both read, each, and copy it into the other's memory. out gets, for each block, the sum over all rounds.
+extern "C" __global__ void block_exchange(uint32_t* out, uint32_t rounds) {
+  ZS_SMEM(smem);
+  const uint32_t base = smem_addr(smem), full = base + 2 * 1024, empty = full + 16, warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = cluster_rank();
+  if (threadIdx.x == 0) {
+    for (uint32_t s = 0; s < 2; s++) {
+      mbarrier_init(full + 8 * s, 1);
+      mbarrier_init(empty + 8 * s, 2 * 2);
+    }
+    fence_mbarrier_init();
+  }
+  cluster_arrive_relaxed();
+  cluster_wait();
+  uint32_t sum = 0;
+  for (uint32_t r = 0; r < rounds; r++) {
+    const uint32_t stage = base + r % 2 * 1024, parity = r / 2 % 2, told = full + r % 2 * 8, free = empty + r % 2 * 8;
+    if (warp == 0) {
+      const uint32_t half = stage + rank * 512;
+      if (r % 3 == 0)
+        while (!mbarrier_test(free, parity ^ 1)) {
+        }
+      else
+        mbarrier_wait(free, parity ^ 1);
+      st_shared_v4(half + lane * 16, Vec4{rank + 1, r, lane, 7});
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) {
+        bulk_copy_to_block(half, half, 512, told, rank ^ 1);
+        mbarrier_arrive_expect_tx(told, 512);  // the other's half
+      }
+    } else {
+      mbarrier_wait(told, parity);
+      const Vec4 v = ld_shared_v4(stage + (warp - 1) * 512 + lane * 16);
+      sum += v.x * (v.y + 1) * (v.z + v.w);
+      fence_proxy_async();
+      __syncwarp();
+      if (lane < 2) mbarrier_arrive_cluster(free, lane);
+    }
+  }
+  if (warp > 0) atomicAdd(out + blockIdx.x, sum);
+  __syncwarp();
+  cluster_sync();
+}
 
 // What one block has written the next one reads, after a barrier to which the warps above the first do not come, because they have ended.
 extern "C" __global__ void cluster_token(uint32_t* numbers, uint32_t* out) {

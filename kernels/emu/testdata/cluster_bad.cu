@@ -54,6 +54,7 @@ extern "C" __global__ void copies_over_readers_of_the_peer(const uint32_t* in, u
     __syncwarp();
     mbarrier_wait(full, round);
     out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 4 * threadIdx.x);
+    fence_proxy_async();
     mbarrier_arrive(empty);
   }
   cluster_sync();
@@ -241,4 +242,183 @@ extern "C" __global__ void waits_for_the_cluster_unarrived(const uint32_t*, uint
   cluster_sync();
   cluster_wait();
   out[blockIdx.x * 64 + threadIdx.x] = 1;
+}
+
+// From here on each block makes 256 bytes and copies them into the other one, 512 bytes further on.
+#define FULL (base + 1024)
+#define EMPTY (base + 1032)
+inline void make(uint32_t base) {
+  st_shared_u32(base + 4 * threadIdx.x, threadIdx.x);
+  fence_proxy_async();
+  __syncthreads();
+}
+inline void exchange(uint32_t base, uint32_t bytes = 256) {
+  if (threadIdx.x == 0) {
+    mbarrier_arrive_expect_tx(FULL, bytes);
+    bulk_copy_to_block(base + 512, base, 256, FULL, PEER);
+  }
+  __syncwarp();
+}
+inline void begin(uint32_t base) {
+  own_barrier(FULL, 1);
+  own_barrier(EMPTY, 64);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_without_proxy_fence(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  st_shared_u32(base + 4 * threadIdx.x, threadIdx.x);
+  __syncthreads();
+  exchange(base);
+  mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_of_nothing(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  exchange(base);
+  mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_before_all_have_written(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  st_shared_u32(base + 4 * threadIdx.x, threadIdx.x);
+  fence_proxy_async();
+  __syncwarp();
+  exchange(base);
+  mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_not_waited_for(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  exchange(base);
+  cluster_sync();
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  mbarrier_wait(FULL, 0);
+}
+
+extern "C" __global__ void block_copy_of_which_half_is_expected(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  exchange(base, 128);
+  mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
+
+extern "C" __global__ void test_taken_for_a_wait(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  exchange(base);
+  mbarrier_test(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  mbarrier_wait(FULL, 0);
+  cluster_sync();
+}
+
+// The other block's bytes are here, which says nothing of whether its copy has read ours.
+extern "C" __global__ void source_written_while_the_peer_gets_it(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  exchange(base);
+  mbarrier_wait(FULL, 0);
+  st_shared_u32(base + 4 * threadIdx.x, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_over_readers(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  for (uint32_t round = 0; round < 2; round++) {
+    exchange(base);
+    mbarrier_wait(FULL, round);
+    out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+    fence_proxy_async();
+    __syncthreads();   // of the other block's readers it knows nothing
+  }
+  cluster_sync();
+}
+
+// The readers tell the other block that they have read, but their loads may still be under way; a fence there does not help.
+extern "C" __global__ void block_copy_over_loads(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  for (uint32_t round = 0; round < 2; round++) {
+    exchange(base);
+    mbarrier_wait(FULL, round);
+    out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+    mbarrier_arrive_cluster(EMPTY, PEER);
+    mbarrier_wait(EMPTY, round);
+    fence_proxy_async();
+  }
+  cluster_sync();
+}
+
+extern "C" __global__ void ends_while_the_peer_gets_it(const uint32_t*, uint32_t* out) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) {
+    if (cluster_rank() == 0) bulk_copy_to_block(base + 512, base, 256, FULL, 1);
+    else mbarrier_arrive_expect_tx(FULL, 256);
+  }
+  __syncwarp();
+  if (cluster_rank() == 1) mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = 1;
+}
+
+extern "C" __global__ void block_copy_beyond_the_cluster(const uint32_t*, uint32_t*) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) bulk_copy_to_block(base + 512, base, 256, FULL, 2);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_beyond_the_end(const uint32_t*, uint32_t*) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) bulk_copy_to_block(base + 1920, base, 256, FULL, PEER);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_misaligned(const uint32_t*, uint32_t*) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) bulk_copy_to_block(base + 512, base + 8, 128, FULL, PEER);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_of_some_bytes(const uint32_t*, uint32_t*) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) bulk_copy_to_block(base + 512, base, 8, FULL, PEER);
+  cluster_sync();
+}
+
+extern "C" __global__ void block_copy_onto_itself(const uint32_t*, uint32_t*) {
+  SHARED;
+  begin(base);
+  make(base);
+  if (threadIdx.x == 0) bulk_copy_to_block(base + 128, base, 256, FULL, cluster_rank());
+  cluster_sync();
 }

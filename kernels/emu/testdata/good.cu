@@ -57,6 +57,7 @@ inline void bulk_ring(const uint32_t* in, uint32_t* out, uint32_t chunks) {
     mbarrier_wait(full + 8 * stage, parity);
     if (c % 3 == warp)
       for (uint32_t i = 0; i < 4; i++) sum += ld_shared_u32(base + stage * 512 + i * 128 + lane * 4);
+    fence_proxy_async();   // the next copy into the stage is not ordered behind these loads otherwise
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty + 8 * stage);
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -66,6 +67,33 @@ inline void bulk_ring(const uint32_t* in, uint32_t* out, uint32_t chunks) {
 }
 extern "C" __global__ void bulk_ring2(const uint32_t* in, uint32_t* out, uint32_t chunks) { bulk_ring<2>(in, out, chunks); }
 extern "C" __global__ void bulk_ring5(const uint32_t* in, uint32_t* out, uint32_t chunks) { bulk_ring<5>(in, out, chunks); }
+
+// Each round's copy goes over what the one before it was read from: behind a fence of every reader, or of the thread that copies, once it has heard of them all.
+template <bool COPIER>
+inline void over_loads(const uint32_t* in, uint32_t* out, uint32_t rounds) {
+  ZS_SMEM(smem);
+  const uint32_t base = smem_addr(smem), full = base + 512;
+  if (threadIdx.x == 0) {
+    mbarrier_init(full, 1);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  uint32_t sum = 0;
+  for (uint32_t r = 0; r < rounds; r++) {
+    if (threadIdx.x == 0) {
+      if (COPIER) fence_proxy_async();
+      mbarrier_arrive_expect_tx(full, 512);
+      bulk_copy_g2s(base, in + r * 128, 512, full);
+    }
+    mbarrier_wait(full, r & 1);
+    sum += ld_shared_u32(base + 4 * threadIdx.x);
+    if (!COPIER) fence_proxy_async();
+    __syncthreads();
+  }
+  atomicAdd(out, sum);
+}
+extern "C" __global__ void over_loads_of_readers(const uint32_t* in, uint32_t* out, uint32_t rounds) { over_loads<false>(in, out, rounds); }
+extern "C" __global__ void over_loads_by_copier(const uint32_t* in, uint32_t* out, uint32_t rounds) { over_loads<true>(in, out, rounds); }
 
 // cp.async groups, three deep; each thread reads what its neighbour copied.
 extern "C" __global__ void cp_async_groups(const uint32_t* in, uint32_t* out, uint32_t rounds) {

@@ -100,6 +100,7 @@ extern "C" __global__ void relay(uint32_t* control, uint32_t* pieces, uint32_t* 
         mbarrier_wait(full, parity);
         const Vec4 v = ld_shared_v4(base + lane * 16);
         sum += (v.x + 1) * (v.y + 1);
+        fence_proxy_async();   // the next copy goes over these loads
         __syncwarp();
       }
     }
