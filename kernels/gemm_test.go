@@ -25,24 +25,26 @@ type gemm struct {
 	n, mw, kw int
 	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
-	wide      bool // any number of tokens: tiles of n
+	pair      bool // any number of tokens: two blocks have n each
 	relay     bool
 }
 
-// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with cluster, of the wide one (wide_test.go), or, with ring too, of the relay
-// (relay_test.go).
+// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with decoders alone, of the pair kernel (pair_test.go), or, with ring, of the
+// relay (relay_test.go).
 type variant struct {
 	n, mw, kw, xstages       int
 	groups, decoders, stages int
 	cluster, ring            int
 }
 
+func (v variant) pair() bool { return v.decoders > 0 && v.groups == 0 }
+
 func (v variant) String() string {
 	if v.ring > 0 {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
 	}
-	if v.cluster > 0 {
-		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,xstages=%d", v.n, v.mw, v.cluster, v.xstages)
+	if v.pair() {
+		return fmt.Sprintf("n=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.decoders, v.xstages, v.stages)
 	}
 	if v.groups > 0 {
 		return fmt.Sprintf("n=%d,mw=%d,kw=%d,groups=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.groups, v.decoders, v.stages, v.xstages)
@@ -54,8 +56,8 @@ func (v variant) defines() []string {
 	if v.ring > 0 {
 		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_STAGES=%d", v.ring)}
 	}
-	if v.cluster > 0 {
-		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
+	if v.pair() {
+		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), fmt.Sprintf("ZS_STAGES=%d", v.stages)}
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.groups > 0 {
@@ -73,7 +75,11 @@ func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	}
 	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry}, Constants: constants})
 	require.NoError(t, err)
-	return gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", wide: kernel == "wide", relay: kernel == "relay"}
+	g := gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", pair: kernel == "pair", relay: kernel == "relay"}
+	if g.pair {
+		g.mw, g.cluster = 2, 2
+	}
+	return g
 }
 
 type product struct {
@@ -88,13 +94,9 @@ type product struct {
 	state    *relayState // nil: as before the first launch
 }
 
-// units of a cluster, or of a block where there are none.
 func (g gemm) units(p product) int {
-	strips, cols, rows, tiles := (p.w.m+63)/64, (p.w.k+63)/64, g.mw*g.cluster, 1
-	if g.wide {
-		tiles = (p.n + g.n - 1) / g.n
-	}
-	return (strips + rows - 1) / rows * ((cols + g.kw - 1) / g.kw) * tiles
+	strips, cols := (p.w.m+63)/64, (p.w.k+63)/64
+	return (strips + g.mw - 1) / g.mw * ((cols + g.kw - 1) / g.kw)
 }
 
 // allSet is memory that every launch leaves as it was before the first: all bits set.
@@ -118,8 +120,8 @@ func (g gemm) run(p product) ([]uint16, error) {
 		p.ldx, alignX = (p.ldx+7)/8*8, 16
 	}
 	grid := g.cluster * max(p.grid/g.cluster, 1)
-	if !g.relay {
-		grid = min(grid, g.cluster*g.units(p))
+	if !g.relay && !g.pair {
+		grid = min(grid, g.units(p))
 	}
 	x := make([]uint16, (p.n-1)*p.ldx+p.w.k)
 	for i := range x {
@@ -156,6 +158,9 @@ func (g gemm) run(p product) ([]uint16, error) {
 	args[9] = restored[0]
 	if g.tensor {
 		args = append(args, 0) // the emulator reads the tensor map's description, not the map
+	}
+	if g.pair {
+		args = append(args, 0) // that of y
 	}
 	_, err := g.program.Run(context.Background(), emu.Launch{
 		Kernel: g.entry, Grid: [3]int{grid}, Block: [3]int{g.program.Constant("ZS_THREADS")}, Shared: g.program.Constant("ZS_GEMM_SMEM"), Args: args, Seed: p.seed, PDL: true,
@@ -246,8 +251,8 @@ func seededVariant(kernel string, n int) variant {
 	switch kernel {
 	case "relay":
 		return variant{n: max(n, 16), mw: 2, cluster: 2, ring: 4}
-	case "wide":
-		return variant{n: max(n, 16), mw: 1, kw: 2, xstages: 2, cluster: 2}
+	case "pair":
+		return variant{n: max(n, 16), decoders: 4, xstages: 4, stages: 6}
 	case "wgmma":
 		return variant{n: n, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}
 	}

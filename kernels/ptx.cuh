@@ -216,6 +216,12 @@ ZS_DEVICE void mbarrier_wait(uint32_t bar, uint32_t parity) {
 }
 
 #if __CUDA_ARCH__ >= 900
+// Whether that phase is complete.
+ZS_DEVICE bool mbarrier_test(uint32_t bar, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done;
+}
 // As `count` arrivals.
 ZS_DEVICE void mbarrier_arrive(uint32_t bar, uint32_t count) {
     asm volatile("{ .reg .b64 t; mbarrier.arrive.shared.b64 t, [%0], %1; }" ::"r"(bar), "r"(count) : "memory");
@@ -289,6 +295,16 @@ ZS_DEVICE void mbarrier_arrive_cluster(uint32_t bar, uint32_t rank, uint32_t cou
         "mapa.shared::cluster.u32 there, %0, %1;\n"
         "mbarrier.arrive.shared::cluster.b64 _, [there], %2; }" ::"r"(bar),
         "r"(rank), "r"(count)
+        : "memory");
+}
+// `bytes` (a multiple of 16) of this block's shared memory to dst in the block of that rank, completing on its barrier at bar there.
+ZS_DEVICE void bulk_copy_to_block(uint32_t dst, uint32_t src, uint32_t bytes, uint32_t bar, uint32_t rank) {
+    asm volatile(
+        "{ .reg .b32 there, tells;\n"
+        "mapa.shared::cluster.u32 there, %0, %4;\n"
+        "mapa.shared::cluster.u32 tells, %3, %4;\n"
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [there], [%1], %2, [tells]; }" ::"r"(dst),
+        "r"(src), "r"(bytes), "r"(bar), "r"(rank)
         : "memory");
 }
 // tensor_copy into every block whose rank is a bit of the mask: to dst in its memory, completing on its own barrier at bar.

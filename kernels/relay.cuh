@@ -1,59 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// zipgemm_relay's division of work. An *output tile* is ZS_CLUSTER * ZS_GROUPS strips by ZS_N tokens; tiles are numbered in panels of token tiles, in a panel row
-// groups major, so that those under way at the same time share weights and activations in L2. As many as go round evenly are made by one cluster each, in turns. The rest
-// come last, each by as many clusters as there are for it, in equal parts of k, which begin at the same time. All go through k from its end to its beginning.
+// In what order the tiles of zipgemm_relay are decoded.
 #pragma once
-#include "tiles.cuh"
+#include "turns.cuh"
 
-#define ZS_CONTROL 32      // words before the flags: number of the last ticket, number of blocks that have ended, less one each; alone in a line of 128 bytes
-#define ZS_MOST_SHARERS 4  // clusters that share a tile: more would take longer to add up than they save
-
-struct Plan {
-    int32_t strips, ksteps;
-    uint32_t token_tiles, row_groups, tiles, whole, parts, sharers, clusters, cluster, rank;
-    ZS_DEVICE Plan(const Blob& blob, uint32_t n) {
-        strips = (int32_t)blob.row_tiles, ksteps = (int32_t)blob.col_tiles;
-        token_tiles = (n + ZS_N - 1) / ZS_N;
-        row_groups = (blob.row_tiles + ZS_GROUPS * ZS_CLUSTER - 1) / (ZS_GROUPS * ZS_CLUSTER);
-        tiles = row_groups * token_tiles;
-        clusters = gridDim.x / ZS_CLUSTER, cluster = blockIdx.x / ZS_CLUSTER;
-        rank = ZS_CLUSTER > 1 ? cluster_rank() : 0;
-        whole = tiles / clusters * clusters;
-        const uint32_t rest = tiles - whole;
-        parts = rest ? min(clusters / rest, min((uint32_t)ZS_MOST_SHARERS, blob.col_tiles)) : 1;
-        sharers = parts * rest;
-    }
-    // Whether this cluster ends up with the sums of a tile that it has a part of.
-    ZS_DEVICE bool ends(uint32_t tile) const { return tile < whole || cluster % parts == parts - 1; }
-    // First strip of this block and first token of an output tile.
-    ZS_DEVICE void locate(uint32_t tile, int32_t& strip, uint32_t& token) const {
-        const uint32_t panel = tile / (ZS_PANEL * row_groups), in = tile - panel * ZS_PANEL * row_groups;
-        const uint32_t width = min((uint32_t)ZS_PANEL, token_tiles - panel * ZS_PANEL);
-        strip = (int32_t)((in / width * ZS_CLUSTER + rank) * ZS_GROUPS), token = (panel * ZS_PANEL + in % width) * ZS_N;
-    }
-};
-
-// A cluster's turns: of an output tile the columns begin .. end - 1.
-struct Turns {
-    uint32_t coming, tile, token;
-    int32_t begin, end, strip;
-    bool shares;  // a part of a shared tile is still to come
-    ZS_DEVICE explicit Turns(const Plan& plan) : coming(plan.cluster), tile(0), token(0), begin(0), end(0), strip(0), shares(plan.cluster < plan.sharers) {}
-    ZS_DEVICE bool next(const Plan& plan) {
-        if (coming < plan.whole) {
-            tile = coming, coming += plan.clusters;
-            begin = 0, end = plan.ksteps;
-        } else if (shares) {
-            const uint32_t part = plan.cluster % plan.parts;
-            tile = plan.whole + plan.cluster / plan.parts, shares = false;
-            begin = part_begin((uint32_t)plan.ksteps, part, plan.parts), end = part_begin((uint32_t)plan.ksteps, part + 1, plan.parts);
-        } else {
-            return false;
-        }
-        plan.locate(tile, strip, token);
-        return true;
-    }
-};
+#define ZS_CONTROL 32  // words before the flags: number of the last ticket, number of blocks that have ended, less one each; alone in a line of 128 bytes
 
 struct Spot {
     int32_t strip, column;  // -1: none
@@ -97,20 +47,3 @@ struct Order {
         return {(int32_t)(min(which, bands - 1) * band.by + row), column < begin ? -1 : column};
     }
 };
-
-// Adds up one strip of an output tile over the clusters that shared it, two by two, as `settle` in tiles.cuh. False: another one has the sums.
-ZS_DEVICE bool add_up(float (&acc)[ZS_N / 2], const Plan& plan, const Turns& turn, uint32_t g, uint32_t tid, float* workspace) {
-    if (turn.tile < plan.whole) return true;
-    float* const slot = workspace + (g * (ZS_N / 8) * 128 + tid) * 4;
-    const uint32_t parts = plan.parts, below = parts - 1 - plan.cluster % parts;  // how far from the last one
-#pragma unroll 1
-    for (uint32_t d = 1; d < parts; d *= 2) {
-        if (below & d) {
-            publish_sums(acc, slot);
-            return false;
-        }
-        const uint32_t others = below + d < parts;
-        add_sums(acc, slot, d, others);
-    }
-    return true;
-}

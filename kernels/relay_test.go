@@ -81,7 +81,7 @@ func TestRelay(t *testing.T) {
 	}
 }
 
-// As TestWideEscapes.
+// As TestPairEscapes.
 func TestRelayEscapes(t *testing.T) {
 	t.Parallel()
 	g := newGEMM(t, kernels.Sources, "relay", variant{n: 16, mw: 2, cluster: 2, ring: 4})

@@ -5,7 +5,7 @@
 // L2 to all blocks that need them, in the order in which they will be needed. Which warp decodes which tile is not dealt beforehand: each takes the next one, so no
 // block waits for another that has not begun. To the multiplying warps it is a product of plain matrices.
 //
-// relay.cuh says which block makes which output tiles, and in what order tiles are decoded.
+// turns.cuh says which block makes which output tiles, relay.cuh in what order tiles are decoded.
 //
 // Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid of whole clusters <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * ZS_GROUPS * 64 * ZS_N floats. flags: ZS_CONTROL words and one for each ZS_GROUPS strips and column of tiles. Of both all bytes are 0xFF before the
@@ -27,7 +27,7 @@
 #endif
 #define ZS_MW ZS_GROUPS
 #define ZS_KW 1
-#define ZS_TOKEN_TILES 1
+#define ZS_ACROSS 1
 #ifndef ZS_PIECES_AT_ONCE
 #define ZS_PIECES_AT_ONCE 4
 #endif
@@ -188,20 +188,9 @@ struct Results {
     uint32_t sent;  // barriers of the stage that is being read; 0: none
     ZS_DEVICE Results() : sent(0) {}
     ZS_DEVICE void send(const float (&acc)[ZS_N / 2], const Output& out, const TensorMap& y_map, const Turns& turn, uint32_t g, uint32_t tid, uint32_t smem, const Stage& stage) {
-        const uint32_t lane = tid % 32, warp = tid / 32, bars = smem + ZS_BARRIERS + stage.index * 16, at = smem + stage.index * ZS_STAGE_BYTES;
-        const uint32_t row0 = ((uint32_t)turn.strip + g) * ZS_TILE, row = row0 + warp * 16 + lane / 4;
-        const float b0 = out.bias && row < out.m ? as_float((uint32_t)out.bias[row] << 16) : 0.0f, b1 = out.bias && row + 8 < out.m ? as_float((uint32_t)out.bias[row + 8] << 16) : 0.0f;
+        const uint32_t bars = smem + ZS_BARRIERS + stage.index * 16;
         mbarrier_wait(bars + 8, stage.parity ^ 1);
-        // Of 16 tokens at a time four matrices: rows 0 to 7 and 8 to 15 of the first eight, of the others. Lanes 8 i .. 8 i + 7 have the addresses of matrix i.
-        const uint32_t token = lane / 16 * 8 + lane % 8, to = at + swizzle_chunk(token, warp * 2 + lane / 8 % 2);
-#pragma unroll
-        for (uint32_t q = 0; q < ZS_N / 8; q += 2) {
-            const float* const v = acc + 4 * q;
-            store_matrices_transposed(to + q * 1024, {pack_bf16(v[0] + b0, v[1] + b0), pack_bf16(v[2] + b1, v[3] + b1), pack_bf16(v[4] + b0, v[5] + b0), pack_bf16(v[6] + b1, v[7] + b1)});
-        }
-        fence_proxy_async();
-        named_barrier_sync(1 + g, 128);
-        if (tid == 0) tensor_store(y_map, TensorRows{out.y, out.ldy, out.n, out.m, ZS_N}, row0, turn.token, at);
+        send_strip(acc, out, y_map, ((uint32_t)turn.strip + g) * ZS_TILE, turn.token, 1 + g, tid, smem + stage.index * ZS_STAGE_BYTES);
         sent = bars;
     }
     // The stage may be loaded again once the copy has read it. Not before a later column is there, so that the other block has come to this round, too.

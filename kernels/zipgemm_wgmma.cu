@@ -37,7 +37,6 @@
 #define ZS_DECODER_REGISTERS 0   // and so many to others
 #endif
 #define ZS_CLUSTER 1
-#define ZS_TOKEN_TILES 0
 #define ZS_NTILES (ZS_N / 8)
 
 #define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
@@ -202,7 +201,7 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
     const Blob blob(blob_ptr, m, k);
-    const Share share(blob, n);
+    const Share share(blob);
     griddep_launch();
     if (warp >= ZS_CONSUMERS / 32) {
 #if ZS_CONSUMER_REGISTERS

@@ -35,8 +35,8 @@ def test_decode_core_within_ceiling(arch: str) -> None:
 def test_every_source_is_compiled() -> None:
     """No .cu file escapes the checks: each is in a launch plan."""
     assert {p.name for p in sass.KERNELS.glob("*.cu")} == {v.source for v in sass.variants()}
-    wide = {(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_wide.cu"}
-    assert wide == {("sm_90a", "ZS_N=256", "ZS_GROUPS=2"), ("sm_90a", "ZS_N=128", "ZS_GROUPS=3")}
+    pair = {(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_pair.cu"}
+    assert pair == {("sm_90a", "ZS_N=256", "ZS_DECODERS=4"), ("sm_90a", "ZS_N=128", "ZS_DECODERS=8")}
     assert [(v.arch, *v.defines[:2]) for v in sass.variants() if v.source == "zipgemm_relay.cu"] == [("sm_90a", "ZS_N=256", "ZS_GROUPS=2")]
 
 

@@ -102,7 +102,7 @@ def test_scratch_memory_is_torch_s_for_the_time_of_a_product(run) -> None:
     run("""
 import unittest.mock
 m, k = 4096, 4096
-blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(2048, k).bfloat16())
+blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(8192, k).bfloat16())
 asked = []
 real = torch.empty
 def empty(*shape, **options):
@@ -110,7 +110,7 @@ def empty(*shape, **options):
     return on_device(real(*shape, dtype=options["dtype"]))
 with unittest.mock.patch.object(torch, "empty", empty):
     y = cuda.linear(x, blob, m, k, 1)
-assert y.shape == (2048, m) and asked == [2 * m * k], asked
+assert y.shape == (8192, m) and asked == [2 * m * k], asked
 assert len(launches()) == 1 and "zs_zipgemm_relay" in launches()[0], launches()
 """, TENSORS)
 

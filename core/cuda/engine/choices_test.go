@@ -82,33 +82,33 @@ func TestAChoiceOfTheKernelForManyTokens(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
 	bucket := tuned.Problem{M: 4096, K: 4096, Tokens: 512}
-	wide := plan.Choice{Kernel: plan.Wide, MW: 2, KW: 2, Blocks: 120}
-	require.NoError(t, d.Choose(bucket, &wide))
+	pair := plan.Choice{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 120}
+	require.NoError(t, d.Choose(bucket, &pair))
 	f.Reset()
 	for i, n := range []uint64{257, 300, 511, 512} {
 		assert.False(t, multiply(t, d, n))
 		require.Len(t, launches(f), i+1)
-		assert.Contains(t, launches(f)[i], "zs_zipgemm_wide grid 120,1,1 block 384")
+		assert.Contains(t, launches(f)[i], "zs_zipgemm_pair grid 120,1,1 block 384")
 	}
 	assert.Zero(t, count(f, "load"), "choosing has prepared it")
 	now, err := d.Current(bucket)
 	require.NoError(t, err)
-	assert.Equal(t, wide, now)
+	assert.Equal(t, pair, now)
 	list, err := d.Candidates(bucket)
 	require.NoError(t, err)
 	layouts := 0
 	for _, c := range list {
 		require.NoError(t, d.Prepare(bucket, c))
-		if c.Kernel == plan.Wide {
+		if c.Kernel == plan.Pair {
 			layouts++
 		}
 	}
 	assert.Equal(t, 2, layouts)
 	var wrong engine.ArgumentError
-	for _, c := range []plan.Choice{{Kernel: plan.Wide, MW: 2, KW: 2, Blocks: 121}, {Kernel: plan.Wide, MW: 1, KW: 2, Blocks: 120}, {Kernel: "mma"}} {
+	for _, c := range []plan.Choice{{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 121}, {Kernel: plan.Pair, MW: 1, KW: 2, Blocks: 120}, {Kernel: "mma"}} {
 		assert.ErrorAs(t, d.Choose(bucket, &c), &wrong)
 	}
-	assert.ErrorAs(t, d.Choose(few, &wide), &wrong)
+	assert.ErrorAs(t, d.Choose(few, &pair), &wrong)
 }
 
 // The batch-invariant mode has one choice for every number of tokens.

@@ -17,6 +17,8 @@ import (
 	"github.com/zipserv/zipserv/core/cuda/drivertest"
 	"github.com/zipserv/zipserv/core/cuda/engine"
 	"github.com/zipserv/zipserv/core/cuda/jit"
+	"github.com/zipserv/zipserv/core/cuda/plan"
+	"github.com/zipserv/zipserv/core/cuda/tuned"
 	"github.com/zipserv/zipserv/core/format"
 )
 
@@ -30,7 +32,7 @@ var stubs = fstest.MapFS{
 	"moe.cu": {Data: []byte(`extern "C" __global__ void zs_moe_route() {}
 extern "C" __global__ void zs_moe_combine() {}`)},
 	"zipgemm_relay.cu": {Data: []byte(`extern "C" __global__ void zs_zipgemm_relay() {}`)},
-	"zipgemm_wide.cu":  {Data: []byte(`extern "C" __global__ void zs_zipgemm_wide() {}`)},
+	"zipgemm_pair.cu":  {Data: []byte(`extern "C" __global__ void zs_zipgemm_pair() {}`)},
 	"compress.cu": {Data: []byte(`extern "C" __global__ void zs_compress_sample() {}
 extern "C" __global__ void zs_compress() {}`)},
 }
@@ -132,8 +134,8 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		want string // grid, block
 		box  int
 	}{
-		{129, "grid 132,1,1 block 384", 128}, {130, "grid 132,1,1 block 384", 128}, {192, "grid 132,1,1 block 384", 128}, {256, "grid 132,1,1 block 384", 128},
-		{512, "grid 132,1,1 block 384", 128},
+		{129, "grid 132,1,1 block 512", 128}, {130, "grid 132,1,1 block 512", 128}, {192, "grid 132,1,1 block 512", 128}, {256, "grid 132,1,1 block 512", 128},
+		{512, "grid 132,1,1 block 384", 256},
 	} {
 		f.Reset()
 		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: c.n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
@@ -141,19 +143,29 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		require.NoError(t, err)
 		assert.Zero(t, needs)
 		require.Len(t, launches(f), 1)
-		assert.Contains(t, launches(f)[0], "zs_zipgemm_wide "+c.want)
+		assert.Contains(t, launches(f)[0], "zs_zipgemm_pair "+c.want)
 		assert.Contains(t, launches(f)[0], "cluster 2 args 1000 20000 1000 0")
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box))
+		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.box), "the results")
+		if c.n != 129 && c.n != 512 {
+			assert.Zero(t, count(f, "load"), "of a class one plan")
+		}
 	}
-	assert.Zero(t, count(f, "load"), "of a class one plan")
 
-	// Of the other layout where the matrix is small, and smaller grids where there is less work.
+	// Smaller grids where there is less work; boxes are whole where there are fewer tokens.
 	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 6144, K: 4096, N: 200, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 6144}
 	f.Reset()
 	_, err := d.Linear(&p)
 	require.NoError(t, err)
-	assert.Contains(t, launches(f)[0], "zs_zipgemm_wide grid 128,1,1 block 512")
-	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 64x64")
+	assert.Contains(t, launches(f)[0], "zs_zipgemm_pair grid 96,1,1 block 512")
+	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 128x64")
+	large := plan.Choice{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 96}
+	require.NoError(t, d.Choose(tuned.Problem{M: 6144, K: 4096, Tokens: 256}, &large))
+	f.Reset()
+	_, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 256x64")
+	require.NoError(t, d.Choose(tuned.Problem{M: 6144, K: 4096, Tokens: 256}, nil))
 	p.X += 2
 	f.Reset()
 	_, err = d.Linear(&p)
@@ -176,7 +188,7 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 func TestScratchMemoryIsAskedFor(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
-	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096 - 60, K: 4096, N: 2000, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096 - 60, K: 4096, N: 8000, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
 	needs, err := d.Linear(&p)
 	require.NoError(t, err)
 	assert.EqualValues(t, 64*64*8192, needs, "whole pairs of strips")
@@ -191,14 +203,14 @@ func TestScratchMemoryIsAskedFor(t *testing.T) {
 	require.NoError(t, err)
 	assert.Zero(t, needs)
 	require.Len(t, launches(f), 1)
-	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1000 20000 1000 0 3000000 1000 fc4 1000 7d0 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
-	assert.Contains(t, f.Log(), "tensor 2000x4096 ld 4096 box 128x64")
-	assert.Contains(t, f.Log(), "tensor 2000x4036 ld 4096 box 256x64", "the results")
+	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1000 20000 1000 0 3000000 1000 fc4 1000 1f40 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
+	assert.Contains(t, f.Log(), "tensor 8000x4096 ld 4096 box 128x64")
+	assert.Contains(t, f.Log(), "tensor 8000x4036 ld 4096 box 256x64", "the results")
 	p.Y += 2
 	f.Reset()
 	_, err = d.Linear(&p)
 	require.NoError(t, err)
-	assert.Equal(t, 2, count(f, "tensor 2000x4096 ld 4096 box 128x64"), "none of results that no copy can write")
+	assert.Equal(t, 2, count(f, "tensor 8000x4096 ld 4096 box 128x64"), "none of results that no copy can write")
 	p.Scratch += 8
 	_, err = d.Linear(&p)
 	assert.ErrorContains(t, err, "not aligned to 16 bytes")
@@ -208,7 +220,7 @@ func TestScratchMemoryIsAskedFor(t *testing.T) {
 func TestMemoryThatIsUsedUpSettlesNothing(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
-	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096, K: 4096, N: 2048, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 4096, K: 4096, N: 8192, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096}
 	f.Fail("cuModuleLoadData", driver.OutOfMemory, 0)
 	_, err := d.Linear(&p)
 	require.ErrorContains(t, err, "OUT_OF_MEMORY")

@@ -83,15 +83,20 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 			if p.N == 1 { // the distance to a next row means nothing then
 				ld = p.K
 			}
-			launch.Tensors[0] = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: min(box, uint32(n+7)/8*8)}
+			if !l.plan.WholeBoxes {
+				box = min(box, uint32(n+7)/8*8)
+			}
+			launch.Tensors[0] = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: box}
 		}
 		if l.plan.Scratch != 0 {
 			launch.Args[launch.NumArgs], launch.Args[launch.NumArgs+1] = uint64(ws)+l.plan.Flags, uint64(p.Scratch)
 			launch.NumArgs += 2
+		}
+		if box := l.plan.ResultRows; box != 0 {
 			y := &launch.Tensors[1] // of a y that no copy can write the kernel does not look at it
 			*y = launch.Tensors[0]
 			if p.Y%16 == 0 && p.LdY%8 == 0 {
-				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(p.M), Box: l.plan.ResultRows}
+				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(p.M), Box: box}
 			}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {

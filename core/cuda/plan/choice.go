@@ -9,14 +9,14 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 4
+const Version = 5
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
 
 // Choice is a way to solve a product that was not picked by ForLinear but by a measurement or a user.
 type Choice struct {
-	Kernel string `json:"kernel"` // mma, wgmma, wide, relay or decompress; what follows is of all but the last
+	Kernel string `json:"kernel"` // mma, wgmma, pair, relay or decompress; what follows is of all but the last
 	MW     int    `json:"mw,omitempty"`
 	KW     int    `json:"kw,omitempty"`
 	Blocks uint32 `json:"blocks,omitempty"`
@@ -28,10 +28,6 @@ func (c Choice) String() string {
 	}
 	return fmt.Sprintf("%s %dx%d, %d blocks", c.Kernel, c.MW, c.KW, c.Blocks)
 }
-
-// Wide is the Kernel of a Choice of the kernel for many tokens: MW strips a block, and so the layout, KW column tiles a unit. Numbers of tokens of a bucket
-// that have less work than a choice has blocks take fewer.
-const Wide = "wide"
 
 // families by the names of choices.
 var families = map[string]family{"mma": mma, "wgmma": wgmma}
@@ -87,8 +83,8 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 		return Linear{Expand: true}, nil
 	}
 	switch c.Kernel {
-	case Wide:
-		return chosenWide(d, p, c)
+	case Pair:
+		return chosenPair(d, p, c)
 	case Relay:
 		return chosenRelay(d, p, c)
 	}
@@ -116,16 +112,16 @@ func chosenRelay(d Device, p Problem, c Choice) (Linear, error) {
 	return relayLaunch(p, clusters), nil
 }
 
-func chosenWide(d Device, p Problem, c Choice) (Linear, error) {
-	for _, w := range wide(d, p) {
-		if w.groups != c.MW || c.KW != wideKW {
+func chosenPair(d Device, p Problem, c Choice) (Linear, error) {
+	for _, l := range pairs(d, p) {
+		if c.MW != pairGroups || c.KW != l.kw() {
 			continue
 		}
-		clusters, err := c.clusters(d, wideCluster)
+		clusters, err := c.clusters(d, pairCluster)
 		if err != nil {
 			return Linear{}, err
 		}
-		return w.launch(d, p, min(clusters, w.clusters(d, p))), nil
+		return l.launch(p, clusters), nil
 	}
 	return Linear{}, c.noLayout(d, p)
 }
@@ -144,8 +140,8 @@ func (c Choice) clusters(d Device, cluster uint32) (uint64, error) {
 
 // Many are the plans of the kernels for many tokens that can solve a problem.
 func Many(d Device, p Problem) (list []Linear) {
-	for _, w := range wide(d, p) {
-		list = append(list, w.launch(d, p, w.clusters(d, p)))
+	for _, l := range pairs(d, p) {
+		list = append(list, l.launch(p, l.clusters(d, p)))
 	}
 	if relays(d, p) {
 		list = append(list, relayLaunch(p, relayClusters(d)))
@@ -167,12 +163,8 @@ func ChoiceOf(l Linear) (Choice, error) {
 	if l.Expand {
 		return Choice{Kernel: Expanded}, nil
 	}
-	if l.Kernel.Source == wideSource {
-		c := Choice{Kernel: Wide, KW: wideKW, Blocks: l.Kernel.Grid}
-		for _, define := range l.Kernel.Defines {
-			_, _ = fmt.Sscanf(define, "ZS_GROUPS=%d", &c.MW)
-		}
-		return c, nil
+	if l.Kernel.Source == pairSource {
+		return Choice{Pair, pairGroups, int(l.TensorRows / 128), l.Kernel.Grid}, nil
 	}
 	if l.Kernel.Source == relaySource {
 		return Choice{Relay, relayGroups, 1, l.Kernel.Grid}, nil
@@ -216,8 +208,8 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 			}
 		}
 	}
-	for _, w := range wide(d, p) {
-		add(Choice{Wide, w.groups, wideKW, uint32(w.clusters(d, p) * wideCluster)})
+	for _, l := range pairs(d, p) {
+		add(Choice{Pair, pairGroups, l.kw(), uint32(l.clusters(d, p) * pairCluster)})
 	}
 	if relays(d, p) {
 		add(Choice{Relay, relayGroups, 1, uint32(relayClusters(d) * relayCluster)})

@@ -43,9 +43,9 @@ func TestEveryCandidateCanBeChosen(t *testing.T) {
 							continue
 						}
 						assert.Zero(t, l.Scratch)
-						if c.Kernel == plan.Wide {
+						if c.Kernel == plan.Pair {
 							assert.False(t, p.Invariant)
-							assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_GROUPS")*define(t, l.Kernel, "ZS_N"))*64*4, l.Workspace)
+							assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_N"))*2*64*4, l.Workspace)
 							continue
 						}
 						assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_MW"))*64*l.Tokens*4, l.Workspace)
@@ -117,13 +117,13 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	d := devices["H200"]
 	many := plan.Problem{M: 4096, K: 4096, N: 512}
 	for _, c := range []plan.Choice{
-		{Kernel: "wide"}, {Kernel: "wide", MW: 4, KW: 2, Blocks: 132}, {Kernel: "wide", MW: 2, KW: 1, Blocks: 132}, {Kernel: "wide", MW: 2, KW: 2, Blocks: 131},
-		{Kernel: "wide", MW: 2, KW: 2, Blocks: 134}, {Kernel: "wide", MW: 3, KW: 2, Blocks: 0},
+		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 2, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 3, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 2, Blocks: 131},
+		{Kernel: "pair", MW: 2, KW: 2, Blocks: 134}, {Kernel: "pair", MW: 2, KW: 1, Blocks: 0},
 	} {
 		_, err := plan.Chosen(d, many, c)
 		assert.Error(t, err, "%+v", c)
 	}
-	c := plan.Choice{Kernel: "wide", MW: 3, KW: 2, Blocks: 100}
+	c := plan.Choice{Kernel: "pair", MW: 2, KW: 1, Blocks: 100}
 	staysItself(t, d, many, c)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
@@ -134,15 +134,11 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 		list, err := plan.Candidates(d, p)
 		require.NoError(t, err)
 		for _, other := range list {
-			assert.NotEqual(t, plan.Wide, other.Kernel, name)
+			assert.NotEqual(t, plan.Pair, other.Kernel, name)
 		}
 	}
 	_, err := plan.Chosen(devices["B200"], many, c)
 	assert.ErrorContains(t, err, "compute capability 10.0")
-	// The least number of tokens of a bucket may have less work than its choice has blocks.
-	l, err := plan.Chosen(d, plan.Problem{M: 64, K: 1024, N: 1088}, plan.Choice{Kernel: "wide", MW: 2, KW: 2, Blocks: 132})
-	require.NoError(t, err)
-	assert.EqualValues(t, 2*5*8, l.Kernel.Grid)
 }
 
 // In the batch-invariant mode a choice gives every number of tokens the same layout and grid.

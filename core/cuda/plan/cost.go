@@ -3,7 +3,7 @@
 package plan
 
 // The times here are estimates in seconds, good for choosing between ways to solve a problem and for nothing else. Their constants are
-// from the measurements in docs/performance.md: an H200's for few tokens, an H100's for many (the section zipgemm_wide has the table that the choices are
+// from the measurements in docs/performance.md: an H200's for few tokens, an H100's for many (the section zipgemm_pair has the table that the choices are
 // tested with).
 const (
 	bitsPerWeight = 11.3
@@ -13,7 +13,6 @@ const (
 	gemmReached   = 0.73 // share of the tensor rate that cuBLAS reaches at the clock under load
 	decodeReached = 0.95 // share of the copy bandwidth that decompress reaches
 	clockReached  = 0.90 // share of the highest clock under load
-	moreEscapes   = 1.08 // what the kernel for many tokens takes longer with trained-like weights, halved: its times are of Gaussian ones
 )
 
 // clocks of an SM that a kernel takes for 1024 weights: whatever the tokens, and more for each.
@@ -43,11 +42,4 @@ func expandTime(d Device, p Problem) float64 {
 	memory := (raw + 2*float64(p.N)*float64(p.K+p.M)) / d.bandwidth()
 	product := 2 * float64(p.M) * float64(p.N) * float64(p.K) / (d.tensorRate() * clockReached * gemmReached)
 	return 2*launchTime + raw*(1+bitsPerWeight/16)/(d.bandwidth()*decodeReached) + max(memory, product)
-}
-
-// wideTime: a start, the longest run of a cluster, and the partial sums of an output tile, which one cluster gets from those that had a part of it.
-func (w wideLayout) wideTime(d Device, p Problem) float64 {
-	run, helpers := w.run(d, p)
-	clocks := w.startClocks + w.unitClocks*run + w.helperClocks*helpers
-	return moreEscapes * clocks / (d.clock() * clockReached)
 }

@@ -5,6 +5,6 @@ package plan
 // What the sources repeat.
 const (
 	RelayControl = relayControl
-	RelaySharers = relaySharers
+	MostSharers  = mostSharers
 	RelayWarps   = relayWarps
 )

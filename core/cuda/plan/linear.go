@@ -18,15 +18,16 @@ type Linear struct {
 	Expand bool
 	Kernel Kernel
 	Tokens uint64 // per launch; a larger N takes several launches
-	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns, or of as many as there are tokens, rounded up
-	// to 8; x and its rows are then aligned to 16 bytes.
+	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns, or, without WholeBoxes, of as many as there are
+	// tokens, rounded up to 8, where these are fewer; x and its rows are then aligned to 16 bytes.
 	TensorRows uint32
+	WholeBoxes bool
 	// Workspace is the bytes for partial sums and, from Flags on, for the flags and tickets of the relay kernel; all of them 0xFF between launches.
 	Workspace uint64
 	Flags     uint64
-	// Scratch is the bytes that a launch needs for the time it runs, whatever they are before; 0 but for the relay kernel. Its results leave by tensor copies
-	// of ResultRows tokens.
-	Scratch    uint64
+	// Scratch is the bytes that a launch needs for the time it runs, whatever they are before; 0 but for the relay kernel.
+	Scratch uint64
+	// ResultRows: where not 0, results leave by tensor copies of so many tokens, where y allows it.
 	ResultRows uint32
 }
 
@@ -78,12 +79,12 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	n := Class(p.N)
 	if !p.Invariant && n > f.tokens {
 		few, expand := fusedTime(d, p, f), expandTime(d, p)
-		w, wide := bestWide(d, p)
-		if relays(d, p) && relayTime(d, p) < min(few, expand, wide) {
+		l, pair := bestPair(d, p)
+		if relays(d, p) && relayTime(d, p) < min(few, expand, pair) {
 			return relayLaunch(p, relayClusters(d)), nil
 		}
-		if wide < min(few, expand) {
-			return w.launch(d, p, w.clusters(d, p)), nil
+		if pair < min(few, expand) {
+			return l.launch(p, l.clusters(d, p)), nil
 		}
 		if expand < few {
 			return Linear{Expand: true}, nil

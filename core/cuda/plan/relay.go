@@ -17,7 +17,6 @@ const (
 	relayCluster = 2
 	relayStages  = 4
 	relayWarps   = 3 // that decode
-	relaySharers = 4 // ZS_MOST_SHARERS
 	relayControl = 32
 	relayThreads = 128*relayGroups + 128
 )
@@ -60,25 +59,13 @@ func relayScratch(p Problem) uint64 {
 	return relayPairs(p) * relayGroups * ceilDiv(p.K, tileSide) * tileData
 }
 
-// relayRun is what a cluster multiplies, in columns of tiles, and whether clusters share tiles, as relay.cuh deals them.
-func relayRun(d Device, p Problem) (columns float64, shared bool) {
-	tiles, clusters, steps := relayTiles(p), relayClusters(d), ceilDiv(p.K, tileSide)
-	columns = float64(tiles / clusters * steps)
-	if rest := tiles % clusters; rest > 0 {
-		parts := min(clusters/rest, relaySharers, steps)
-		columns += float64(ceilDiv(steps, parts))
-		shared = parts > 1
-	}
-	return columns, shared
-}
-
 // relayTime: a start, then multiplying and decoding at the same time.
 func relayTime(d Device, p Problem) float64 {
-	columns, shared := relayRun(d, p)
+	columns, sharers := run(relayTiles(p), relayClusters(d), ceilDiv(p.K, tileSide))
 	rounds := float64(Tiles(p.M, p.K)) / float64(relayClusters(d)*relayCluster*relayWarps)
 	multiply, decode := columns*relayColumnClocks, rounds*relayRoundClocks
 	clocks := relayStartClocks + max(multiply, decode) + relayBeside*min(multiply, decode)
-	if shared {
+	if sharers > 1 {
 		clocks += relaySumsClocks
 	}
 	return clocks / (d.clock() * clockReached)
@@ -99,6 +86,7 @@ func relayLaunch(p Problem, clusters uint64) Linear {
 		},
 		Tokens:     Class(p.N),
 		TensorRows: relayTokens / relayCluster,
+		WholeBoxes: true,
 		Workspace:  sums + 4*(relayControl+relayPairs(p)*ceilDiv(p.K, tileSide)),
 		Flags:      sums,
 		Scratch:    relayScratch(p),

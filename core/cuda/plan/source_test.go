@@ -52,7 +52,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 		list, err := plan.Candidates(d, plan.Problem{M: 28672, K: 4096, N: 512})
 		require.NoError(t, err)
 		for _, c := range list {
-			if c.Kernel == plan.Wide || c.Kernel == plan.Relay { // all layouts
+			if c.Kernel == plan.Pair || c.Kernel == plan.Relay { // all layouts
 				l, err := plan.Chosen(d, plan.Problem{M: 28672, K: 4096, N: 512}, c)
 				require.NoError(t, err)
 				plans = append(plans, l.Kernel)
@@ -86,20 +86,20 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 				if k.Entry == "zs_zipgemm_relay" {
 					r := constants(t, lib, files, k, d.Capability, "ZS_CONTROL", "ZS_MOST_SHARERS", "ZS_DECODERS", "ZS_HELPER_REGISTERS", "ZS_CONSUMER_REGISTERS", "ZS_CONSUMERS")
 					require.Len(t, r, 6)
-					assert.Equal(t, []int{plan.RelayControl, plan.RelaySharers, plan.RelayWarps}, r[:3])
+					assert.Equal(t, []int{plan.RelayControl, plan.MostSharers, plan.RelayWarps}, r[:3])
 					assert.Zero(t, r[3]%8+r[4]%8)
 					assert.LessOrEqual(t, 128*r[3]+r[4]*r[5], 65536)
 				}
-				if k.Entry != "zs_zipgemm_wide" {
+				if k.Entry != "zs_zipgemm_pair" {
 					return
 				}
 				// Registers are dealt in eights, at most 64 Ki; what is read at once of partial sums has to fit beside the sums.
-				r := constants(t, lib, files, k, d.Capability, "ZS_LOADER_REGISTERS", "ZS_CONSUMER_REGISTERS", "ZS_CONSUMERS", "ZS_PIECES_AT_ONCE")
-				require.Len(t, r, 4)
+				r := constants(t, lib, files, k, d.Capability, "ZS_DECODER_REGISTERS", "ZS_CONSUMER_REGISTERS", "ZS_CONSUMERS", "ZS_PIECES_AT_ONCE", "1000 + ZS_MOST_SHARERS", "2000 + ZS_DECODERS") // equal ones are written once
+				require.Len(t, r, 6)
 				assert.Zero(t, r[0]%8+r[1]%8)
-				assert.Equal(t, 128*define(t, k, "ZS_GROUPS"), r[2])
-				assert.LessOrEqual(t, 128*r[0]+r[1]*r[2], 65536)
+				assert.LessOrEqual(t, 32*(r[5]-2000)*r[0]+r[1]*r[2], 65536)
 				assert.LessOrEqual(t, define(t, k, "ZS_N")/2+4*r[3]+24, r[1], "sums, pieces, and addresses")
+				assert.Equal(t, 1000+plan.MostSharers, r[4])
 			})
 		}
 	}

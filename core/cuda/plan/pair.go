@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+import (
+	"fmt"
+	"math"
+	"math/bits"
+)
+
+// Pair is the Kernel of a Choice of the kernel whose blocks decode for each other in pairs: MW strips and KW blocks of 128 tokens an output tile of a block.
+const Pair = "pair"
+
+// pairLayout is one of the layouts of the kernel for some hundred tokens (zipgemm_pair.cu): an output tile of a cluster is two strips by twice as many tokens. Which
+// tiles are split over how many clusters depends on the tokens, so it is never used in the batch-invariant mode.
+type pairLayout struct {
+	tokens   uint64 // of a block: a multiple of 64, so that all numbers of a class have as many tiles
+	decoders int    // warps
+	xstages  int    // columns of activations
+	stages   int    // columns of tiles
+	// Fitted to an H100's times (docs/performance.md): a start, a column of tiles at the clock that it keeps up for some ten microseconds and at that for long,
+	// and the sums of two clusters that share a tile.
+	startClocks, columnClocks, longClocks, sumsClocks float64
+}
+
+const (
+	pairGroups  = 2 // strips of a cluster, consumer warpgroups of a block
+	pairCluster = 2
+	pairSource  = "zipgemm_pair.cu"
+	pairEntry   = "zs_zipgemm_pair"
+)
+
+// pairLayouts: the first moves less through shared memory for a product, the second deals out finer work.
+var pairLayouts = []pairLayout{
+	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 9000},
+	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 5300},
+}
+
+func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }
+
+// smem is ZS_GEMM_SMEM; a test compares it with the source.
+func (l pairLayout) smem() int {
+	const barriers = 16 // bytes of a full and an empty one
+	return l.xstages*(int(l.tokens)*128+barriers) + l.stages*(pairGroups*tileData+barriers) + l.decoders*spareBytes
+}
+
+// kw is the KW of a Choice.
+func (l pairLayout) kw() int { return int(l.tokens / 128) }
+
+// many says whether a kernel for many tokens can be asked for: as wgmma, for more tokens than one launch of that takes, and in clusters of so many blocks.
+func many(d Device, p Problem, cluster int) bool {
+	return tensor(d, p) && !p.Invariant && !p.Apart && Class(p.N) > wgmma.tokens && d.SMs >= cluster
+}
+
+// pairs are the layouts that can solve a problem.
+func pairs(d Device, p Problem) (list []pairLayout) {
+	if !many(d, p, pairCluster) {
+		return nil
+	}
+	for _, l := range pairLayouts {
+		if l.smem() <= d.limit(blocksPerSM) && l.tiles(p) < 1<<20 {
+			list = append(list, l)
+		}
+	}
+	return list
+}
+
+// tiles of output, each a cluster's.
+func (l pairLayout) tiles(p Problem) uint64 {
+	return ceilDiv(ceilDiv(p.M, tileSide), pairGroups) * ceilDiv(p.N, l.tokens*pairCluster)
+}
+
+// clusters: all that fit, or as many as can have a part of a tile.
+func (l pairLayout) clusters(d Device, p Problem) uint64 {
+	all, tiles := uint64(d.SMs/pairCluster), l.tiles(p)
+	if tiles >= all {
+		return all
+	}
+	return tiles * min(all/tiles, mostSharers, ceilDiv(p.K, tileSide))
+}
+
+// mostSharers is ZS_MOST_SHARERS.
+const mostSharers = 4
+
+// run is what a cluster multiplies, in columns of tiles, and how many share the tiles that do not go round evenly, as turns.cuh deals them.
+func run(tiles, clusters, steps uint64) (columns float64, sharers uint64) {
+	columns, sharers = float64(tiles/clusters*steps), 1
+	if rest := tiles % clusters; rest > 0 {
+		sharers = min(clusters/rest, mostSharers, steps)
+		columns += float64(ceilDiv(steps, sharers))
+	}
+	return columns, sharers
+}
+
+// time: a start, the run of a cluster, and the sums of those that share a tile, two by two.
+func (l pairLayout) time(d Device, p Problem) float64 {
+	columns, sharers := run(l.tiles(p), l.clusters(d, p), ceilDiv(p.K, tileSide))
+	clocks := max(l.startClocks+l.columnClocks*columns, l.longClocks*columns) + l.sumsClocks*float64(bits.Len64(sharers-1))
+	return clocks / (d.clock() * clockReached)
+}
+
+// launch plans one launch for all tokens of a class.
+func (l pairLayout) launch(p Problem, clusters uint64) Linear {
+	grid := clusters * pairCluster
+	return Linear{
+		Kernel: Kernel{
+			Source: pairSource, Entry: pairEntry,
+			Defines: []string{
+				fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
+			},
+			Grid: uint32(grid), Cluster: pairCluster, Resident: blocksPerSM, Block: uint32(l.threads()), Smem: uint32(l.smem()), Programmatic: true,
+		},
+		Tokens:     Class(p.N),
+		TensorRows: uint32(l.tokens),
+		WholeBoxes: true,
+		Workspace:  grid * pairGroups * tileSide * l.tokens * 4,
+		ResultRows: uint32(l.tokens),
+	}
+}
+
+// bestPair is the layout that should be fastest, and its time; infinite where none can solve the problem.
+func bestPair(d Device, p Problem) (best *pairLayout, least float64) {
+	least = math.Inf(1)
+	for _, l := range pairs(d, p) {
+		if t := l.time(d, p); t < least {
+			best, least = &l, t
+		}
+	}
+	return best, least
+}

@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/core/cuda/plan"
+)
+
+var h100 = plan.Device{Capability: 90, SMs: 132, SmemBlock: 232448, SmemSM: 233472, Bandwidth: 3.35e12, ClockHz: 1.98e9}
+
+// way names how a plan solves a problem: few, expand, relay, or pair with the tokens of a block.
+func way(t *testing.T, l plan.Linear) string {
+	t.Helper()
+	switch {
+	case l.Expand:
+		return "expand"
+	case l.Kernel.Entry == "zs_zipgemm_pair":
+		return fmt.Sprintf("pair %d", define(t, l.Kernel, "ZS_N"))
+	case l.Kernel.Entry == "zs_zipgemm_relay":
+		return "relay"
+	}
+	return "few"
+}
+
+// What an H100 measured (docs/performance.md, "Which way for how many tokens"; speed-up over cuBLAS's product with the uncompressed weight, in the same turns). The
+// chosen way must be among the best.
+func TestManyTokensAreSolvedInTheFastestWay(t *testing.T) {
+	for _, c := range []struct {
+		m, k, n uint64
+		x       map[string]float64
+	}{
+		{4096, 4096, 256, map[string]float64{"few": 0.596, "expand": 0.513, "pair 128": 0.792, "pair 256": 0.470, "relay": 0.363}},
+		{4096, 4096, 512, map[string]float64{"few": 0.410, "expand": 0.559, "pair 128": 0.737, "pair 256": 0.698, "relay": 0.493}},
+		{4096, 4096, 1024, map[string]float64{"expand": 0.691, "pair 128": 0.725, "pair 256": 0.906, "relay": 0.791}},
+		{4096, 4096, 2048, map[string]float64{"expand": 0.831, "pair 128": 0.720, "pair 256": 0.916, "relay": 0.877}},
+		{4096, 4096, 4096, map[string]float64{"expand": 0.910, "pair 128": 0.731, "pair 256": 0.918, "relay": 0.935}},
+		{4096, 4096, 8192, map[string]float64{"expand": 0.957, "pair 128": 0.737, "pair 256": 0.916, "relay": 0.950}},
+		{6144, 4096, 256, map[string]float64{"few": 0.559, "expand": 0.448, "pair 128": 0.730, "pair 256": 0.373, "relay": 0.426}},
+		{6144, 4096, 512, map[string]float64{"few": 0.419, "expand": 0.549, "pair 128": 0.695, "pair 256": 0.777, "relay": 0.589}},
+		{6144, 4096, 1024, map[string]float64{"expand": 0.696, "pair 128": 0.747, "pair 256": 0.831, "relay": 0.730}},
+		{6144, 4096, 2048, map[string]float64{"expand": 0.816, "pair 128": 0.739, "pair 256": 0.933, "relay": 0.901}},
+		{6144, 4096, 4096, map[string]float64{"expand": 0.909, "pair 128": 0.743, "pair 256": 0.928, "relay": 0.931}},
+		{6144, 4096, 8192, map[string]float64{"expand": 0.952, "pair 128": 0.743, "pair 256": 0.960, "relay": 1.020}},
+		{4096, 14336, 256, map[string]float64{"few": 0.752, "expand": 0.440, "pair 128": 0.922, "pair 256": 0.490, "relay": 0.482}},
+		{4096, 14336, 512, map[string]float64{"few": 0.520, "expand": 0.554, "pair 128": 0.721, "pair 256": 0.859, "relay": 0.681}},
+		{4096, 14336, 1024, map[string]float64{"expand": 0.684, "pair 128": 0.724, "pair 256": 0.958, "relay": 0.828}},
+		{4096, 14336, 2048, map[string]float64{"expand": 0.835, "pair 128": 0.724, "pair 256": 0.916, "relay": 0.926}},
+		{4096, 14336, 4096, map[string]float64{"expand": 0.893, "pair 128": 0.726, "pair 256": 0.948, "relay": 0.974}},
+		{4096, 14336, 8192, map[string]float64{"expand": 0.946, "pair 128": 0.724, "pair 256": 0.960, "relay": 0.941}},
+		{28672, 4096, 256, map[string]float64{"few": 0.656, "expand": 0.421, "pair 128": 0.893, "pair 256": 0.479, "relay": 0.530}},
+		{28672, 4096, 512, map[string]float64{"few": 0.495, "expand": 0.537, "pair 128": 0.728, "pair 256": 0.913, "relay": 0.652}},
+		{28672, 4096, 1024, map[string]float64{"expand": 0.693, "pair 128": 0.730, "pair 256": 0.935, "relay": 0.835}},
+		{28672, 4096, 2048, map[string]float64{"expand": 0.826, "pair 128": 0.739, "pair 256": 0.936, "relay": 0.913}},
+		{28672, 4096, 4096, map[string]float64{"expand": 0.912, "pair 128": 0.734, "pair 256": 0.949, "relay": 0.912}},
+		{28672, 4096, 8192, map[string]float64{"expand": 0.951, "pair 128": 0.721, "pair 256": 0.941, "relay": 0.914}},
+		{3584, 3584, 256, map[string]float64{"few": 0.558, "expand": 0.529, "pair 128": 0.643, "pair 256": 0.416, "relay": 0.331}},
+		{3584, 3584, 512, map[string]float64{"few": 0.367, "expand": 0.568, "pair 128": 0.675, "pair 256": 0.628, "relay": 0.455}},
+		{3584, 3584, 1024, map[string]float64{"expand": 0.692, "pair 128": 0.632, "pair 256": 0.839, "relay": 0.706}},
+		{3584, 3584, 2048, map[string]float64{"expand": 0.820, "pair 128": 0.773, "pair 256": 0.911, "relay": 0.877}},
+		{3584, 3584, 4096, map[string]float64{"expand": 0.894, "pair 128": 0.786, "pair 256": 0.920, "relay": 0.927}},
+		{3584, 3584, 8192, map[string]float64{"expand": 0.944, "pair 128": 0.725, "pair 256": 0.934, "relay": 0.949}},
+		{5120, 5120, 256, map[string]float64{"few": 0.597, "expand": 0.481, "pair 128": 0.739, "pair 256": 0.356, "relay": 0.422}},
+		{5120, 5120, 512, map[string]float64{"few": 0.419, "expand": 0.551, "pair 128": 0.680, "pair 256": 0.698, "relay": 0.544}},
+		{5120, 5120, 1024, map[string]float64{"expand": 0.697, "pair 128": 0.695, "pair 256": 0.762, "relay": 0.657}},
+		{5120, 5120, 2048, map[string]float64{"expand": 0.824, "pair 128": 0.732, "pair 256": 0.865, "relay": 0.863}},
+		{5120, 5120, 4096, map[string]float64{"expand": 0.905, "pair 128": 0.737, "pair 256": 0.936, "relay": 0.960}},
+		{5120, 5120, 8192, map[string]float64{"expand": 0.924, "pair 128": 0.743, "pair 256": 0.958, "relay": 0.969}},
+	} {
+		l, err := plan.ForLinear(h100, plan.Problem{M: c.m, K: c.k, N: c.n})
+		require.NoError(t, err)
+		most := 0.0
+		for _, x := range c.x {
+			most = max(most, x)
+		}
+		x, measured := c.x[way(t, l)]
+		assert.True(t, measured, "%d x %d, N = %d: %s", c.m, c.k, c.n, way(t, l))
+		assert.GreaterOrEqual(t, x, most/1.075, "%d x %d, N = %d: %s", c.m, c.k, c.n, way(t, l))
+	}
+}
+
+// A plan serves every number of tokens of its class with one launch, whose blocks all have work, and whose partial sums have room.
+func TestAPlanForManyTokensServesItsClass(t *testing.T) {
+	seen := map[string]int{}
+	for _, mk := range [][2]uint64{{1, 8}, {64, 64}, {1000, 776}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {1, 1 << 20}, {1 << 20, 8}} {
+		for n := uint64(129); n < 1700; n += 1 + n%3 {
+			p := plan.Problem{M: mk[0], K: mk[1], N: plan.Class(n)}
+			list, err := plan.Candidates(h100, p)
+			require.NoError(t, err)
+			for _, c := range list {
+				l, err := plan.Chosen(h100, p, c)
+				require.NoError(t, err)
+				if c.Kernel != plan.Pair {
+					continue
+				}
+				seen[way(t, l)]++
+				k := l.Kernel
+				checkKernel(t, h100, k)
+				assert.GreaterOrEqual(t, l.Tokens, n, "one launch")
+				tokens := uint64(define(t, k, "ZS_N"))
+				assert.EqualValues(t, 2, k.Cluster)
+				assert.EqualValues(t, tokens, l.TensorRows)
+				assert.True(t, l.WholeBoxes, "the kernel waits for whole boxes")
+				assert.EqualValues(t, tokens, l.ResultRows)
+				assert.Zero(t, k.Grid%2)
+				assert.LessOrEqual(t, k.Grid, uint32(132))
+				// Every cluster has a tile, or a part of one: what the kernel counts from the real n.
+				tiles, clusters := ((p.M+63)/64+1)/2*((n+2*tokens-1)/(2*tokens)), uint64(k.Grid/2)
+				if tiles < clusters {
+					parts := clusters / tiles
+					assert.Equal(t, parts*tiles, clusters, "%v N=%d: a cluster without work", p, n)
+					assert.LessOrEqual(t, parts, min(plan.MostSharers, (p.K+63)/64))
+				}
+				assert.GreaterOrEqual(t, l.Workspace, uint64(k.Grid)*2*64*tokens*4)
+			}
+		}
+	}
+	assert.Len(t, seen, 2)
+}
+
+func TestWhereTheKernelForManyTokensIsNotUsed(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range matrices {
+			for _, n := range []uint64{1, 64, 128, 129, 256, 512, 4096} {
+				for _, p := range []plan.Problem{{}, {Invariant: true}, {Unaligned: true}} {
+					p.M, p.K, p.N = mk[0], mk[1], n
+					l, err := plan.ForLinear(d, p)
+					require.NoError(t, err)
+					if !l.Expand && (l.Kernel.Entry == "zs_zipgemm_pair" || l.Kernel.Entry == "zs_zipgemm_relay") {
+						assert.Equal(t, 90, d.Capability, name)
+						assert.False(t, p.Invariant || p.Unaligned || p.K%8 != 0 || n <= 128, "%s %+v", name, p)
+					}
+				}
+			}
+		}
+	}
+}

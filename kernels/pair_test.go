@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package kernels_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/zipserv/zipserv/kernels"
+)
+
+// The first two are those of the launch plans; the others have the same roles with fewer tokens, and so are quick.
+var pairVariants = []variant{
+	{n: 256, decoders: 4, xstages: 4, stages: 6}, {n: 128, decoders: 8, xstages: 6, stages: 8},
+	{n: 16, decoders: 4, xstages: 4, stages: 6}, {n: 32, decoders: 4, xstages: 4, stages: 6}, {n: 16, decoders: 8, xstages: 6, stages: 8}, {n: 16, decoders: 4, xstages: 4, stages: 4},
+}
+
+// tiles are token tiles of a block, the last of them with `last` tokens (0: all).
+var pairShapes = []struct{ m, k, tiles, last, grid int }{
+	{1, 1, 1, 1, 2},       // one weight: a turn of one column, a block that has no tokens, a strip below the matrix
+	{64, 64, 2, 3, 2},     // both blocks have tokens
+	{40, 200, 1, 0, 4},    // one output tile for two clusters
+	{130, 72, 3, 5, 4},    // two turns for each cluster; the last column has eight weights
+	{200, 1160, 1, 7, 12}, // two tiles in three parts each; every ring goes round
+	{70, 900, 3, 4, 10},   // two tiles for five clusters: in parts that are not alike, and a cluster with nothing
+	{128, 128, 2, 0, 4},   // a tile in two parts of one column each
+	{128, 200, 8, 2, 6},   // a turn for each cluster, and one in three parts, of which the last alone has two columns
+	{450, 130, 4, 0, 4},   // whole turns alone
+	{330, 330, 5, 1, 8},   // whole turns, one in four parts, and a ragged end in every direction
+	{128, 64, 10, 2, 4},   // more token tiles than a panel of ZS_PANEL; turns of one column
+	{122, 136, 11, 2, 4},  // the same, of three columns; the last tile's second block has no tokens
+	{70, 2100, 2, 0, 8},   // a tile in four parts
+	{130, 64, 1, 9, 12},   // more clusters than columns
+	{256, 460, 1, 5, 20},  // more clusters than may share
+	{100, 1160, 4, 0, 2},  // one cluster, two turns
+	{40, 600, 4, 0, 2},    // the same, in time for the large layouts
+	{4, 136, 3, 0, 6},
+}
+
+// The large layouts take the emulator long: they run what has few output tiles.
+func (v variant) large() bool { return v.n > 64 }
+
+// tokensOf are those of so many token tiles, the last of them with `last` tokens (0: all).
+func tokensOf(g gemm, tiles, last int) int {
+	if last > 0 {
+		return (tiles-1)*g.n + last
+	}
+	return tiles * g.n
+}
+
+// underSchedules runs a product under two schedules, a large layout under one: right, and the same bits.
+func (g gemm) underSchedules(t *testing.T, v variant, make func() product) {
+	t.Helper()
+	var first []uint16
+	for i, seed := range seeds(t, 2) {
+		p := make()
+		p.seed = seed
+		y, err := g.run(p)
+		require.NoError(t, err)
+		if i == 0 {
+			p.check(t, y)
+			first = y
+		}
+		require.Equal(t, first, y, "another schedule gives other bits")
+		if v.large() {
+			break
+		}
+	}
+}
+
+func TestPair(t *testing.T) {
+	for _, v := range pairVariants {
+		t.Run(v.String(), func(t *testing.T) {
+			t.Parallel()
+			g := newGEMM(t, kernels.Sources, "pair", v)
+			for i, s := range pairShapes {
+				if v.large() && s.m*s.k*s.tiles > 120000 {
+					continue
+				}
+				t.Run(fmt.Sprintf("%dx%d,tiles=%d,last=%d,grid=%d", s.m, s.k, s.tiles, s.last, s.grid), func(t *testing.T) {
+					g.underSchedules(t, v, func() product {
+						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seeds(t, 1)[0])
+						p.grid = s.grid
+						// Results go out by copies where y and ldy are multiples of 16 bytes.
+						p.ldy = (s.m + 7) / 8 * 8
+						switch i % 5 {
+						case 1:
+							p.ldx, p.ldy = s.k+16, p.ldy+8
+						case 2:
+							p.misalign = true
+						case 3:
+							p.ldy += 5
+						}
+						return p
+					})
+				})
+			}
+		})
+	}
+}
+
+// Every list of escapes that there is: none, some, more than 128, more than 256, literals, dense. A lost one is far too large.
+func TestPairEscapes(t *testing.T) {
+	t.Parallel()
+	g := newGEMM(t, kernels.Sources, "pair", variant{n: 16, decoders: 4, xstages: 4, stages: 6})
+	for _, seed := range seeds(t, 2) {
+		for _, kind := range []string{"tiles", "moderate"} {
+			p := newProduct(260, 328, 21, seed)
+			p.w, p.grid, p.ldy = newMatrix(kind, 260, 328, seed), 6, 264
+			y, err := g.run(p)
+			require.NoError(t, err)
+			p.check(t, y)
+		}
+	}
+}

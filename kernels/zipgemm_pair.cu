@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: Apache-2.0
+// zipgemm on sm_90a for some hundred tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
+//
+// The two blocks of a cluster have the same two strips, and different tokens. Each decodes the tiles of one strip, and copies them into the other's shared memory, so
+// that a weight is decoded once for 2 * ZS_N tokens. Some warps of a block decode, columns in turns, and bring the activations by tensor copies; two warpgroups, a strip
+// each, only multiply. turns.cuh says which cluster makes what.
+//
+// Launch: block ZS_THREADS, clusters of two, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
+// workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of ZS_N rows
+// of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n rows of m columns,
+// the same boxes, where y and ldy are such that it can be made (Output::by_copies).
+#define ZS_WGMMA 1
+
+#ifndef ZS_N
+#define ZS_N 256  // tokens of a block's output tile: 16 to 256, a multiple of 16
+#endif
+#ifndef ZS_DECODERS
+#define ZS_DECODERS 4  // warps that decode: 4, or 8 where the sums leave them registers
+#endif
+#ifndef ZS_XSTAGES
+#define ZS_XSTAGES 4  // columns of activations in their ring: 3 or more
+#endif
+#ifndef ZS_STAGES
+#define ZS_STAGES 6  // columns of tiles in theirs: 2 or more. A tile is under way longer than activations are: decoded, then copied
+#endif
+#ifndef ZS_PANEL
+#define ZS_PANEL 4
+#endif
+#define ZS_CLUSTER 2
+#define ZS_ACROSS 2
+#define ZS_GROUPS 2  // consumer warpgroups, a strip each
+#define ZS_MW ZS_GROUPS
+#define ZS_KW 1
+
+#define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
+#define ZS_THREADS (ZS_CONSUMERS + 32 * ZS_DECODERS)
+// Registers a thread, of the decoders and of the consumers, which get what is left.
+#define ZS_DECODER_REGISTERS (ZS_DECODERS > 4 ? 120 : 104)
+#define ZS_LAUNCH_REGISTERS (65536 / ZS_THREADS / 8 * 8)
+#define ZS_FREE_REGISTERS ((ZS_LAUNCH_REGISTERS * ZS_THREADS - 32 * ZS_DECODERS * ZS_DECODER_REGISTERS) / ZS_CONSUMERS / 8 * 8)
+#define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
+#define ZS_PIECES_AT_ONCE 8
+#define ZS_XBYTES (ZS_N * 128)        // of the activations of a column
+#define ZS_ABYTES (ZS_GROUPS * 8192)  // of the weights of a column
+
+// Shared memory: the ring of activations | the ring of tiles | barriers, a full and an empty one for each stage: of activations, of tiles | spare bytes of the decoders.
+#define ZS_TILE_SMEM (ZS_XSTAGES * ZS_XBYTES)
+#define ZS_XBARRIERS (ZS_TILE_SMEM + ZS_STAGES * ZS_ABYTES)
+#define ZS_BARRIERS (ZS_XBARRIERS + ZS_XSTAGES * 16)
+#define ZS_SPARE (ZS_BARRIERS + ZS_STAGES * 16)
+#define ZS_GEMM_SMEM (ZS_SPARE + ZS_DECODERS * 128)
+
+#include "turns.cuh"
+
+// A barrier tells only the last two rounds of its stage apart. Who waits for a stage of tiles has come through the ring ZS_DECODERS columns ago. Who then waits for one of
+// activations knows that the column ZS_STAGES back was handed back, and so the stages that were kept for results two columns before that.
+static_assert(ZS_DECODERS <= ZS_STAGES && ZS_STAGES + 2 <= 2 * ZS_XSTAGES, "see above");
+
+// The columns of a cluster's turns, from one to another one some way behind it.
+struct Columns {
+    Turns turn;
+    int32_t column;
+    bool left;  // there is this one
+    ZS_DEVICE Columns(const Plan& plan, uint32_t first) : turn(plan) {
+        left = turn.next(plan), column = turn.end - 1;
+        advance(plan, first);
+    }
+    ZS_DEVICE void advance(const Plan& plan, uint32_t columns) {
+        column -= (int32_t)columns;
+        while (left && column < turn.begin) {
+            const int32_t over = turn.begin - 1 - column;
+            left = turn.next(plan), column = turn.end - 1 - over;
+        }
+    }
+};
+
+// A column as a decoder sees it.
+struct Job {
+    uint32_t tile, column, token;  // weight tile of the block's strip; first of its columns of x; first token of the block
+    ZS_DEVICE Job(const Plan& plan, const Columns& at) {
+        // Rows below the matrix are those of another strip: no result is made of them.
+        tile = (uint32_t)(min(at.turn.strip + (int32_t)plan.rank, plan.strips - 1) * plan.ksteps + at.column);
+        column = (uint32_t)at.column * ZS_TILE, token = at.turn.token;
+    }
+};
+
+// Decoder d has the columns d, d + ZS_DECODERS, .. of the cluster's.
+ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Plan& plan, uint32_t d, uint32_t lane,
+                            uint32_t smem) {
+    const uint32_t spare = smem + ZS_SPARE + d * 128;
+    const uint8_t* lane_escapes = blob.escapes + 4 * lane;
+    const uint8_t* headers = blob.headers + 4 * (lane & 1);  // what is the same in all lanes would go to the uniform registers at once, and the whole latency with it
+    pin(lane_escapes), pin(headers);
+    auto head_of = [&](const Job& c) { return ld_stream_u32(headers + (uint64_t)c.tile * 8); };
+    auto whole_head = [&](uint32_t half) { return (uint64_t)__shfl_sync(0xFFFFFFFFu, half, 1) << 32 | __shfl_sync(0xFFFFFFFFu, half, 0); };
+    Columns ahead(plan, d);
+    if (!ahead.left) return;
+    Job at(plan, ahead);
+    uint32_t head = head_of(at);
+    LaneWords words[4];
+    auto load = [&](const Job& c, uint32_t begin, uint32_t end) {
+        const LanePointers from(blob.fixed + (uint64_t)c.tile * ZS_FIXED, lane);
+#pragma unroll
+        for (uint32_t w = 0; w < 4; w++)
+            if (w >= begin && w < end) words[w] = LaneWords(from, w);
+    };
+    load(at, 0, 4);
+    ahead.advance(plan, ZS_DECODERS);
+    bool more = ahead.left;
+    Job after = more ? Job(plan, ahead) : at;
+    Escapes escapes;
+    escapes.load(lane_escapes, whole_head(head), lane);
+    head = head_of(after);
+    Stage stage(0), xstage(0);
+    auto forward = [&](uint32_t columns) {
+        stage.parity ^= columns / ZS_STAGES & 1, xstage.parity ^= columns / ZS_XSTAGES & 1;
+        stage.advance(columns % ZS_STAGES, ZS_STAGES), xstage.advance(columns % ZS_XSTAGES, ZS_XSTAGES);
+    };
+    forward(d);
+    bool first = true;
+    while (true) {
+        if (more) ahead.advance(plan, ZS_DECODERS);
+        const bool still = more && ahead.left;
+        const Job later = still ? Job(plan, ahead) : after;
+        const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, tile = smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + plan.rank * 8192;
+        const uint32_t xfull = smem + ZS_XBARRIERS + xstage.index * 16;
+        const uint32_t base2 = ZS_HALVES(escapes.head().base << 7);
+        auto bring = [&] {
+            if (lane != 0) return;
+            mbarrier_arrive_expect_tx(xfull, ZS_XBYTES);
+            tensor_copy(smem + xstage.index * ZS_XBYTES, x_map, TensorRows{x, ldx, n, k, ZS_N}, at.column, at.token, xfull);
+        };
+        mbarrier_wait(full + 8, stage.parity ^ 1);
+        // Nothing is brought before all lanes have looked: a late one might see the barrier a round further on.
+        const bool brought = !first && __shfl_sync(0xFFFFFFFFu, (uint32_t)mbarrier_test(xfull + 8, xstage.parity ^ 1), 0);
+        if (brought) bring();
+        // Half of the next tile's words are loaded now, the others behind the fence, which waits for all loads that are under way.
+#pragma unroll
+        for (uint32_t w = 0; w < 4; w++) {
+            decode_lane(words[w], tile, w, base2, lane);
+            if (w < 2) load(after, w, w + 1);
+        }
+        if (lane == 0) prefetch_l2(blob.fixed + (uint64_t)later.tile * ZS_FIXED, ZS_FIXED);
+        __syncwarp();
+        escapes.patch(blob.escapes, tile, spare, lane);
+        fence_proxy_async();
+        __syncwarp();
+        if (lane == 0) {
+            bulk_copy_to_block(tile, tile, 8192, full, plan.rank ^ 1);
+            mbarrier_arrive_expect_tx(full, 8192);  // the other block's tile
+        }
+        if (first) griddep_wait();  // weights are there before the kernel ahead has ended, activations only then
+        first = false;
+        if (!brought) {
+            mbarrier_wait(xfull + 8, xstage.parity ^ 1);
+            __syncwarp();
+            bring();
+        }
+        if (!more) return;
+        load(after, 2, 4);
+        escapes.load(lane_escapes, whole_head(head), lane);
+        at = after, after = later, more = still;
+        head = head_of(after);
+        forward(ZS_DECODERS);
+    }
+}
+
+// A warpgroup's results leave by the copy engine, while the tensor cores work on the next tile: a strip's 64 rows by ZS_N tokens take the place of a column of
+// activations.
+struct Results {
+    uint32_t sent;  // barriers of the stage that is being read; 0: none
+    ZS_DEVICE Results() : sent(0) {}
+    // The stage may be loaded again once the copy has read it.
+    ZS_DEVICE void hand_back(uint32_t tid) {
+        if (sent && tid == 0) {
+            bulk_copies_read();
+            mbarrier_arrive(sent + 8, 4);
+        }
+        __syncwarp();
+        sent = 0;
+    }
+};
+
+// Warpgroup g multiplies its strip of every column.
+ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+    const bool signals = tid % 32 == 0;
+    Stage stage(0), xstage(0);
+    Results results;
+    griddep_wait();
+    for (Turns turn(plan); turn.next(plan);) {
+        // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one.
+        const bool sends = out.by_copies() && plan.ends(turn.tile) && turn.end - turn.begin >= 2;
+        float acc[ZS_N / 2];
+#pragma unroll
+        for (uint32_t j = 0; j < ZS_N / 2; j++) acc[j] = 0.0f;
+        uint32_t busy = 0, xbusy = 0;  // barriers of the stages that wgmma may still read
+        auto release = [&](bool keep) {
+            __syncwarp();
+            if (!signals || !busy) return;
+#pragma unroll
+            for (uint32_t r = 0; r < ZS_CLUSTER; r++) mbarrier_arrive_cluster(busy + 8, r);
+            if (!keep) mbarrier_arrive(xbusy + 8);
+        };
+        for (int32_t column = turn.end - 1; column >= turn.begin; column--) {
+            const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, xfull = smem + ZS_XBARRIERS + xstage.index * 16;
+            const uint32_t a = wgmma_start(smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + g * 8192), b = wgmma_start(smem + xstage.index * ZS_XBYTES);
+            mbarrier_wait(xfull, xstage.parity);
+            mbarrier_wait(full, stage.parity);
+            wgmma_pin(acc);
+            wgmma_fence();
+#pragma unroll
+            for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
+            wgmma_commit();
+            results.hand_back(tid);
+            wgmma_wait<1>();
+            release(sends && g == 0 && column == turn.begin);
+            busy = full, xbusy = xfull;
+            stage.advance(1, ZS_STAGES), xstage.advance(1, ZS_XSTAGES);
+        }
+        wgmma_wait<0>();
+        release(sends && g == 1);
+        wgmma_pin(acc);
+        const uint32_t row0 = ((uint32_t)turn.strip + g) * ZS_TILE;
+        if (!add_up(acc, plan, turn, g, tid, workspace)) continue;
+        if (sends) {
+            named_barrier_sync(1, ZS_CONSUMERS);  // the other one has read these stages, too
+            const uint32_t back = 2 - g, kept = xstage.index < back ? xstage.index + ZS_XSTAGES - back : xstage.index - back;
+            send_strip(acc, out, y_map, row0, turn.token, 2 + g, tid, smem + kept * ZS_XBYTES);
+            results.sent = smem + ZS_XBARRIERS + kept * 16;
+        } else {
+#pragma unroll
+            for (uint32_t q = 0; q < ZS_N / 8; q++) out.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0 + tid / 32 * 16, turn.token + q * 8, tid % 32);
+        }
+    }
+    if (tid == 0) bulk_copies_read();  // nothing is loaded there again
+}
+
+extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
+zs_zipgemm_pair(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+                uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
+    ZS_SMEM(smem_ptr);
+    const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), smem = smem_addr(smem_ptr);
+    const Blob blob(blob_ptr, m, k);
+    const Plan plan(blob, n);
+    griddep_launch();
+    if (threadIdx.x == 0) {
+        for (uint32_t s = 0; s < ZS_XSTAGES; s++) {
+            mbarrier_init(smem + ZS_XBARRIERS + s * 16, 1);
+            mbarrier_init(smem + ZS_XBARRIERS + s * 16 + 8, 4 * ZS_GROUPS);
+        }
+        for (uint32_t s = 0; s < ZS_STAGES; s++) {
+            mbarrier_init(smem + ZS_BARRIERS + s * 16, 1);
+            mbarrier_init(smem + ZS_BARRIERS + s * 16 + 8, 4 * ZS_GROUPS * ZS_CLUSTER);
+        }
+        fence_mbarrier_init();
+    }
+    __syncwarp();
+    if (threadIdx.x == 0) prefetch_map(x_map);
+    cluster_arrive_relaxed();
+    cluster_wait();
+    if (warp < ZS_CONSUMERS / 32) {
+        setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
+        multiply_tiles(plan, Output{bias, y, ldy, m, n}, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
+    } else {
+        setmaxnreg_dec<ZS_DECODER_REGISTERS>();
+        decode_tiles(blob, x_map, x, ldx, n, k, plan, warp - ZS_CONSUMERS / 32, threadIdx.x % 32, smem);
+    }
+    __syncwarp();
+    cluster_sync();  // the other one may still write here
+}
