@@ -28,6 +28,7 @@ var pairShapes = []struct{ m, k, tiles, last, grid int }{
 	{128, 128, 2, 0, 4},   // a tile in two parts of one column each
 	{128, 200, 8, 2, 6},   // a turn for each cluster, and one in three parts, of which the last alone has two columns
 	{450, 130, 4, 0, 4},   // whole turns alone
+	{200, 72, 11, 2, 6},   // panels of several row groups
 	{330, 330, 5, 1, 8},   // whole turns, one in four parts, and a ragged end in every direction
 	{128, 64, 10, 2, 4},   // more token tiles than a panel of ZS_PANEL; turns of one column
 	{122, 136, 11, 2, 4},  // the same, of three columns; the last tile's second block has no tokens

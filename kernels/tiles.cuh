@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the wgmma kernels share: rings, the division of few tokens' work, how partial sums become results.
+// What the wgmma kernels share: rings, partial sums, results that leave by copies.
 //
 // A kernel says before it includes this: ZS_N (tokens of a block's output tile), ZS_MW and ZS_KW (gemm.cuh), ZS_CLUSTER (blocks of a cluster),
 // ZS_PIECES_AT_ONCE.
@@ -16,53 +16,6 @@ struct Stage {
         index += step;
         if (index >= stages) index -= stages, parity ^= 1;
     }
-};
-
-// A block's run of units, where all are dealt in equal runs (gemm.cuh).
-struct Share {
-    int32_t strips, col_tiles, ksteps, begin, end;
-    uint32_t row_groups;
-    ZS_DEVICE explicit Share(const Blob& blob) {
-        strips = (int32_t)blob.row_tiles, col_tiles = (int32_t)blob.col_tiles;
-        ksteps = (col_tiles + ZS_KW - 1) / ZS_KW;
-        row_groups = (blob.row_tiles + ZS_MW - 1) / ZS_MW;
-        begin = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
-    }
-    // First unit of a block.
-    ZS_DEVICE int32_t start_of(uint32_t block) const { return part_begin(row_groups * ksteps, block, gridDim.x); }
-    ZS_DEVICE int32_t units() const { return end - begin; }
-};
-
-// A walk through the weight tiles of a share, from its end to its beginning, in pieces of one group of strips each.
-struct Walk {
-    int32_t left, piece, kstep, strip0;  // units left, in this piece; column step; first strip
-    uint32_t tile, place;                // group of strips; of the weight tile in its unit
-    ZS_DEVICE Walk(const Share& share, uint32_t first) {
-        left = share.units();
-        tile = (uint32_t)(share.end - 1) / share.ksteps;
-        kstep = share.end - 1 - (int32_t)tile * share.ksteps;
-        piece = min(kstep + 1, left);
-        strip0 = (int32_t)(tile * ZS_MW);
-        place = 0;
-        advance(share, first);
-    }
-    ZS_DEVICE void advance(const Share& share, uint32_t tiles) {
-        const uint32_t at = place + tiles;
-        const int32_t step = (int32_t)(at / ZS_PLACES);
-        place = at % ZS_PLACES;
-        left -= step, piece -= step, kstep -= step;
-        while (piece <= 0 && left > 0) {  // on to the next piece
-            const int32_t over = -piece;
-            tile--;
-            piece = min(share.ksteps, left + over);
-            kstep = share.ksteps - 1 - over, piece -= over;
-            strip0 = (int32_t)(tile * ZS_MW);
-        }
-    }
-    ZS_DEVICE int32_t strip() const { return strip0 + (int32_t)(place % ZS_MW); }
-    ZS_DEVICE int32_t ktile() const { return kstep * ZS_KW + (int32_t)(place / ZS_MW); }
-    ZS_DEVICE uint32_t weight_tile(const Share& share) const { return (uint32_t)(strip() * share.col_tiles + ktile()); }
-    ZS_DEVICE bool exists(const Share& share) const { return left > 0 && strip() < share.strips && ktile() < share.col_tiles; }
 };
 
 // Adds the sums of `helpers` lower clusters, first, first - 1, .. before this one, to a strip's; as many of their pieces at once as there are registers for.
@@ -99,22 +52,6 @@ ZS_DEVICE void publish_sums(const float (&acc)[ZS_N / 2], float* slot) {
 #pragma unroll
     for (uint32_t q = 0; q < PIECES; q++)
         put_sum(slot + blockIdx.x * ((uint64_t)ZS_MW * (ZS_N / 2) * 128) + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
-}
-
-// Adds up one strip of a group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them: floats
-// 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7. `first`: the column step that the piece began at.
-ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Share& share, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
-    float* const slot = workspace + ((mw * (ZS_N / 8)) * 128 + tid) * 4;
-    if (first != share.ksteps - 1) {
-        publish_sums(acc, slot);
-        return;
-    }
-    uint32_t others = 0;
-    while (share.start_of(blockIdx.x - others) > (int32_t)at.tile * share.ksteps) others++;
-    add_sums(acc, slot, 1, others);
-#pragma unroll
-    for (uint32_t q = 0; q < ZS_N / 8; q++)
-        out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)at.strip0 + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
 }
 
 // Writes a strip's results by the copy engine: through 128 * ZS_N bytes of shared memory at `at`, 1024-byte aligned, to 64 rows from row0 and ZS_N tokens from token0 on. A copy

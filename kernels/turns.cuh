@@ -17,6 +17,8 @@
 #define ZS_MOST_SHARERS 4                    // clusters that share a tile: more would take longer to add up than they save
 #define ZS_ABREAST (ZS_CLUSTER / ZS_ACROSS)  // blocks of a cluster that have different strips
 
+static_assert(ZS_GROUPS == ZS_MW, "partial sums lie by ZS_MW strips a block");
+
 struct Plan {
     int32_t strips, ksteps;
     uint32_t token_tiles, row_groups, tiles, whole, parts, sharers, clusters, cluster, rank;

@@ -12,7 +12,7 @@
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
-#define ZS_N 256  // tokens of a block's output tile: 16 to 256, a multiple of 16
+#define ZS_N 256  // tokens of a block's output tile: a power of two, 16 to 256
 #endif
 #ifndef ZS_DECODERS
 #define ZS_DECODERS 4  // warps that decode: 4, or 8 where the sums leave them registers
@@ -21,7 +21,7 @@
 #define ZS_XSTAGES 4  // columns of activations in their ring: 3 or more
 #endif
 #ifndef ZS_STAGES
-#define ZS_STAGES 6  // columns of tiles in theirs: 2 or more. A tile is under way longer than activations are: decoded, then copied
+#define ZS_STAGES 6  // columns of tiles in theirs: ZS_DECODERS or more. A tile is under way longer than activations are: decoded, then copied
 #endif
 #ifndef ZS_PANEL
 #define ZS_PANEL 4

@@ -50,7 +50,7 @@
 #define ZS_XBYTES (ZS_KW * ZS_XBOX)
 #define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
 
-#include "tiles.cuh"
+#include "walk.cuh"
 
 // Shared memory: decoded tiles | activations | barriers (a full and an empty one a stage) | spare bytes of the decoders (Escapes::patch). The first two need
 // 1024-byte alignment.
@@ -68,19 +68,19 @@ static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES >= 2, "the ring
 
 // Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile
 // after the present one the words and escapes are under way, of the one after that the header.
-ZS_DEVICE void decode_tiles(const Blob& blob, const Share& share, uint32_t d, uint32_t lane, uint32_t smem) {
-    Walk ahead(share, d);
-    int32_t left = (share.units() * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
+ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint32_t lane, uint32_t smem) {
+    Walk ahead(work, d);
+    int32_t left = ((work.end - work.begin) * ZS_PLACES - (int32_t)d + ZS_DECODERS - 1) / ZS_DECODERS;  // tiles
     // Of the tile at `ahead` its place and header, if it is one of the matrix.
     const uint8_t* next_fixed;
     uint64_t next_head;
     auto look = [&] {
         next_fixed = 0, next_head = 0;
-        if (ahead.exists(share)) {
-            const uint64_t tile = ahead.weight_tile(share);
+        if (ahead.exists(work)) {
+            const uint64_t tile = ahead.weight_tile(work);
             next_fixed = blob.fixed + tile * ZS_FIXED, next_head = ld_stream_u64(blob.headers + tile * 8);
         }
-        ahead.advance(share, ZS_DECODERS);
+        ahead.advance(work, ZS_DECODERS);
     };
     TileStream stream;
     Escapes escapes;
@@ -125,10 +125,10 @@ ZS_DEVICE void clear_activations(uint32_t rows, uint32_t tid, uint32_t smem) {
 }
 
 // One thread brings the activations of every unit.
-ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Share& share, uint32_t smem) {
+ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Work& work, uint32_t smem) {
     const uint32_t rows = box_rows(n);
     Stage stage(0);
-    for (Walk at(share, 0); at.left > 0; at.advance(share, ZS_PLACES)) {
+    for (Walk at(work, 0); at.left > 0; at.advance(work, ZS_PLACES)) {
         const uint32_t full = smem + ZS_BARRIERS + (ZS_STAGES + stage.index) * 16, to = smem + ZS_TILE_SMEM + stage.index * ZS_XBYTES;
         mbarrier_wait(full + 8, stage.parity ^ 1);
         mbarrier_arrive_expect_tx(full, ZS_KW * rows * 128);
@@ -139,12 +139,12 @@ ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint6
 }
 
 // Consumer warpgroup g multiplies the tiles of strips g, g + ZS_GROUPS, .. of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
-ZS_DEVICE void multiply_tiles(const Share& share, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     constexpr uint32_t TILES = ZS_PER_GROUP * ZS_KW;  // of this warpgroup in a unit
     const uint32_t bars = smem + ZS_BARRIERS, xbars = bars + ZS_STAGES * 16;
     const bool signals = tid % 32 == 0;
     Stage stage(0), xstage(0);
-    Walk at(share, 0);
+    Walk at(work, 0);
     while (at.left > 0) {
         const int32_t units = at.piece, first = at.kstep;  // counted down
         float acc[ZS_PER_GROUP][ZS_N / 2];
@@ -189,9 +189,9 @@ ZS_DEVICE void multiply_tiles(const Share& share, const Output& out, uint32_t g,
 #pragma unroll
         for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
             wgmma_pin(acc[i]);
-            settle(acc[i], out, share, at, first, g + i * ZS_GROUPS, tid, workspace);
+            settle(acc[i], out, work, at, first, g + i * ZS_GROUPS, tid, workspace);
         }
-        at.advance(share, (uint32_t)units * ZS_PLACES);
+        at.advance(work, (uint32_t)units * ZS_PLACES);
     }
 }
 
@@ -201,18 +201,18 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
     const Blob blob(blob_ptr, m, k);
-    const Share share(blob);
+    const Work work(blob);
     griddep_launch();
     if (warp >= ZS_CONSUMERS / 32) {
 #if ZS_CONSUMER_REGISTERS
         setmaxnreg_dec<ZS_DECODER_REGISTERS>();
 #endif
         if (warp < ZS_CONSUMERS / 32 + ZS_DECODERS) {
-            decode_tiles(blob, share, warp - ZS_CONSUMERS / 32, lane, smem);
+            decode_tiles(blob, work, warp - ZS_CONSUMERS / 32, lane, smem);
         } else {
             __syncthreads();  // the barriers are there
             griddep_wait();
-            if (warp == ZS_CONSUMERS / 32 + ZS_DECODERS && lane == 0) load_activations(x_map, x, ldx, n, k, share, smem);
+            if (warp == ZS_CONSUMERS / 32 + ZS_DECODERS && lane == 0) load_activations(x_map, x, ldx, n, k, work, smem);
         }
     } else {
 #if ZS_CONSUMER_REGISTERS
@@ -228,6 +228,6 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
         clear_activations(box_rows(n), threadIdx.x, smem);
         __syncthreads();
         griddep_wait();
-        multiply_tiles(share, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
+        multiply_tiles(work, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
     }
 }

@@ -139,6 +139,11 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	}
 	_, err := plan.Chosen(devices["B200"], many, c)
 	assert.ErrorContains(t, err, "compute capability 10.0")
+	// The least number of tokens of a bucket may have less work than its choice has blocks: those without a tile do nothing.
+	l, err := plan.Chosen(d, plan.Problem{M: 64, K: 64, N: 320}, plan.Choice{Kernel: "pair", MW: 2, KW: 2, Blocks: 132})
+	require.NoError(t, err)
+	assert.EqualValues(t, 132, l.Kernel.Grid)
+	assert.EqualValues(t, 132*2*64*256*4, l.Workspace)
 }
 
 // In the batch-invariant mode a choice gives every number of tokens the same layout and grid.

@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package plan
+
+// What the kernels for many tokens, pair and relay, share: when they can be asked for, and how turns.cuh deals output tiles to clusters.
+
+// many says whether a kernel for many tokens can be asked for: as wgmma, for more tokens than one launch of that takes, and in clusters of so many blocks.
+func many(d Device, p Problem, cluster int) bool {
+	return tensor(d, p) && !p.Invariant && !p.Apart && Class(p.N) > wgmma.tokens && d.SMs >= cluster
+}
+
+// mostSharers is ZS_MOST_SHARERS.
+const mostSharers = 4
+
+// run is what a cluster multiplies, in columns of tiles, and how many share the tiles that do not go round evenly, as turns.cuh deals them.
+func run(tiles, clusters, steps uint64) (columns float64, sharers uint64) {
+	columns, sharers = float64(tiles/clusters*steps), 1
+	if rest := tiles % clusters; rest > 0 {
+		sharers = min(clusters/rest, mostSharers, steps)
+		columns += float64(ceilDiv(steps, sharers))
+	}
+	return columns, sharers
+}
