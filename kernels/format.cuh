@@ -44,6 +44,10 @@ struct TileHeader {
     }
 };
 
+// A header of which even lanes have the lower half, odd ones the upper: what all lanes load from one address goes to the uniform registers at once, and the whole latency
+// with it.
+ZS_DEVICE uint64_t whole_header(uint32_t half) { return (uint64_t)__shfl_sync(0xFFFFFFFFu, half, 1) << 32 | __shfl_sync(0xFFFFFFFFu, half, 0); }
+
 // Decodes the 32 weights of one lane (section 5): s = its eight sign-and-mantissa words, p0..p2 = its three bitmap words,
 // base2 = the base exponent at bit 7 of both halves. out[p] is pair p.
 //
@@ -124,10 +128,12 @@ ZS_DEVICE void decode_lane(const LaneWords& in, uint32_t tile, uint32_t w, uint3
 // and no warp waits for another.
 struct TileStream {
     LaneWords words[4];
-    ZS_DEVICE void load(const uint8_t* fixed, uint32_t lane) {
+    // Warp tiles begin .. end - 1 of the tile.
+    ZS_DEVICE void load(const uint8_t* fixed, uint32_t lane, uint32_t begin = 0, uint32_t end = 4) {
         const LanePointers from(fixed, lane);
 #pragma unroll
-        for (uint32_t w = 0; w < 4; w++) words[w] = LaneWords(from, w);
+        for (uint32_t w = 0; w < 4; w++)
+            if (w >= begin && w < end) words[w] = LaneWords(from, w);
     }
     // Decodes the tile into shared memory at `tile`; as its registers become free, starts the loads of the tile at `next` (0: none).
     ZS_DEVICE void decode(uint32_t tile, uint32_t base, const uint8_t* next, uint32_t lane) {

@@ -17,8 +17,7 @@ var pairVariants = []variant{
 	{n: 16, decoders: 4, xstages: 4, stages: 6}, {n: 32, decoders: 4, xstages: 4, stages: 6}, {n: 16, decoders: 8, xstages: 6, stages: 8}, {n: 16, decoders: 4, xstages: 4, stages: 4},
 }
 
-// tiles are token tiles of a block, the last of them with `last` tokens (0: all).
-var pairShapes = []struct{ m, k, tiles, last, grid int }{
+var pairShapes = []shape{
 	{1, 1, 1, 1, 2},       // one weight: a turn of one column, a block that has no tokens, a strip below the matrix
 	{64, 64, 2, 3, 2},     // both blocks have tokens
 	{40, 200, 1, 0, 4},    // one output tile for two clusters
@@ -39,6 +38,9 @@ var pairShapes = []struct{ m, k, tiles, last, grid int }{
 	{40, 600, 4, 0, 2},    // the same, in time for the large layouts
 	{4, 136, 3, 0, 6},
 }
+
+// shape is that of a product of many tokens: tiles are token tiles of a block, the last of them with `last` tokens (0: all).
+type shape struct{ m, k, tiles, last, grid int }
 
 // The large layouts take the emulator long: they run what has few output tiles.
 func (v variant) large() bool { return v.n > 64 }
@@ -71,12 +73,14 @@ func (g gemm) underSchedules(t *testing.T, v variant, make func() product) {
 	}
 }
 
-func TestPair(t *testing.T) {
-	for _, v := range pairVariants {
+// shapesRight runs a kernel for many tokens in every layout over the shapes; of so many, one each has rows of x and y apart, y misaligned, and an odd ldy.
+func shapesRight(t *testing.T, kernel string, variants []variant, shapes []shape, of int) {
+	t.Helper()
+	for _, v := range variants {
 		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
-			g := newGEMM(t, kernels.Sources, "pair", v)
-			for i, s := range pairShapes {
+			g := newGEMM(t, kernels.Sources, kernel, v)
+			for i, s := range shapes {
 				if v.large() && s.m*s.k*s.tiles > 120000 {
 					continue
 				}
@@ -86,7 +90,7 @@ func TestPair(t *testing.T) {
 						p.grid = s.grid
 						// Results go out by copies where y and ldy are multiples of 16 bytes.
 						p.ldy = (s.m + 7) / 8 * 8
-						switch i % 5 {
+						switch i % of {
 						case 1:
 							p.ldx, p.ldy = s.k+16, p.ldy+8
 						case 2:
@@ -102,17 +106,24 @@ func TestPair(t *testing.T) {
 	}
 }
 
-// Every list of escapes that there is: none, some, more than 128, more than 256, literals, dense. A lost one is far too large.
-func TestPairEscapes(t *testing.T) {
+// escapesRight: every list of escapes that there is: none, some, more than 128, more than 256, literals, dense. A lost one is far too large.
+func escapesRight(t *testing.T, kernel string, v variant, ldy int) {
+	t.Helper()
 	t.Parallel()
-	g := newGEMM(t, kernels.Sources, "pair", variant{n: 16, decoders: 4, xstages: 4, stages: 6})
+	g := newGEMM(t, kernels.Sources, kernel, v)
 	for _, seed := range seeds(t, 2) {
 		for _, kind := range []string{"tiles", "moderate"} {
 			p := newProduct(260, 328, 21, seed)
-			p.w, p.grid, p.ldy = newMatrix(kind, 260, 328, seed), 6, 264
+			p.w, p.grid, p.ldy = newMatrix(kind, 260, 328, seed), 6, ldy
 			y, err := g.run(p)
 			require.NoError(t, err)
 			p.check(t, y)
 		}
 	}
+}
+
+func TestPair(t *testing.T) { shapesRight(t, "pair", pairVariants, pairShapes, 5) }
+
+func TestPairEscapes(t *testing.T) {
+	escapesRight(t, "pair", variant{n: 16, decoders: 4, xstages: 4, stages: 6}, 264)
 }

@@ -4,7 +4,6 @@ package kernels_test
 
 import (
 	"bytes"
-	"fmt"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -31,8 +30,8 @@ var relayVariants = []variant{
 	{n: 16, mw: 2, cluster: 2, ring: 4}, {n: 32, mw: 2, cluster: 1, ring: 3}, {n: 16, mw: 1, cluster: 2, ring: 3}, {n: 16, mw: 1, cluster: 1, ring: 2},
 }
 
-// tiles are token tiles, the last of them with `last` tokens (0: all). What is said of clusters is so with two blocks of two strips each.
-var relayShapes = []struct{ m, k, tiles, last, grid int }{
+// What is said of clusters is so with two blocks of two strips each.
+var relayShapes = []shape{
 	{1, 1, 1, 1, 2},        // one weight; the other block of the cluster is below the matrix
 	{256, 192, 4, 0, 4},    // whole turns alone
 	{250, 72, 4, 3, 4},     // ragged ends
@@ -50,50 +49,10 @@ var relayShapes = []struct{ m, k, tiles, last, grid int }{
 	{300, 136, 11, 13, 12}, // panels, and parts
 }
 
-func TestRelay(t *testing.T) {
-	for _, v := range relayVariants {
-		t.Run(v.String(), func(t *testing.T) {
-			t.Parallel()
-			g := newGEMM(t, kernels.Sources, "relay", v)
-			for i, s := range relayShapes {
-				if v.large() && s.m*s.k*s.tiles > 120000 {
-					continue
-				}
-				t.Run(fmt.Sprintf("%dx%d,tiles=%d,last=%d,grid=%d", s.m, s.k, s.tiles, s.last, s.grid), func(t *testing.T) {
-					g.underSchedules(t, v, func() product {
-						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seeds(t, 1)[0])
-						p.grid = s.grid
-						// Results go out by copies where y and ldy are multiples of 16 bytes.
-						p.ldy = (s.m + 7) / 8 * 8
-						switch i % 4 {
-						case 1:
-							p.ldx, p.ldy = s.k+16, p.ldy+8
-						case 2:
-							p.misalign = true
-						case 3:
-							p.ldy += 5
-						}
-						return p
-					})
-				})
-			}
-		})
-	}
-}
+func TestRelay(t *testing.T) { shapesRight(t, "relay", relayVariants, relayShapes, 4) }
 
-// As TestPairEscapes.
 func TestRelayEscapes(t *testing.T) {
-	t.Parallel()
-	g := newGEMM(t, kernels.Sources, "relay", variant{n: 16, mw: 2, cluster: 2, ring: 4})
-	for _, seed := range seeds(t, 2) {
-		for _, kind := range []string{"tiles", "moderate"} {
-			p := newProduct(260, 328, 21, seed)
-			p.w, p.grid = newMatrix(kind, 260, 328, seed), 6
-			y, err := g.run(p)
-			require.NoError(t, err)
-			p.check(t, y)
-		}
-	}
+	escapesRight(t, "relay", variant{n: 16, mw: 2, cluster: 2, ring: 4}, 0)
 }
 
 // A launch needs nothing but what the one before it has left, and takes none of its tiles for its own.

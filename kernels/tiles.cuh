@@ -8,6 +8,16 @@
 
 #define ZS_PLACES (ZS_MW * ZS_KW)
 
+// As `count` arrivals at the barrier in every block of the cluster.
+ZS_DEVICE void arrive_everywhere(uint32_t bar, uint32_t count = 1) {
+#if ZS_CLUSTER > 1
+#pragma unroll
+    for (uint32_t r = 0; r < ZS_CLUSTER; r++) mbarrier_arrive_cluster(bar, r, count);
+#else
+    mbarrier_arrive(bar, count);
+#endif
+}
+
 // A ring's stage and the parity of its present round.
 struct Stage {
     uint32_t index, parity;

@@ -89,27 +89,21 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
                             uint32_t smem) {
     const uint32_t spare = smem + ZS_SPARE + d * 128;
     const uint8_t* lane_escapes = blob.escapes + 4 * lane;
-    const uint8_t* headers = blob.headers + 4 * (lane & 1);  // what is the same in all lanes would go to the uniform registers at once, and the whole latency with it
+    const uint8_t* headers = blob.headers + 4 * (lane & 1);  // halves (whole_header)
     pin(lane_escapes), pin(headers);
     auto head_of = [&](const Job& c) { return ld_stream_u32(headers + (uint64_t)c.tile * 8); };
-    auto whole_head = [&](uint32_t half) { return (uint64_t)__shfl_sync(0xFFFFFFFFu, half, 1) << 32 | __shfl_sync(0xFFFFFFFFu, half, 0); };
     Columns ahead(plan, d);
     if (!ahead.left) return;
     Job at(plan, ahead);
     uint32_t head = head_of(at);
-    LaneWords words[4];
-    auto load = [&](const Job& c, uint32_t begin, uint32_t end) {
-        const LanePointers from(blob.fixed + (uint64_t)c.tile * ZS_FIXED, lane);
-#pragma unroll
-        for (uint32_t w = 0; w < 4; w++)
-            if (w >= begin && w < end) words[w] = LaneWords(from, w);
-    };
-    load(at, 0, 4);
+    TileStream stream;
+    auto words_of = [&](const Job& c) { return blob.fixed + (uint64_t)c.tile * ZS_FIXED; };
+    stream.load(words_of(at), lane);
     ahead.advance(plan, ZS_DECODERS);
     bool more = ahead.left;
     Job after = more ? Job(plan, ahead) : at;
     Escapes escapes;
-    escapes.load(lane_escapes, whole_head(head), lane);
+    escapes.load(lane_escapes, whole_header(head), lane);
     head = head_of(after);
     Stage stage(0), xstage(0);
     auto forward = [&](uint32_t columns) {
@@ -137,10 +131,10 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         // Half of the next tile's words are loaded now, the others behind the fence, which waits for all loads that are under way.
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
-            decode_lane(words[w], tile, w, base2, lane);
-            if (w < 2) load(after, w, w + 1);
+            decode_lane(stream.words[w], tile, w, base2, lane);
+            if (w < 2) stream.load(words_of(after), lane, w, w + 1);
         }
-        if (lane == 0) prefetch_l2(blob.fixed + (uint64_t)later.tile * ZS_FIXED, ZS_FIXED);
+        if (lane == 0) prefetch_l2(words_of(later), ZS_FIXED);
         __syncwarp();
         escapes.patch(blob.escapes, tile, spare, lane);
         fence_proxy_async();
@@ -157,8 +151,8 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
             bring();
         }
         if (!more) return;
-        load(after, 2, 4);
-        escapes.load(lane_escapes, whole_head(head), lane);
+        stream.load(words_of(after), lane, 2, 4);
+        escapes.load(lane_escapes, whole_header(head), lane);
         at = after, after = later, more = still;
         head = head_of(after);
         forward(ZS_DECODERS);
@@ -197,8 +191,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
         auto release = [&](bool keep) {
             __syncwarp();
             if (!signals || !busy) return;
-#pragma unroll
-            for (uint32_t r = 0; r < ZS_CLUSTER; r++) mbarrier_arrive_cluster(busy + 8, r);
+            arrive_everywhere(busy + 8);
             if (!keep) mbarrier_arrive(xbusy + 8);
         };
         for (int32_t column = turn.end - 1; column >= turn.begin; column--) {

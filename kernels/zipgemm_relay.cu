@@ -130,16 +130,15 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Plan& plan, uint8_t* decoded
             if (s.column >= 0) return s;
         }
     };
-    // Half a header in each lane: what is the same in all would go to the uniform registers at once, and the whole latency with it. Where there is no tile, of any.
+    // Half a header (whole_header). Where there is no tile, of any.
     const uint8_t* const headers = blob.headers + 4 * (lane & 1);
     auto head_of = [&](const Spot& s) { return ld_stream_u32(headers + (s.strip < 0 ? 0 : s.tile(plan) * 8)); };
-    auto whole_head = [&](uint32_t half) { return (uint64_t)__shfl_sync(0xFFFFFFFFu, half, 1) << 32 | __shfl_sync(0xFFFFFFFFu, half, 0); };
     TileStream stream;
     Escapes escapes;
     Spot at = next();
     if (at.strip < 0) return;
     stream.load(blob.fixed + at.tile(plan) * ZS_FIXED, lane);
-    escapes.load(lane_escapes, whole_head(head_of(at)), lane);
+    escapes.load(lane_escapes, whole_header(head_of(at)), lane);
     Spot after = next();
     uint32_t head = head_of(after);
     prefetch(after);
@@ -172,7 +171,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Plan& plan, uint8_t* decoded
         }
         at = after;
         if (after.strip >= 0) after = next();
-        escapes.load(lane_escapes, whole_head(head), lane);
+        escapes.load(lane_escapes, whole_header(head), lane);
         head = head_of(after);
         prefetch(after);
         if (lane == 0) bulk_copies_read();
@@ -197,12 +196,7 @@ struct Results {
     ZS_DEVICE void hand_back(uint32_t tid) {
         if (sent && tid == 0) {
             bulk_copies_read();
-#if ZS_CLUSTER > 1
-#pragma unroll
-            for (uint32_t r = 0; r < ZS_CLUSTER; r++) mbarrier_arrive_cluster(sent + 8, r, 4 * ZS_GROUPS);
-#else
-            mbarrier_arrive(sent + 8, 4 * ZS_GROUPS);
-#endif
+            arrive_everywhere(sent + 8, 4 * ZS_GROUPS);
         }
         __syncwarp();
         sent = 0;
@@ -222,13 +216,7 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
         uint32_t busy = 0;  // barriers of the stage that wgmma may still read
         auto release = [&] {
             __syncwarp();
-            if (!signals || !busy) return;
-#if ZS_CLUSTER > 1
-#pragma unroll
-            for (uint32_t r = 0; r < ZS_CLUSTER; r++) mbarrier_arrive_cluster(busy + 8, r);
-#else
-            mbarrier_arrive(busy + 8);
-#endif
+            if (signals && busy) arrive_everywhere(busy + 8);
         };
         for (int32_t column = turn.end; column > turn.begin; column--) {
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, at = smem + stage.index * ZS_STAGE_BYTES;

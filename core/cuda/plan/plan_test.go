@@ -68,7 +68,7 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 					assert.LessOrEqual(t, int(l.Kernel.Resident*(l.Kernel.Smem+1024)), d.SmemSM, label)
 					assert.Less(t, l.Workspace, uint64(64<<20), label)
 					tokens := min(n, l.Tokens)
-					if l.Kernel.Entry == "zs_zipgemm_pair" || l.Kernel.Entry == "zs_zipgemm_relay" { // a block has one tile of tokens at a time
+					if forMany(l) { // a block has one tile of tokens at a time
 						tokens = uint64(define(t, l.Kernel, "ZS_N"))
 					}
 					assert.GreaterOrEqual(t, l.Workspace, uint64(l.Kernel.Grid)*64*4*tokens, label)
@@ -102,7 +102,7 @@ func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 					first = l
 				}
 				label := fmt.Sprintf("%s %v N=%d", name, mk, n)
-				if !invariant && n > 64 && (l.Expand || n > 128 && (l.Kernel.Entry == "zs_zipgemm_pair" || l.Kernel.Entry == "zs_zipgemm_relay")) {
+				if !invariant && n > 64 && (l.Expand || n > 128 && forMany(l)) {
 					continue
 				}
 				require.False(t, l.Expand, label)
@@ -129,7 +129,7 @@ func TestFewTokensAreFusedManyAreNot(t *testing.T) {
 				if n <= 64 {
 					assert.False(t, l.Expand, "%s %v N=%d: one pass over the compressed weight beats two over the raw one", name, mk, n)
 				}
-				many := l.Expand || l.Kernel.Entry == "zs_zipgemm_pair" || l.Kernel.Entry == "zs_zipgemm_relay"
+				many := l.Expand || forMany(l)
 				if many && crossed == 0 {
 					crossed = n
 				}

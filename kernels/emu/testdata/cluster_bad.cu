@@ -259,6 +259,11 @@ inline void exchange(uint32_t base, uint32_t bytes = 256) {
   }
   __syncwarp();
 }
+inline void take(uint32_t base, uint32_t* out) {
+  mbarrier_wait(FULL, 0);
+  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
+  cluster_sync();
+}
 inline void begin(uint32_t base) {
   own_barrier(FULL, 1);
   own_barrier(EMPTY, 64);
@@ -271,18 +276,14 @@ extern "C" __global__ void block_copy_without_proxy_fence(const uint32_t*, uint3
   st_shared_u32(base + 4 * threadIdx.x, threadIdx.x);
   __syncthreads();
   exchange(base);
-  mbarrier_wait(FULL, 0);
-  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
-  cluster_sync();
+  take(base, out);
 }
 
 extern "C" __global__ void block_copy_of_nothing(const uint32_t*, uint32_t* out) {
   SHARED;
   begin(base);
   exchange(base);
-  mbarrier_wait(FULL, 0);
-  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
-  cluster_sync();
+  take(base, out);
 }
 
 extern "C" __global__ void block_copy_before_all_have_written(const uint32_t*, uint32_t* out) {
@@ -292,9 +293,7 @@ extern "C" __global__ void block_copy_before_all_have_written(const uint32_t*, u
   fence_proxy_async();
   __syncwarp();
   exchange(base);
-  mbarrier_wait(FULL, 0);
-  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
-  cluster_sync();
+  take(base, out);
 }
 
 extern "C" __global__ void block_copy_not_waited_for(const uint32_t*, uint32_t* out) {
@@ -312,9 +311,7 @@ extern "C" __global__ void block_copy_of_which_half_is_expected(const uint32_t*,
   begin(base);
   make(base);
   exchange(base, 128);
-  mbarrier_wait(FULL, 0);
-  out[blockIdx.x * 64 + threadIdx.x] = ld_shared_u32(base + 512 + 4 * threadIdx.x);
-  cluster_sync();
+  take(base, out);
 }
 
 extern "C" __global__ void test_taken_for_a_wait(const uint32_t*, uint32_t* out) {
