@@ -6,6 +6,7 @@
 //
 // Launch: block (32 * ZS_WARPS), dynamic shared memory ZS_DECOMPRESS_SMEM, any number of blocks is right. Limit: (compressed + raw bytes) / copy bandwidth.
 // It may be launched early (programmatic dependent launch): weights are read and decoded before the kernel ahead of it has ended.
+#define ZS_ESCAPE_WORDS 4
 #include "format.cuh"
 
 #ifndef ZS_WARPS

@@ -173,10 +173,15 @@ ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t lane) {
 
 #define ZS_NO_ENTRIES 0xF000F000u  // two entries like those of literals, which patch_words leaves alone
 
-// A warp's view of one tile's escapes: the first 128 entries are loaded ahead, two words of two entries a lane.
+#ifndef ZS_ESCAPE_WORDS
+#define ZS_ESCAPE_WORDS 2  // 2, or 4 where there are registers for more
+#endif
+
+// A warp's view of one tile's escapes: the first 64 * ZS_ESCAPE_WORDS entries are loaded ahead, two of a word. (What goes beyond takes a memory latency, and the loads of
+// the next tile's words, which the compiler counts with it, are waited for as well.)
 struct Escapes {
     uint64_t header;  // of the tile, as it is stored: fewer registers than its fields
-    uint32_t words[2];
+    uint32_t words[ZS_ESCAPE_WORDS];
 
     ZS_DEVICE TileHeader head() const { return TileHeader(header); }
 
@@ -186,7 +191,8 @@ struct Escapes {
         const TileHeader h(header);
         const uint8_t* list = lane_escapes + (uint64_t)h.offset * 16;
         words[0] = 2 * lane < h.count ? ld_stream_u32(list) : ZS_NO_ENTRIES;
-        words[1] = 2 * lane + 64 < h.count ? ld_stream_u32(list + 128) : ZS_NO_ENTRIES;
+#pragma unroll
+        for (uint32_t i = 1; i < ZS_ESCAPE_WORDS; i++) words[i] = 2 * lane + 64 * i < h.count ? ld_stream_u32(list + 128 * i) : ZS_NO_ENTRIES;
     }
 
     // Gives every escape its exponent in the decoded tile. The warp must have met (__syncwarp) since the decode, and must meet again before the tile
@@ -199,9 +205,14 @@ struct Escapes {
             return;
         }
         scratch_bytes(spare + 4 * lane, 4);
-        uint32_t more[2] = {ZS_NO_ENTRIES, ZS_NO_ENTRIES};  // entries 128 .. 255, under way during the first
+#if ZS_ESCAPE_WORDS > 2
+        uint32_t more[2] = {words[2], words[3]};  // entries 128 .. 255
+        patch_words({words[0], words[1]}, head, 0, tile, spare, lane);
+#else
+        uint32_t more[2] = {ZS_NO_ENTRIES, ZS_NO_ENTRIES};  // the same, under way during the first
         if (head.count > 128) load_more(more, list, head, 128, lane);
         patch_words(words, head, 0, tile, spare, lane);
+#endif
         if (head.count > 128) {
             patch_words(more, head, 128, tile, spare, lane);
             for (uint32_t first = 256; first < head.count; first += 128) {

@@ -18,20 +18,43 @@ ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
     return (int32_t)((uint64_t)units * i / parts);
 }
 
+#ifndef ZS_LEAD
+#define ZS_LEAD 0  // units that a block which adds the sums of others has more than these, where the grid is so many blocks for each strip group
+#endif
+
 // Units of one launch.
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
+#if ZS_LEAD
+    uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one what is left
+#else
     uint32_t units;
+#endif
     ZS_DEVICE explicit Work(const Blob& blob) {
         strips = (int32_t)blob.row_tiles;
         col_tiles = (int32_t)blob.col_tiles;
         ksteps = (col_tiles + ZS_KW - 1) / ZS_KW;
-        units = (uint32_t)((strips + ZS_MW - 1) / ZS_MW * ksteps);
-        begin = start_of(blockIdx.x);
-        end = start_of(blockIdx.x + 1);
+        const uint32_t groups = (uint32_t)((strips + ZS_MW - 1) / ZS_MW);
+#if ZS_LEAD
+        const uint32_t each = gridDim.x / groups;
+        const bool whole = each > 1 && each * groups == gridDim.x;
+        sharers = whole ? each : gridDim.x, span = whole ? (uint32_t)ksteps : groups * (uint32_t)ksteps;
+        const uint32_t even = span - (whole && span >= 8 * ZS_LEAD ? ZS_LEAD : 0);
+        run = even / sharers, shorter = sharers - (even - run * sharers);
+#else
+        units = groups * (uint32_t)ksteps;
+#endif
+        begin = start_of(blockIdx.x), end = start_of(blockIdx.x + 1);
     }
     // First unit of a block.
-    ZS_DEVICE int32_t start_of(uint32_t block) const { return part_begin(units, block, gridDim.x); }
+    ZS_DEVICE int32_t start_of(uint32_t block) const {
+#if ZS_LEAD
+        const uint32_t set = block / sharers, at = block - set * sharers;
+        return (int32_t)(set * span + at * run + (at > shorter ? at - shorter : 0));
+#else
+        return part_begin(units, block, gridDim.x);
+#endif
+    }
 };
 
 struct Output {
@@ -43,19 +66,34 @@ struct Output {
     // Whether y is such that the copy engine can write it.
     ZS_DEVICE bool by_copies() const { return ldy % 8 == 0 && (uint64_t)y % 16 == 0; }
 
-    // The same, with whole 32-byte sectors where all rows are there and y is aligned for it. The warp does it together.
-    ZS_DEVICE void store_together(const float (&v)[4], uint32_t row0, uint32_t token0, uint32_t lane) const {
+    // A warp's 16 rows by 8 * PIECES tokens, whose sums lie as wgmma leaves them, with whole 32-byte sectors where all rows are there and y is aligned for it. The warp does
+    // it together, some pieces at a time: one after the other each would wait for its own transposition, 200 clocks a piece.
+    template <uint32_t PIECES>
+    ZS_DEVICE void store_rows(const float (&acc)[4 * PIECES], uint32_t row0, uint32_t lane) const {
         if (row0 + 16 > m || ldy % 4 != 0 || (uint64_t)y % 8 != 0) {
-            store(v, row0, token0, lane);
+#pragma unroll
+            for (uint32_t q = 0; q < PIECES; q++) store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0, 8 * q, lane);
             return;
         }
+        constexpr uint32_t ROUND = PIECES < 8 ? PIECES : 8;
         const float b0 = bias ? as_float((uint32_t)bias[row0 + lane / 4] << 16) : 0.0f, b1 = bias ? as_float((uint32_t)bias[row0 + 8 + lane / 4] << 16) : 0.0f;
-        // Transposed, a lane has rows 2 c, 2 c + 1 (c = lane mod 4) of token lane / 4, and the same of the lower eight rows; a pair of lanes swaps halves.
-        const uint32_t upper = transpose_8x8(pack_bf16(v[0] + b0, v[1] + b0)), lower = transpose_8x8(pack_bf16(v[2] + b1, v[3] + b1));
         const bool odd = lane & 1;
-        const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? upper : lower, 1);
-        const uint32_t token = token0 + lane / 4, row = row0 + 2 * (lane & 2) + (odd ? 8 : 0);
-        if (token < n) st_global_v2(y + token * ldy + row, odd ? other : upper, odd ? lower : other);
+        uint16_t* const to = y + lane / 4 * ldy + row0 + 2 * (lane & 2) + (odd ? 8 : 0);
+#pragma unroll
+        for (uint32_t q0 = 0; q0 < PIECES; q0 += ROUND) {
+            // Transposed, a lane has rows 2 c, 2 c + 1 (c = lane mod 4) of token lane / 4, and the same of the lower eight rows; a pair of lanes swaps halves.
+            uint32_t upper[ROUND], lower[ROUND], other[ROUND];
+#pragma unroll
+            for (uint32_t i = 0; i < ROUND; i++) {
+                const float* const v = acc + 4 * (q0 + i);
+                upper[i] = transpose_8x8(pack_bf16(v[0] + b0, v[1] + b0)), lower[i] = transpose_8x8(pack_bf16(v[2] + b1, v[3] + b1));
+            }
+#pragma unroll
+            for (uint32_t i = 0; i < ROUND; i++) other[i] = __shfl_xor_sync(0xFFFFFFFFu, odd ? upper[i] : lower[i], 1);
+#pragma unroll
+            for (uint32_t i = 0; i < ROUND; i++)
+                if (8 * (q0 + i) + lane / 4 < n) st_global_v2(to + 8 * (q0 + i) * ldy, odd ? other[i] : upper[i], odd ? lower[i] : other[i]);
+        }
     }
 
     // One 16x8 piece's four values of a lane: rows row, row + 8; tokens token, token + 1.

@@ -344,6 +344,12 @@ ZS_DEVICE void fail_index() { __assertfail("an index is not a row of the table",
 // Bytes that nobody reads: told to the emulator, nothing on a GPU.
 ZS_DEVICE void scratch_bytes(uint32_t addr, uint32_t bytes) {}
 
+// Lets so many clocks go by.
+ZS_DEVICE void pause_clocks(uint32_t clocks) {
+    const uint32_t start = (uint32_t)clock();
+    while ((uint32_t)clock() - start < clocks) {}
+}
+
 // Keeps a pointer in registers, where the compiler would compute it anew at every use.
 ZS_DEVICE void pin(const uint8_t*& p) { asm volatile("" : "+l"(p)); }
 

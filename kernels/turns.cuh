@@ -14,14 +14,17 @@
 #ifndef ZS_PANEL
 #define ZS_PANEL 8
 #endif
+#ifndef ZS_LEAD
+#define ZS_LEAD 3
+#endif
 #define ZS_MOST_SHARERS 4                    // clusters that share a tile: more would take longer to add up than they save
 #define ZS_ABREAST (ZS_CLUSTER / ZS_ACROSS)  // blocks of a cluster that have different strips
 
 static_assert(ZS_GROUPS == ZS_MW, "partial sums lie by ZS_MW strips a block");
 
 struct Plan {
-    int32_t strips, ksteps;
-    uint32_t token_tiles, row_groups, tiles, whole, parts, sharers, clusters, cluster, rank;
+    int32_t strips, ksteps, part_begins, part_ends;  // of this cluster's part of a shared tile
+    uint32_t token_tiles, row_groups, tiles, whole, parts, part, sharers, clusters, cluster, rank;
     ZS_DEVICE Plan(const Blob& blob, uint32_t n) {
         strips = (int32_t)blob.row_tiles, ksteps = (int32_t)blob.col_tiles;
         token_tiles = (n + ZS_ACROSS * ZS_N - 1) / (ZS_ACROSS * ZS_N);
@@ -33,12 +36,19 @@ struct Plan {
         const uint32_t rest = tiles - whole;
         parts = rest ? min(clusters / rest, min((uint32_t)ZS_MOST_SHARERS, blob.col_tiles)) : 1;
         sharers = parts * rest;
+        part = cluster - over(cluster) * parts;
+        const uint32_t adds = parts - 1, lead = adds * (4 * ZS_LEAD) <= (uint32_t)ksteps ? ZS_LEAD : 0, run = over((uint32_t)ksteps - adds * lead);
+        const uint32_t first = part == 3 || (parts == 4 && part == 2) ? 1 : 0;  // leads of the parts before this one
+        part_begins = (int32_t)(part * run + first * lead);
+        part_ends = part == adds ? ksteps : part_begins + (int32_t)(run + (parts == 4 && part == 1 ? lead : 0));
     }
+    // v / parts, which are 1 to 4. (A division takes as long as a load from L2.)
+    ZS_DEVICE uint32_t over(uint32_t v) const { return parts == 3 ? v / 3 : v >> parts / 2; }
     // Whether this cluster ends up with the sums of a tile that it has a part of.
-    ZS_DEVICE bool ends(uint32_t tile) const { return tile < whole || cluster % parts == parts - 1; }
+    ZS_DEVICE bool ends(uint32_t tile) const { return tile < whole || part == parts - 1; }
     // First strip of this block and first token of an output tile.
     ZS_DEVICE void locate(uint32_t tile, int32_t& strip, uint32_t& token) const {
-        const uint32_t panel = tile / (ZS_PANEL * row_groups), in = tile - panel * ZS_PANEL * row_groups;
+        const uint32_t panel = token_tiles > ZS_PANEL ? tile / (ZS_PANEL * row_groups) : 0, in = tile - panel * ZS_PANEL * row_groups;
         const uint32_t width = min((uint32_t)ZS_PANEL, token_tiles - panel * ZS_PANEL);
         strip = (int32_t)((in / width * ZS_ABREAST + rank / ZS_ACROSS) * ZS_GROUPS), token = ((panel * ZS_PANEL + in % width) * ZS_ACROSS + rank % ZS_ACROSS) * ZS_N;
     }
@@ -55,9 +65,8 @@ struct Turns {
             tile = coming, coming += plan.clusters;
             begin = 0, end = plan.ksteps;
         } else if (shares) {
-            const uint32_t part = plan.cluster % plan.parts;
-            tile = plan.whole + plan.cluster / plan.parts, shares = false;
-            begin = part_begin((uint32_t)plan.ksteps, part, plan.parts), end = part_begin((uint32_t)plan.ksteps, part + 1, plan.parts);
+            tile = plan.whole + plan.over(plan.cluster), shares = false;
+            begin = plan.part_begins, end = plan.part_ends;
         } else {
             return false;
         }
@@ -70,7 +79,7 @@ struct Turns {
 ZS_DEVICE bool add_up(float (&acc)[ZS_N / 2], const Plan& plan, const Turns& turn, uint32_t g, uint32_t tid, float* workspace) {
     if (turn.tile < plan.whole) return true;
     float* const slot = workspace + (g * (ZS_N / 8) * 128 + tid) * 4;
-    const uint32_t parts = plan.parts, below = parts - 1 - plan.cluster % parts;  // how far from the last one
+    const uint32_t parts = plan.parts, below = parts - 1 - plan.part;  // how far from the last one
 #pragma unroll 1
     for (uint32_t d = 1; d < parts; d *= 2) {
         if (below & d) {

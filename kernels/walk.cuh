@@ -46,7 +46,5 @@ ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Work& wor
     uint32_t others = 0;
     while (work.start_of(blockIdx.x - others) > (int32_t)at.tile * work.ksteps) others++;
     add_sums(acc, slot, 1, others);
-#pragma unroll
-    for (uint32_t q = 0; q < ZS_N / 8; q++)
-        out.store_together({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)at.strip0 + mw) * ZS_TILE + tid / 32 * 16, q * 8, tid % 32);
+    out.store_rows<ZS_N / 8>(acc, ((uint32_t)at.strip0 + mw) * ZS_TILE + tid / 32 * 16, tid % 32);
 }

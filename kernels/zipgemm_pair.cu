@@ -10,6 +10,7 @@
 // of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n rows of m columns,
 // the same boxes, where y and ldy are such that it can be made (Output::by_copies).
 #define ZS_WGMMA 1
+#define ZS_ESCAPE_WORDS 4
 
 #ifndef ZS_N
 #define ZS_N 256  // tokens of a block's output tile: a power of two, 16 to 256

@@ -10,6 +10,7 @@
 // Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N. x_map: x as n rows of k columns, boxes of n rows,
 // rounded up to 8, of 64 columns in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
 #define ZS_WGMMA 1
+#define ZS_ESCAPE_WORDS 4
 
 #ifndef ZS_N
 #define ZS_N 128  // tokens, rounded up: 8, 16, 32, 64, 128
@@ -35,6 +36,12 @@
 #ifndef ZS_CONSUMER_REGISTERS
 #define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
 #define ZS_DECODER_REGISTERS 0   // and so many to others
+#endif
+#ifndef ZS_LEAD
+#define ZS_LEAD 2
+#endif
+#ifndef ZS_SPREAD
+#define ZS_SPREAD 0  // clocks between the first loads of one decoder and of the next
 #endif
 #define ZS_CLUSTER 1
 #define ZS_NTILES (ZS_N / 8)
@@ -86,10 +93,13 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
     Escapes escapes;
     look();
     bool exists = next_fixed != 0;
+    pause_clocks(d * ZS_SPREAD);
     if (exists) stream.load(next_fixed, lane);
+    __syncthreads();  // the barriers are there
     escapes.load(blob.escapes + 4 * lane, next_head, lane);
     look();
-    __syncthreads();  // the barriers are there
+    // All blocks have asked for their first tiles at once, and decode them at once: something is to be under way from memory meanwhile.
+    if (lane == 0 && next_fixed) prefetch_l2(next_fixed, ZS_FIXED);
 
     Stage stage(d);
     for (; left > 0; left--) {

@@ -77,6 +77,7 @@ inline void st_shared_u16(uint32_t addr, uint32_t v) {
   zsemu::store_shared(addr, &h, sizeof h);
 }
 inline void pin(const uint8_t*&) {}
+inline void pause_clocks(uint32_t) {}
 // Bytes that nobody reads: races on them mean nothing.
 inline void scratch_bytes(uint32_t addr, uint32_t bytes) { zsemu::scratch(addr, bytes); }
 inline void ldmatrix_x4(uint32_t (&r)[4], uint32_t addr) { zsemu::ldmatrix(r, 4, addr, false); }

@@ -9,7 +9,7 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 5
+const Version = 6
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
@@ -184,7 +184,7 @@ func ChoiceOf(l Linear) (Choice, error) {
 }
 
 // leastShare of the device that a grid without shared strips has to use to be worth trying.
-const leastShare = 0.8
+const leastShare = 0.7
 
 // Candidates lists the ways to solve a product that are worth measuring, that of ForLinear first.
 func Candidates(d Device, p Problem) ([]Choice, error) {

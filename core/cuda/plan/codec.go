@@ -15,17 +15,22 @@ const (
 // decompressSmem mirrors ZS_DECOMPRESS_SMEM of decompress.cu: each warp has a tile of its own.
 func decompressSmem(warps int) int { return warps * (tileData + spareBytes) }
 
-// Decompress plans the kernel that writes rows of a blob out as a matrix: a warp for each tile. (Blocks that stay and take more of them are slower, 3.3
-// against 3.9 TB/s on an H200: what they write drifts apart.)
+// Decompress plans the kernel that writes rows of a blob out as a matrix: a warp for each tile. (Blocks that stay and take more of them are slower on large
+// matrices, 3.3 against 3.9 TB/s on an H200: what they write drifts apart.) Where the GPU would be full less than twice, the blocks of the second time would leave it
+// nearly empty: there blocks stay.
 func Decompress(d Device, rows, k uint64) Kernel {
 	smem, blocks := decompressSmem(decompressWarps), decompressBlocks
 	for smem > d.limit(blocks) && blocks > 1 {
 		blocks--
 	}
+	grid, full := ceilDiv(Tiles(rows, k), decompressWarps), uint64(d.SMs*blocks)
+	if grid < 2*full {
+		grid = min(grid, full)
+	}
 	return Kernel{
 		Source: "decompress.cu", Entry: "zs_decompress",
 		Defines: []string{fmt.Sprintf("ZS_WARPS=%d", decompressWarps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
-		Grid:    clampGrid(ceilDiv(Tiles(rows, k), decompressWarps)),
+		Grid:    clampGrid(grid),
 		Block:   32 * decompressWarps, Smem: uint32(smem), Programmatic: d.Capability >= 90,
 	}
 }

@@ -53,7 +53,7 @@ var wgmma = family{
 		r := rolesOf(v, tokens)
 		return []string{
 			fmt.Sprintf("ZS_GROUPS=%d", r.groups), fmt.Sprintf("ZS_DECODERS=%d", r.decoders), fmt.Sprintf("ZS_STAGES=%d", r.stages),
-			fmt.Sprintf("ZS_XSTAGES=%d", r.xstages),
+			fmt.Sprintf("ZS_XSTAGES=%d", r.xstages), fmt.Sprintf("ZS_SPREAD=%d", r.spread),
 		}
 	},
 }
@@ -64,14 +64,18 @@ type roles struct {
 	decoders int // warps
 	stages   int // decoded tiles in the ring
 	xstages  int // units of activations in theirs
+	spread   int // clocks between the first loads of one decoder and of the next
 }
 
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
 func rolesOf(v variant, tokens uint64) roles {
 	if tokens > 64 && v.mw > 1 {
-		return roles{2, 6, 8, 4}
+		return roles{2, 6, 8, 4, 0}
 	}
-	return roles{1, 11, 12, 4}
+	if tokens > 64 { // the activations leave the L1 cache too little room for the first loads of all decoders
+		return roles{1, 11, 12, 4, 48}
+	}
+	return roles{1, 11, 12, 4, 0}
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.
@@ -89,12 +93,41 @@ func (v variant) units(m, k uint64) uint64 {
 	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
-// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, at the cost of runs longer by 2 % or `more` units at most. Then fewer
-// partial sums travel.
-func (v variant) grid(d Device, m, k, more uint64) uint32 {
+// dealing is how the grid of a launch is chosen (docs/performance.md, "128 tokens"): how much longer runs of whole strips may be than if all blocks had equal ones,
+// in per cent and in units, whichever allows more, and whether runs that do not end with strips shall be of equal whole units.
+type dealing struct {
+	percent, units uint64
+	whole          bool
+}
+
+// dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
+func dealingOf(f family, p Problem, tokens uint64) dealing {
+	switch {
+	case !f.tensor || p.Invariant || tokens <= sameTokens:
+		return dealing{percent: 2}
+	case tokens <= 64:
+		return dealing{percent: 20, units: 6}
+	default:
+		return dealing{percent: 20, units: 11, whole: true}
+	}
+}
+
+const sameTokens = 32
+
+// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel.
+func (v variant) grid(d Device, m, k uint64, how dealing) uint32 {
 	all, even := v.resident(d, m, k), v.even(d, m, k)
 	units := v.units(m, k)
-	if longest, shortest := ceilDiv(units, uint64(even)), ceilDiv(units, uint64(all)); 100*longest <= 102*shortest || longest <= shortest+more {
+	shortest, run := ceilDiv(units, uint64(all)), ceilDiv(units, uint64(even))
+	if 100*run <= (100+how.percent)*shortest {
+		return even
+	}
+	if how.whole {
+		if n := uint32(largestDivisor(units, uint64(all))); 100*(units/uint64(n)) <= 110*shortest {
+			all, shortest = n, units/uint64(n)
+		}
+	}
+	if run <= shortest+how.units {
 		return even
 	}
 	return all
@@ -123,20 +156,9 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 	return chosen, nil
 }
 
-// Up to how many tokens a token's sums are the same without the batch-invariant mode, and by how many units runs of whole strips may be longer beyond: the
-// partial sums of a strip are in proportion to the tokens (docs/performance.md, "128 tokens").
-const (
-	sameTokens = 32
-	manyMore   = 6
-)
-
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
 func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
-	m, k, more := p.M, p.K, uint64(0)
-	if f.tensor && !p.Invariant && tokens > sameTokens {
-		more = manyMore
-	}
-	grid := v.grid(d, m, k, more)
+	grid := v.grid(d, p.M, p.K, dealingOf(f, p, tokens))
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
