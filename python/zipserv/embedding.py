@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from . import ops
+from . import gather, ops
 from .errors import Error
 from .format import DTYPE_CODES, SUFFIX
 from .layers import BlobModule
@@ -158,7 +158,7 @@ class ZipEmbedding(BlobModule, nn.Embedding):
             rows: torch.Tensor | None = ops.cuda_module().eager_embedding(input, blob, m, k, code)
             if rows is not None:
                 return rows
-        result: torch.Tensor = torch.ops.zipserv.embedding(input, blob, m, k, code)
+        result: torch.Tensor = gather.embedding(input, blob, m, k, code)
         return result
 
     def extra_repr(self) -> str:

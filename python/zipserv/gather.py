@@ -56,3 +56,4 @@ _LIB.impl("embedding", _embedding_cpu, "CPU")
 _LIB.impl("embedding", _embedding_cuda, "CUDA")
 torch.library.register_fake("zipserv::embedding", _embedding_fake, lib=_LIB)
 torch.library.register_autograd("zipserv::embedding", _no_gradient, lib=_LIB)
+embedding = torch.ops.zipserv.embedding

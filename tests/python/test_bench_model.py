@@ -113,6 +113,7 @@ def test_a_fused_step_gives_the_same_and_leaves_no_trace(tmp_path: Path, monkeyp
     assert sorted(compiled) == ["_weights", "apply_rotary_pos_emb", "forward", "forward"]
     assert before == (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb)
     assert model.config._attn_implementation == "sdpa"
+    assert "zipserv" not in getattr(torch.compiler.config, "dynamic_sources", "")
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 import zipserv
 from zipserv import ZipEmbedding, ZipLinear
+from zipserv.bench.fused import DYNAMIC
 from zipserv.conv import ZipConv
 
 
@@ -71,6 +72,30 @@ def test_compile_inductor() -> None:
     made = compressed()
     compiled = torch.compile(made, fullgraph=True)
     torch.testing.assert_close(compiled(IDS, IMAGE), made(IDS, IMAGE), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler.config, "dynamic_sources"), reason="a setting of newer releases of torch")
+@torch.no_grad()
+def test_blocks_compiled_one_by_one_are_one_compilation() -> None:
+    """What docs/troubleshooting.md says to set: the compressed sizes of equal layers differ."""
+    from torch._dynamo.testing import CompileCounter
+
+    blocks = [torch.nn.Linear(128, 64, bias=False).to(torch.bfloat16) for _ in range(3)]
+    for i, block in enumerate(blocks):
+        block.weight.data[:, :i] = 1e-30  # escapes
+    layers = [ZipLinear.from_linear(block) for block in blocks]
+    assert len({layer.weight_zipserv.numel() for layer in layers}) == 3
+    counter = CompileCounter()
+
+    def run(layer: ZipLinear, x: torch.Tensor) -> torch.Tensor:
+        return layer(x) + 1
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    x = torch.randn(3, 128).to(torch.bfloat16)
+    with torch.compiler.config.patch(dynamic_sources=DYNAMIC):
+        for layer in layers:
+            assert torch.equal(compiled(layer, x), run(layer, x))
+    assert counter.frame_count == 1
 
 
 def test_compile_with_a_gradient_for_the_input() -> None:

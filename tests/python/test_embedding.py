@@ -6,6 +6,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -270,3 +272,14 @@ def test_lazy_weight_decompresses_only_for_values(monkeypatch: pytest.MonkeyPatc
     for change in (lambda: lazy.mul_(2), lambda: lazy.__setitem__(0, 1.0), lambda: torch.add(lazy, 1, out=lazy), lambda: setattr(lazy, "data", w)):
         with pytest.raises(zipserv.Error, match="in place"):
             change()
+
+
+def test_before_torch_is_imported() -> None:
+    """`import zipserv` first: its op is there all the same."""
+    code = """
+import zipserv
+import torch
+table = torch.nn.Embedding(192, 64).to(torch.bfloat16)
+assert torch.equal(zipserv.ZipEmbedding.from_embedding(table)(torch.arange(3)), table(torch.arange(3)))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

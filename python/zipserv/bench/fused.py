@@ -19,6 +19,8 @@ from torch import nn
 __all__ = ["fused"]
 
 _NAME = "zipserv_bench"
+#: What torch.compiler.config.dynamic_sources (a list of regular expressions) has for compressed weights.
+DYNAMIC = r".*_zipserv"
 
 
 def decode_attention(
@@ -77,8 +79,11 @@ def fused(model: Any) -> Iterator[None]:
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     before, weights = model.config._attn_implementation, _weights
-    limit = torch._dynamo.config.recompile_limit
+    # A compressed weight's size differs from layer to layer: without the second setting each layer would be compiled for itself.
+    limit, sources = torch._dynamo.config.recompile_limit, getattr(torch.compiler.config, "dynamic_sources", None)
     torch._dynamo.config.recompile_limit = 64
+    if sources is not None:
+        torch.compiler.config.dynamic_sources = ",".join(filter(None, [sources, DYNAMIC]))
     patched: list[tuple[Any, str, Any]] = []
 
     def patch(holder: Any, name: str, new: Any) -> None:
@@ -104,6 +109,8 @@ def fused(model: Any) -> Iterator[None]:
             setattr(holder, name, old)
         _weights = weights
         torch._dynamo.config.recompile_limit = limit
+        if sources is not None:
+            torch.compiler.config.dynamic_sources = sources
         model.set_attn_implementation(before)
 
 

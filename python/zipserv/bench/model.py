@@ -2,14 +2,15 @@
 """``zipserv bench --model``: a whole language model with random weights, compressed against uncompressed, end to end.
 
 The same model object is measured, compressed in place, and measured again: same weights, same kernels around them,
-same process. On a GPU the pass over the prompt and one decode step are CUDA graphs for both. Before each phase a large copy is timed, so that a
-clock that has moved in between can be seen.
+same process. On a GPU the pass over the prompt and one decode step are CUDA graphs for both. Before each phase a large
+copy is timed, so that a clock that has moved in between can be seen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -267,6 +268,8 @@ def _measure(
     ids = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).to(device)
     length = -(-(prompt + new_tokens + 1) // 64) * 64  # attention copies masks of other lengths
     cache: Any = StaticCache(config=model.config, max_cache_len=length)
+    takes = inspect.signature(model.forward).parameters
+    keep = {"cache" if "cache" in takes else "past_key_values": cache}  # its name in newer and older transformers
     token = torch.zeros((batch, 1), dtype=torch.long, device=device)
 
     def rewind(length: int) -> None:
@@ -276,11 +279,11 @@ def _measure(
 
     def prefill() -> None:
         rewind(0)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=ids, use_cache=True, logits_to_keep=1, **keep).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     def step() -> None:
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=token, use_cache=True, **keep).logits
         token.copy_(logits[:, -1].argmax(-1, keepdim=True))
 
     prefill()
