@@ -2,7 +2,7 @@
 // decompress: blob -> BF16, row-major, any shape and leading dimension; all rows, or `rows` of them from row 64 * row_tile0 on.
 //
 // The warps of a block decode neighbouring tiles and write them out together, up to 512 bytes of a row at a time: what lies together in memory is written
-// together. For the same reason blocks that come and go (a warp for each tile) are faster than blocks that stay, which drift apart.
+// together. For the same reason blocks that come and go (a warp for each tile) are faster on large matrices than blocks that stay, which drift apart.
 //
 // Launch: block (32 * ZS_WARPS), dynamic shared memory ZS_DECOMPRESS_SMEM, any number of blocks is right. Limit: (compressed + raw bytes) / copy bandwidth.
 // It may be launched early (programmatic dependent launch): weights are read and decoded before the kernel ahead of it has ended.

@@ -177,6 +177,8 @@ ZS_DEVICE void patch_dense(const uint8_t* list, uint32_t tile, uint32_t lane) {
 #define ZS_ESCAPE_WORDS 2  // 2, or 4 where there are registers for more
 #endif
 
+static_assert(ZS_ESCAPE_WORDS == 2 || ZS_ESCAPE_WORDS == 4, "see Escapes::patch");
+
 // A warp's view of one tile's escapes: the first 64 * ZS_ESCAPE_WORDS entries are loaded ahead, two of a word. (What goes beyond takes a memory latency, and the loads of
 // the next tile's words, which the compiler counts with it, are waited for as well.)
 struct Escapes {

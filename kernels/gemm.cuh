@@ -2,11 +2,12 @@
 // What the ZipGEMM kernels share: how the units of work are dealt to blocks, the output, the partial sums.
 //
 // A *strip* is 64 rows of the weight, a row of tiles. A *unit* is ZS_MW strips x ZS_KW column tiles. All units, strip groups major, are dealt to the
-// blocks in equal runs (stream-K); which block sums what depends on m, k and the grid only, never on the tokens, and partial sums are
+// blocks in equal runs (stream-K), but for a lead (ZS_LEAD); which block sums what depends on m, k and the grid only, never on the tokens, and partial sums are
 // added in a fixed order in FP32: a token's result is the same bits whatever else is in the batch.
 //
 // A block takes its run from the end to the beginning. The first strip group it touches may end in a later block: it publishes that partial sum early.
-// The last one may begin in earlier blocks: it adds their sums, which were published long ago. A block waits only for lower block indices, so waiting ends
+// The last one may begin in earlier blocks: it adds their sums, which were published long ago, or, where
+// the blocks of a group end together, before: that is what the lead is for. A block waits only for lower block indices, so waiting ends
 // whatever order the blocks are scheduled in.
 #pragma once
 #include "bits.cuh"
@@ -19,14 +20,14 @@ ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
 }
 
 #ifndef ZS_LEAD
-#define ZS_LEAD 0  // units that a block which adds the sums of others has more than these, where the grid is so many blocks for each strip group
+#define ZS_LEAD 0  // units that a block which adds the sums of others has more than these, where the grid is so many blocks for each strip group and runs are long
 #endif
 
 // Units of one launch.
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
 #if ZS_LEAD
-    uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one what is left
+    uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one the lead besides
 #else
     uint32_t units;
 #endif
@@ -39,7 +40,7 @@ struct Work {
         const uint32_t each = gridDim.x / groups;
         const bool whole = each > 1 && each * groups == gridDim.x;
         sharers = whole ? each : gridDim.x, span = whole ? (uint32_t)ksteps : groups * (uint32_t)ksteps;
-        const uint32_t even = span - (whole && span >= 8 * ZS_LEAD ? ZS_LEAD : 0);
+        const uint32_t even = span - (whole && span >= 4 * ZS_LEAD * sharers ? ZS_LEAD : 0);
         run = even / sharers, shorter = sharers - (even - run * sharers);
 #else
         units = groups * (uint32_t)ksteps;

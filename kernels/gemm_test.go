@@ -239,6 +239,7 @@ func newProduct(m, k, n int, seed uint64) product {
 // two, three and many blocks.
 var gemmShapes = []struct{ m, k, grid int }{
 	{1, 1, 1}, {64, 64, 1}, {130, 72, 2}, {65, 1000, 3}, {200, 520, 2}, {128, 1536, 5}, {300, 330, 7}, {16, 4000, 4}, {333, 64, 3},
+	{128, 1100, 4}, {192, 1024, 48}, // the same number of blocks for each of several strip groups: with a lead, and with runs too short for one
 }
 
 var mmaVariants = []variant{

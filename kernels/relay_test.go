@@ -38,7 +38,6 @@ var relayShapes = []shape{
 	{256, 320, 1, 0, 4},    // one output tile in two parts, which are not alike
 	{200, 460, 1, 7, 6},    // in three
 	{130, 460, 1, 16, 8},   // in four; a last strip that has no fellow, and a column of one
-	{70, 2310, 1, 3, 8},    // in four, with three leads
 	{130, 64, 1, 9, 8},     // more clusters than columns
 	{256, 130, 1, 5, 12},   // more clusters than may share
 	{330, 330, 3, 1, 10},   // six output tiles for five clusters: whole turns, and one that four share

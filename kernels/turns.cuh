@@ -3,7 +3,7 @@
 //
 // An *output tile* is ZS_CLUSTER / ZS_ACROSS * ZS_GROUPS strips by ZS_ACROSS * ZS_N tokens. Tiles are numbered in panels of ZS_PANEL token tiles, in a panel row groups
 // major, so that those under way at the same time share weights and activations in L2. As many as go round evenly are made by one cluster each, in turns. The rest come
-// last, each by as many clusters as there are for it, in equal parts of k. All go through k from its end to its beginning, and those that do so at the same time share
+// last, each by as many clusters as there are for it, in parts of k that are equal but for a lead (ZS_PART_LEAD). All go through k from its end to its beginning, and those that do so at the same time share
 // what they read: with runs that begin anywhere in k a long k takes half as long again.
 //
 // A kernel says before it includes this, beside what tiles.cuh wants: ZS_GROUPS (strips of a block), ZS_ACROSS (blocks of a cluster that have the same strips, and
@@ -14,8 +14,8 @@
 #ifndef ZS_PANEL
 #define ZS_PANEL 8
 #endif
-#ifndef ZS_LEAD
-#define ZS_LEAD 3
+#ifndef ZS_PART_LEAD
+#define ZS_PART_LEAD 0  // columns that a cluster which adds the sums of another part of its tile has more than that, for the time that sums take on their way
 #endif
 #define ZS_MOST_SHARERS 4                    // clusters that share a tile: more would take longer to add up than they save
 #define ZS_ABREAST (ZS_CLUSTER / ZS_ACROSS)  // blocks of a cluster that have different strips
@@ -23,7 +23,8 @@
 static_assert(ZS_GROUPS == ZS_MW, "partial sums lie by ZS_MW strips a block");
 
 struct Plan {
-    int32_t strips, ksteps, part_begins, part_ends;  // of this cluster's part of a shared tile
+    int32_t strips, ksteps;
+    int32_t part_begins, part_ends;  // columns of this cluster's part of a shared tile
     uint32_t token_tiles, row_groups, tiles, whole, parts, part, sharers, clusters, cluster, rank;
     ZS_DEVICE Plan(const Blob& blob, uint32_t n) {
         strips = (int32_t)blob.row_tiles, ksteps = (int32_t)blob.col_tiles;
@@ -37,10 +38,14 @@ struct Plan {
         parts = rest ? min(clusters / rest, min((uint32_t)ZS_MOST_SHARERS, blob.col_tiles)) : 1;
         sharers = parts * rest;
         part = cluster - over(cluster) * parts;
-        const uint32_t adds = parts - 1, lead = adds * (4 * ZS_LEAD) <= (uint32_t)ksteps ? ZS_LEAD : 0, run = over((uint32_t)ksteps - adds * lead);
+#if ZS_PART_LEAD
+        const uint32_t adds = parts - 1, lead = adds * (4 * ZS_PART_LEAD) <= (uint32_t)ksteps ? ZS_PART_LEAD : 0, run = over((uint32_t)ksteps - adds * lead);
         const uint32_t first = part == 3 || (parts == 4 && part == 2) ? 1 : 0;  // leads of the parts before this one
         part_begins = (int32_t)(part * run + first * lead);
         part_ends = part == adds ? ksteps : part_begins + (int32_t)(run + (parts == 4 && part == 1 ? lead : 0));
+#else
+        part_begins = part_begin((uint32_t)ksteps, part, parts), part_ends = part_begin((uint32_t)ksteps, part + 1, parts);
+#endif
     }
     // v / parts, which are 1 to 4. (A division takes as long as a load from L2.)
     ZS_DEVICE uint32_t over(uint32_t v) const { return parts == 3 ? v / 3 : v >> parts / 2; }

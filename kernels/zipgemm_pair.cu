@@ -27,6 +27,9 @@
 #ifndef ZS_PANEL
 #define ZS_PANEL 4
 #endif
+#ifndef ZS_PART_LEAD
+#define ZS_PART_LEAD 3
+#endif
 #define ZS_CLUSTER 2
 #define ZS_ACROSS 2
 #define ZS_GROUPS 2  // consumer warpgroups, a strip each

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.0")
 
 from zipserv import ZipLinear  # noqa: E402
 from zipserv.bench import model as bench  # noqa: E402
-from zipserv.bench.fused import decode_attention  # noqa: E402
+from zipserv.bench.fused import DYNAMIC, decode_attention  # noqa: E402
 from zipserv.merged import MergedLinear  # noqa: E402
 
 SMALL = {
@@ -99,7 +99,7 @@ def test_attention_of_one_token(kind: str) -> None:
 def test_a_fused_step_gives_the_same_and_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama as llama
 
-    compiled = []
+    compiled, sources = [], getattr(torch.compiler.config, "dynamic_sources", None)
     monkeypatch.setattr(torch, "compile", lambda call: compiled.append(call.__name__) or call)  # what is compiled, not how
     before = (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb)
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
@@ -108,12 +108,13 @@ def test_a_fused_step_gives_the_same_and_leaves_no_trace(tmp_path: Path, monkeyp
     _, want = bench._measure(*arguments)
     with bench.fused(model):
         assert model.config._attn_implementation == "zipserv_bench"
+        assert DYNAMIC in getattr(torch.compiler.config, "dynamic_sources", DYNAMIC)
         _, got = bench._measure(*arguments)
     assert torch.equal(got, want)
     assert sorted(compiled) == ["_weights", "apply_rotary_pos_emb", "forward", "forward"]
     assert before == (llama.LlamaRMSNorm.forward, llama.LlamaMLP.forward, llama.apply_rotary_pos_emb)
     assert model.config._attn_implementation == "sdpa"
-    assert "zipserv" not in getattr(torch.compiler.config, "dynamic_sources", "")
+    assert getattr(torch.compiler.config, "dynamic_sources", None) == sources
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -184,12 +184,51 @@ func TestBuckets(t *testing.T) {
 	}
 }
 
-// runs are the units of each block as gemm.cuh deals them.
-func runs(units, grid uint64) (starts []uint64) {
+// runs are the first units of each block as gemm.cuh deals them, and their end: with a lead where the kernel has one.
+func runs(groups, steps, grid, lead uint64) (starts []uint64) {
+	if lead == 0 {
+		for b := range grid + 1 {
+			starts = append(starts, groups*steps*b/grid)
+		}
+		return starts
+	}
+	span, sharers := groups*steps, grid
+	even := span
+	if grid > groups && grid%groups == 0 {
+		span, sharers = steps, grid/groups
+		even = span
+		if span >= 4*lead*sharers {
+			even -= lead
+		}
+	}
+	run, longer := even/sharers, even%sharers
 	for b := range grid + 1 {
-		starts = append(starts, units*b/grid)
+		set, at := b/sharers, b%sharers
+		start := set*span + at*run
+		if at > sharers-longer {
+			start += at - (sharers - longer)
+		}
+		starts = append(starts, start)
 	}
 	return starts
+}
+
+// Every unit is some block's, and every block has one.
+func TestRunsAreAPartition(t *testing.T) {
+	for _, lead := range []uint64{0, 2} {
+		for groups := uint64(1); groups < 40; groups += 3 {
+			for steps := uint64(1); steps < 70; steps += 3 {
+				for grid := uint64(1); grid <= min(132, groups*steps); grid++ {
+					starts := runs(groups, steps, grid, lead)
+					require.Equal(t, uint64(0), starts[0])
+					require.Equal(t, groups*steps, starts[grid])
+					for b := range grid {
+						require.Less(t, starts[b], starts[b+1], "%d groups of %d, %d blocks, lead %d", groups, steps, grid, lead)
+					}
+				}
+			}
+		}
+	}
 }
 
 func TestSplitGivesEveryStripThatManyBlocks(t *testing.T) {
@@ -208,7 +247,11 @@ func TestSplitGivesEveryStripThatManyBlocks(t *testing.T) {
 			strips, tiles := (p.M+63)/64, (p.K+63)/64
 			groups := (strips + uint64(c.MW) - 1) / uint64(c.MW)
 			steps := (tiles + uint64(c.KW) - 1) / uint64(c.KW)
-			starts := runs(groups*steps, uint64(l.Kernel.Grid))
+			lead := uint64(0)
+			if c.Kernel == "wgmma" {
+				lead = 2
+			}
+			starts := runs(groups, steps, uint64(l.Kernel.Grid), lead)
 			for g := range groups {
 				blocks := uint64(0)
 				for b := range len(starts) - 1 {

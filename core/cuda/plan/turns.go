@@ -12,7 +12,7 @@ func many(d Device, p Problem, cluster int) bool {
 // mostSharers is ZS_MOST_SHARERS.
 const mostSharers = 4
 
-// run is what a cluster multiplies, in columns of tiles, and how many share the tiles that do not go round evenly, as turns.cuh deals them.
+// run is what a cluster multiplies, in columns of tiles, and how many share the tiles that do not go round evenly, as turns.cuh deals them without a lead.
 func run(tiles, clusters, steps uint64) (columns float64, sharers uint64) {
 	columns, sharers = float64(tiles/clusters*steps), 1
 	if rest := tiles % clusters; rest > 0 {

@@ -93,11 +93,11 @@ func (v variant) units(m, k uint64) uint64 {
 	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
-// dealing is how the grid of a launch is chosen (docs/performance.md, "128 tokens"): how much longer runs of whole strips may be than if all blocks had equal ones,
-// in per cent and in units, whichever allows more, and whether runs that do not end with strips shall be of equal whole units.
+// dealing is how the grid of a launch is chosen (docs/performance.md, "What is not multiplication").
 type dealing struct {
-	percent, units uint64
-	whole          bool
+	percent uint64 // how much longer runs of whole strips may be than equal ones of all blocks
+	units   uint64 // or how many units longer than the runs that are taken otherwise
+	whole   bool   // those are of equal whole units, where that makes them a tenth longer at most
 }
 
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.

@@ -289,9 +289,11 @@ def _measure(
     prefill()
     start: Callable[[], object] = prefill
     if graphs:
+        _release(device)
         start = _captured(prefill, lambda: rewind(0)).replay
     first = [call_seconds(start, device) for _ in range(rounds)]
-    del start  # the graph's memory
+    del start
+    _release(device)  # the graph's memory
     replay: Callable[[], object] = step
     if graphs:
         replay = _captured(step, lambda: rewind(prompt)).replay

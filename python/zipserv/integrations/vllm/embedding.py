@@ -11,6 +11,8 @@ from torch.nn.parameter import Parameter
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.utils import set_weight_attrs
 
+from zipserv import gather
+
 from .weight import ZipWeight
 
 
@@ -56,5 +58,5 @@ class ZipServEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         weight = layer.zip_weight
         if weight.plain is not None:
             return F.embedding(input_, layer.weight)
-        rows: torch.Tensor = torch.ops.zipserv.embedding(input_, layer.weight, weight.m, weight.k, weight.code)
+        rows: torch.Tensor = gather.embedding(input_, layer.weight, weight.m, weight.k, weight.code)
         return rows
