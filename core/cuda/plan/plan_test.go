@@ -173,6 +173,50 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
 }
 
+// The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication"), with the ratio to cuBLAS of each.
+func TestGridsForManyDecodedTokens(t *testing.T) {
+	for _, c := range []struct {
+		m, k, n uint64
+		x       map[uint32]float64
+	}{
+		{6144, 4096, 128, map[uint32]float64{132: 1.026, 96: 1.128}},
+		{6144, 5120, 128, map[uint32]float64{132: 0.999, 96: 1.164}},
+		{5120, 4096, 128, map[uint32]float64{132: 0.971, 80: 1.01, 128: 1.042}},
+		{5120, 5120, 128, map[uint32]float64{132: 1.085, 80: 1.01, 128: 1.073}},
+		{4608, 3584, 128, map[uint32]float64{132: 0.906, 72: 0.941, 126: 1.006}},
+		{7168, 16384, 128, map[uint32]float64{132: 1.112, 112: 1.36, 128: 1.247}},
+		{10240, 8192, 128, map[uint32]float64{132: 1.027, 128: 1.213}},
+		{28672, 4096, 128, map[uint32]float64{132: 1.188, 112: 1.243}},
+		{37888, 3584, 128, map[uint32]float64{132: 1.279, 119: 1.18}},
+		{55296, 5120, 128, map[uint32]float64{132: 1.193, 128: 1.245}},
+		{6144, 4096, 64, map[uint32]float64{132: 1.291, 96: 1.287}},
+		{6144, 5120, 64, map[uint32]float64{132: 1.268, 96: 1.323}},
+		{5120, 5120, 64, map[uint32]float64{132: 1.299, 80: 1.167}},
+		{5120, 4096, 64, map[uint32]float64{132: 1.274, 80: 1.157}},
+		{4608, 3584, 64, map[uint32]float64{132: 1.179, 72: 1.076}},
+		{7168, 16384, 64, map[uint32]float64{132: 1.495, 112: 1.505}},
+		{28672, 4096, 64, map[uint32]float64{132: 1.446, 112: 1.459}},
+	} {
+		l, err := plan.ForLinear(h100, plan.Problem{M: c.m, K: c.k, N: c.n})
+		require.NoError(t, err)
+		got, measured := c.x[l.Kernel.Grid]
+		require.True(t, measured, "%d x %d, %d tokens: %d blocks were not measured", c.m, c.k, c.n, l.Kernel.Grid)
+		for grid, best := range c.x {
+			assert.GreaterOrEqual(t, got, 0.95*best, "%d x %d, %d tokens: %d blocks, %d are better", c.m, c.k, c.n, l.Kernel.Grid, grid)
+		}
+	}
+}
+
+// Blocks stay where the GPU would be full less than twice.
+func TestGridsOfDecompress(t *testing.T) {
+	for _, c := range []struct {
+		m, k uint64
+		want uint32
+	}{{64, 64, 1}, {2112, 7168, 660}, {3584, 3584, 660}, {4096, 4096, 660}, {6144, 4096, 1536}, {28672, 4096, 7168}} {
+		assert.Equal(t, c.want, plan.Decompress(h100, c.m, c.k).Grid, "%d x %d", c.m, c.k)
+	}
+}
+
 func TestEveryPieceOfALookupHasItsThreads(t *testing.T) {
 	for _, k := range []uint64{1, 64, 65, 4096, 5120, 1<<31 - 1} {
 		most := plan.GatherTokens(k)
