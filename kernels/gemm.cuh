@@ -23,7 +23,7 @@ ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
 #define ZS_LEAD 0  // units that a block which adds the sums of others has more than these, where the grid is so many blocks for each strip group and runs are long
 #endif
 
-// Units of one launch.
+// Units of one launch. (Without a lead by another formula: that of a lead takes registers that zipgemm_mma does not have.)
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
 #if ZS_LEAD

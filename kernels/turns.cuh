@@ -3,8 +3,8 @@
 //
 // An *output tile* is ZS_CLUSTER / ZS_ACROSS * ZS_GROUPS strips by ZS_ACROSS * ZS_N tokens. Tiles are numbered in panels of ZS_PANEL token tiles, in a panel row groups
 // major, so that those under way at the same time share weights and activations in L2. As many as go round evenly are made by one cluster each, in turns. The rest come
-// last, each by as many clusters as there are for it, in parts of k that are equal but for a lead (ZS_PART_LEAD). All go through k from its end to its beginning, and those that do so at the same time share
-// what they read: with runs that begin anywhere in k a long k takes half as long again.
+// last, each by as many clusters as there are for it, in parts of k that are equal but for a lead (ZS_PART_LEAD). All go through k from its end to its beginning, and those
+// that do so at the same time share what they read: with runs that begin anywhere in k a long k takes half as long again.
 //
 // A kernel says before it includes this, beside what tiles.cuh wants: ZS_GROUPS (strips of a block), ZS_ACROSS (blocks of a cluster that have the same strips, and
 // different tokens; the others have the same tokens).

@@ -80,3 +80,13 @@ ZS_DEVICE uint64_t wgmma_descriptor(uint32_t start, uint32_t bytes) {
     const uint32_t hi = 1024 >> 4 | 1u << 30;
     return (uint64_t)hi << 32 | (start + bytes / 16);
 }
+
+// acc += 64 rows by 64 columns from `a` on * N tokens by 64 columns from `b` on (wgmma_start), as one batch.
+template <int N>
+ZS_DEVICE void wgmma_tile(float (&acc)[N / 2], uint32_t a, uint32_t b) {
+    wgmma_pin(acc);
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<N>(acc, wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
+    wgmma_commit();
+}

@@ -203,11 +203,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
             const uint32_t a = wgmma_start(smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + g * 8192), b = wgmma_start(smem + xstage.index * ZS_XBYTES);
             mbarrier_wait(xfull, xstage.parity);
             mbarrier_wait(full, stage.parity);
-            wgmma_pin(acc);
-            wgmma_fence();
-#pragma unroll
-            for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
-            wgmma_commit();
+            wgmma_tile<ZS_N>(acc, a, b);
             results.hand_back(tid);
             wgmma_wait<1>();
             release(sends && g == 0 && column == turn.begin);

@@ -222,11 +222,7 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, at = smem + stage.index * ZS_STAGE_BYTES;
             const uint32_t a = wgmma_start(at + g * 8192), b = wgmma_start(at + ZS_ABYTES);
             mbarrier_wait(full, stage.parity);
-            wgmma_pin(acc);
-            wgmma_fence();
-#pragma unroll
-            for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc, wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
-            wgmma_commit();
+            wgmma_tile<ZS_N>(acc, a, b);
             results.hand_back(tid);
             wgmma_wait<1>();
             release();

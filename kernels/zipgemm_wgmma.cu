@@ -173,11 +173,7 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
                 const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
                 mbarrier_wait(unit + place * 16, stage.parity);
                 const uint32_t a = wgmma_start(tiles + place * 8192), b = wgmma_start(xs + t / ZS_PER_GROUP * ZS_XBOX);
-                wgmma_pin(acc[t % ZS_PER_GROUP]);
-                wgmma_fence();
-#pragma unroll
-                for (uint32_t j = 0; j < 4; j++) wgmma_m64k16_bf16<ZS_N>(acc[t % ZS_PER_GROUP], wgmma_descriptor(a, 32 * j), wgmma_descriptor(b, 32 * j));
-                wgmma_commit();
+                wgmma_tile<ZS_N>(acc[t % ZS_PER_GROUP], a, b);
                 wgmma_wait<ZS_LAG>();
                 __syncwarp();
                 if (signals && busy[0]) mbarrier_arrive(busy[0] + 8);

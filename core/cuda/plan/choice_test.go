@@ -184,6 +184,9 @@ func TestBuckets(t *testing.T) {
 	}
 }
 
+// wgmmaLead is ZS_LEAD of zipgemm_wgmma (TestPlansAgreeWithTheSources); the kernels over mma.sync have none.
+const wgmmaLead = 2
+
 // runs are the first units of each block as gemm.cuh deals them, and their end: with a lead where the kernel has one.
 func runs(groups, steps, grid, lead uint64) (starts []uint64) {
 	if lead == 0 {
@@ -213,9 +216,9 @@ func runs(groups, steps, grid, lead uint64) (starts []uint64) {
 	return starts
 }
 
-// Every unit is some block's, and every block has one.
+// By that rule every unit is some block's, and every block has one.
 func TestRunsAreAPartition(t *testing.T) {
-	for _, lead := range []uint64{0, 2} {
+	for _, lead := range []uint64{0, wgmmaLead} {
 		for groups := uint64(1); groups < 40; groups += 3 {
 			for steps := uint64(1); steps < 70; steps += 3 {
 				for grid := uint64(1); grid <= min(132, groups*steps); grid++ {
@@ -249,7 +252,7 @@ func TestSplitGivesEveryStripThatManyBlocks(t *testing.T) {
 			steps := (tiles + uint64(c.KW) - 1) / uint64(c.KW)
 			lead := uint64(0)
 			if c.Kernel == "wgmma" {
-				lead = 2
+				lead = wgmmaLead
 			}
 			starts := runs(groups, steps, uint64(l.Kernel.Grid), lead)
 			for g := range groups {
