@@ -29,6 +29,12 @@ struct Blob {
         escapes = fixed + tiles * fixed_bytes;
         pin(headers), pin(fixed), pin(escapes);
     }
+    // Of tiles whose sections the host has found; they may be some of a blob's rows.
+    ZS_DEVICE Blob(const uint8_t* headers_, const uint8_t* fixed_, const uint8_t* escapes_, uint32_t m, uint32_t k) : headers(headers_), fixed(fixed_), escapes(escapes_) {
+        pin(headers), pin(fixed), pin(escapes);
+        row_tiles = (m + ZS_TILE - 1) / ZS_TILE;
+        col_tiles = (k + ZS_TILE - 1) / ZS_TILE;
+    }
 };
 
 // Section 4.

@@ -9,11 +9,13 @@ import (
 	"io/fs"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/zipserv/zipserv/core/format"
 	"github.com/zipserv/zipserv/kernels"
 	"github.com/zipserv/zipserv/kernels/emu"
 )
@@ -92,6 +94,7 @@ type product struct {
 	misalign bool
 	seed     uint64
 	state    *relayState // nil: as before the first launch
+	above    int         // w is a part of a blob: so many strips lie above it, and some rows below
 }
 
 func (g gemm) units(p product) int {
@@ -132,8 +135,13 @@ func (g gemm) run(p product) ([]uint16, error) {
 			x[r*p.ldx+c] = bf16(p.x[r*p.w.k+c])
 		}
 	}
+	whole := p.w
+	if p.above > 0 {
+		rest := newMatrix("tiles", 64*p.above+70, p.w.k, p.seed+1).w
+		whole = matrix{p.w.m + 64*p.above + 70, p.w.k, slices.Concat(rest[:64*p.above*p.w.k], p.w.w, rest[64*p.above*p.w.k:])}
+	}
+	blob := &emu.Buffer{Name: "blob", Data: encodeTiled(whole), Mode: emu.In}
 	args := []any{
-		&emu.Buffer{Name: "blob", Data: encodeTiled(p.w), Mode: emu.In},
 		&emu.Buffer{Name: "x", Data: halves(x), Mode: emu.In, Align: alignX, Dependent: true},
 		p.ldx, nil, nil, p.ldy, p.w.m, p.w.k, p.n, nil,
 	}
@@ -142,12 +150,12 @@ func (g gemm) run(p product) ([]uint16, error) {
 		for i := range b {
 			b[i] = bf16(p.bias[i])
 		}
-		args[3] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
+		args[2] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
 	}
 	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: alignY, Dependent: true}
 	// Every word of the workspace is empty (all bits set) before and after each launch.
 	restored := []*emu.Buffer{allSet("workspace", 4*grid*g.mw*64*g.n)}
-	args[4] = y
+	args[3] = y
 	if g.relay {
 		if p.state == nil {
 			p.state = g.newRelayState(p, grid)
@@ -155,7 +163,16 @@ func (g gemm) run(p product) ([]uint16, error) {
 		restored = []*emu.Buffer{p.state.workspace, p.state.flags}
 		args = append(args, p.state.flags, p.state.decoded, 0)
 	}
-	args[9] = restored[0]
+	args[8] = restored[0]
+	if g.relay || g.pair {
+		s, skip := format.TiledSections(format.BF16, uint64(whole.m), uint64(whole.k), 0), p.above*((p.w.k+63)/64)
+		args = slices.Concat([]any{
+			emu.Ptr{Buffer: blob, Offset: int(s.TileHeaders) + skip*format.TileHeaderSize}, emu.Ptr{Buffer: blob, Offset: int(s.Fixed) + skip*format.FixedBF16},
+			emu.Ptr{Buffer: blob, Offset: int(s.Escapes)},
+		}, args)
+	} else {
+		args = slices.Concat([]any{blob}, args)
+	}
 	if g.tensor {
 		args = append(args, 0) // the emulator reads the tensor map's description, not the map
 	}

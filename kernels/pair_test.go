@@ -87,7 +87,7 @@ func shapesRight(t *testing.T, kernel string, variants []variant, shapes []shape
 				t.Run(fmt.Sprintf("%dx%d,tiles=%d,last=%d,grid=%d", s.m, s.k, s.tiles, s.last, s.grid), func(t *testing.T) {
 					g.underSchedules(t, v, func() product {
 						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seeds(t, 1)[0])
-						p.grid = s.grid
+						p.grid, p.above = s.grid, []int{0, 1, 3}[i%3] // as they are in a blob of their own, and in one with others
 						// Results go out by copies where y and ldy are multiples of 16 bytes.
 						p.ldy = (s.m + 7) / 8 * 8
 						switch i % of {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// zipgemm on sm_90a for some hundred tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
+// zipgemm on sm_90a for some hundred tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums. headers and
+// fixed: of the tiles of these m rows, which may be a part of a blob's; escapes: where its section of lists begins.
 //
 // The two blocks of a cluster have the same two strips, and different tokens. Each decodes the tiles of one strip, and copies them into the other's shared memory, so
 // that a weight is decoded once for 2 * ZS_N tokens. Some warps of a block decode, columns in turns, and bring the activations by tensor copies; two warpgroups, a strip
@@ -229,11 +230,11 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
 }
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
-zs_zipgemm_pair(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), smem = smem_addr(smem_ptr);
-    const Blob blob(blob_ptr, m, k);
+    const Blob blob(headers, fixed, escapes, m, k);
     const Plan plan(blob, n);
     griddep_launch();
     if (threadIdx.x == 0) {

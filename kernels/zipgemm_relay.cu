@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// zipgemm on sm_90a for many tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
+// zipgemm on sm_90a for many tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums. headers and fixed:
+// of the tiles of these m rows, which may be a part of a blob's; escapes: where its section of lists begins.
 //
 // Every weight is decoded once, however many tokens there are: a few warps of each block decode tiles in the shadow of the tensor cores and hand them on through
 // L2 to all blocks that need them, in the order in which they will be needed. Which warp decodes which tile is not dealt beforehand: each takes the next one, so no
@@ -115,7 +116,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Plan& plan, uint8_t* decoded
         if (guess < order.tickets) s = order.locate(guess);
         if (s.column < 0) s.strip = -1;
         prefetch(s);
-        if (lane == 0 && s.strip >= 0) prefetch_l2(blob.headers + (s.tile(plan) & ~1ull) * 8, 16);
+        if (lane == 0 && s.strip >= 0) prefetch_l2((const uint8_t*)((uint64_t)(blob.headers + s.tile(plan) * 8) & ~15ull), 16);
     }
     griddep_wait();
     const uint32_t limit = 0xFFFFFFF0u - lane;  // 0xFFFFFFFF is the number before the first
@@ -259,12 +260,12 @@ ZS_DEVICE void restore_flags(const Blob& blob, uint32_t* flags, uint32_t told, u
 }
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
-zs_zipgemm_relay(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+zs_zipgemm_relay(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
                  uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, uint32_t* flags, uint8_t* decoded, const __grid_constant__ TensorMap x_map,
                  const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
-    const Blob blob(blob_ptr, m, k);
+    const Blob blob(headers, fixed, escapes, m, k);
     griddep_launch();
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < ZS_STAGES; s++) {

@@ -71,19 +71,21 @@ _stream = getattr(torch._C, "_cuda_getCurrentRawStream", _current_stream)
 
 
 def linear(
-    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None = None
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None = None, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """``x @ W.T + bias`` for a compressed weight ``W (m, k)``; ``x (..., k)`` must not be empty."""
+    """``x @ W.T + bias`` for a compressed weight ``W (m, k)``; ``x (..., k)`` must not be empty. With ``rows`` (first, a multiple of 64, and the one
+    behind the last) for these rows of it alone."""
     if dtype_code != _BF16 or blob.numel() == HEADER_BYTES + 2 * m * k:
-        return _linear_expanded(x, blob, m, k, dtype_code, bias)
+        return _linear_expanded(x, blob, m, k, dtype_code, bias, rows)
+    out, part = (m, ()) if rows is None else (rows[1] - rows[0], (rows[0], rows[1] - rows[0]))
     index = blob.get_device()
     shape = x.shape
     if x.dtype is not _bf16 or shape[-1] != k or x.get_device() != index:
         _refuse(x, "x", _bf16, f"(..., {k})", blob)
     bias_ptr = 0
     if bias is not None:
-        if bias.dtype is not _bf16 or bias.shape != (m,) or bias.get_device() != index:
-            _refuse(bias, "bias", _bf16, f"({m},)", blob)
+        if bias.dtype is not _bf16 or bias.shape != (out,) or bias.get_device() != index:
+            _refuse(bias, "bias", _bf16, f"({out},)", blob)
         if not bias.is_contiguous():
             bias = bias.contiguous()
         bias_ptr = bias.data_ptr()
@@ -92,25 +94,25 @@ def linear(
         blob = _copy_of(blob)
         address = blob.data_ptr()
     if x.is_contiguous():
-        rows, ldx = x, k
+        tokens, ldx = x, k
     else:
-        rows = x.reshape(-1, k)
-        if k > 1 and rows.stride(1) != 1:
-            rows = rows.contiguous()
-        ldx = rows.stride(0)
-    rows_ptr = rows.data_ptr()
-    if ((rows_ptr | 2 * ldx) & 15 or ldx < k) and not k & 7:
+        tokens = x.reshape(-1, k)
+        if k > 1 and tokens.stride(1) != 1:
+            tokens = tokens.contiguous()
+        ldx = tokens.stride(0)
+    x_ptr = tokens.data_ptr()
+    if ((x_ptr | 2 * ldx) & 15 or ldx < k) and not k & 7:
         # Rows that could begin at multiples of 16 bytes: then they shall, so that one kernel, and one order of sums, serves them all.
         # Nor may they overlap.
-        rows = rows.clone(memory_format=torch.contiguous_format)
-        rows_ptr, ldx = rows.data_ptr(), k
-    y = x.new_empty((*shape[:-1], m))
-    job = (index, _stream(index), address, m, k, rows_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), m)
-    needs = _queue(*job, 0, 0)
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+        x_ptr, ldx = tokens.data_ptr(), k
+    y = x.new_empty((*shape[:-1], out))
+    job = (index, _stream(index), address, m, k, x_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), out)
+    needs = _queue(*job, 0, 0, *part)
     while needs > _EXPAND:  # again where the choice has changed in between
         scratch = torch.empty(needs, dtype=torch.uint8, device=blob.device)
-        needs = _queue(*job, scratch.data_ptr(), needs)
-    return _linear_expanded(x, blob, m, k, dtype_code, bias) if needs else y
+        needs = _queue(*job, scratch.data_ptr(), needs, *part)
+    return _linear_expanded(x, blob, m, k, dtype_code, bias, rows) if needs else y
 
 
 def _queue(*job: int) -> int:
@@ -141,14 +143,15 @@ def eager_linear(
 
 
 def _linear_expanded(
-    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Decompresses the weight for the time of one product."""
+    """Decompresses the weight, or some rows of it, for the time of one product."""
     dtype = DTYPES[dtype_code]
+    first, end = rows or (0, m)
     if _is_raw(blob, m, k) and blob.data_ptr() % 2 == 0:
-        return F.linear(x, _raw_matrix(blob, m, k, dtype), bias)
-    weight = torch.empty((m, k), dtype=dtype, device=blob.device)
-    decompress(blob, m, k, dtype_code, 0, weight)
+        return F.linear(x, _raw_matrix(blob, m, k, dtype)[first:end], bias)
+    weight = torch.empty((end - first, k), dtype=dtype, device=blob.device)
+    decompress(blob, m, k, dtype_code, first, weight)
     return F.linear(x, weight, bias)
 
 

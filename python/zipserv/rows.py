@@ -5,7 +5,8 @@
     linear_rows_grad_x(grad (..., row1 - row0), blob, m, k, dtype_code, row0, row1) -> (..., k)
 
 ``row0`` is a multiple of 64. On the CPU the result has the bits of a blob that holds these rows alone. On a GPU few
-tokens are multiplied by the whole matrix, of which the rows are taken: the sums are those of the whole matrix.
+tokens are multiplied by the whole matrix, of which the rows are taken: the sums are those of the whole matrix. Some hundred and
+more are multiplied by these rows alone, compressed or decompressed, whichever should be faster.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from . import ops
-from .format import DTYPE_CODES, DTYPES
+from .format import DTYPE_CODES
 
-#: Up to this many tokens a GPU multiplies by compressed weights; more tokens are worth a decompression of the rows.
+#: Up to this many tokens a GPU multiplies by all rows.
 FEW_TOKENS = 64
 
 _library: Any = torch.library.Library  # untyped in torch
@@ -58,9 +59,8 @@ def _linear_rows_cuda(
         whole = None if bias is None else F.pad(bias, (row0, m - row1))
         y: torch.Tensor = cuda.linear(x, blob, m, k, dtype_code, whole)
         return y.narrow(-1, row0, row1 - row0).contiguous()
-    weight = torch.empty((row1 - row0, k), dtype=DTYPES[dtype_code], device=blob.device)
-    cuda.decompress(blob, m, k, dtype_code, row0, weight)
-    return F.linear(x, weight, bias)
+    some: torch.Tensor = cuda.linear(x, blob, m, k, dtype_code, bias, (row0, row1))
+    return some
 
 
 def _linear_rows_fake(

@@ -10,6 +10,7 @@ from gpu_cases import assert_like_cublas, gaussian, islands, on_gpu, same_bits, 
 import zipserv
 from zipserv import choices, tune
 from zipserv.choices import Problem
+from zipserv.rows import linear_rows
 
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -138,6 +139,18 @@ def test_every_kernel_for_many_tokens(shape: tuple[int, int], n: int) -> None:
 
 
 @pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")
+@pytest.mark.parametrize("n", [100, 300, 512, 2048, 6000])
+@pytest.mark.parametrize("part", [(5000, 1024, 128, 4224), (1600, 72, 64, 1600), (1600, 4096, 1024, 1280), (2500, 1160, 0, 1900)], ids=str)
+def test_some_rows_of_a_matrix(part: tuple[int, int, int, int], n: int) -> None:
+    m, k, first, end = part
+    w = trained(m, k)
+    x = torch.randn(n, k, device="cuda").bfloat16()
+    bias = torch.randn(end - first, device="cuda").bfloat16()
+    y = linear_rows(x, on_gpu(w).blob, m, k, w.dtype, first, end, bias)
+    assert same_bits(y, zipserv.linear(x, on_gpu(w[first:end]), bias)) or not HOPPER or n <= 128
+    assert_like_cublas(y, x, w[first:end].cuda(), bias)
+
+
 def test_one_hot_activations_read_the_weights_exactly_with_many_tokens() -> None:
     w = islands(520, 456)
     w = torch.where(w.isfinite(), w, torch.zeros_like(w))

@@ -115,6 +115,32 @@ assert len(launches()) == 1 and "zs_zipgemm_relay" in launches()[0], launches()
 """, TENSORS)
 
 
+def test_some_rows_of_many_tokens(run) -> None:
+    """Scratch memory and result are of these rows; what no kernel takes by rows is decompressed by rows."""
+    run("""
+import unittest.mock
+m, k = 6144, 4096
+blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(8192, k).bfloat16())
+asked = []
+real = torch.empty
+def empty(*shape, **options):
+    asked.append(shape[0])
+    return on_device(real(*shape, dtype=options["dtype"]))
+with unittest.mock.patch.object(torch, "empty", empty):
+    y = cuda.linear(x, blob, m, k, 1, None, (1024, 5120))
+    assert y.shape == (8192, 4096) and asked == [2 * 4096 * k], asked
+    args = launches()[0].split(" args ")[1].split()
+    assert "zs_zipgemm_relay" in launches()[0] and int(args[0], 16) == blob.data_ptr() + 128 + 8 * 64 * 16, launches()
+    del asked[:]
+    few = cuda.linear(x[:100], blob, m, k, 1, None, (1024, 5120))
+    assert few.shape == (100, 4096) and asked == [(4096, k)], asked
+assert "zs_decompress" in launches()[1], launches()
+raises(ValueError, ["bias has the shape", "(4096,)"], cuda.linear, x, blob, m, k, 1, on_device(torch.zeros(m).bfloat16()), (1024, 5120))
+raises(ValueError, ["multiple of 64"], cuda.linear, x, blob, m, k, 1, None, (1000, 5000))
+raises(ValueError, ["rows"], cuda.linear, x, blob, m, k, 1, None, (6080, 6200))
+""", TENSORS)
+
+
 def test_decompress_and_raw_weights(run) -> None:
     run("""
 w = (torch.randn(128, 192) * 0.02).bfloat16()

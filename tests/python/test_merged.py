@@ -286,11 +286,18 @@ def test_one_product_a_group(shared: Counter) -> None:
 
 
 @torch.no_grad()
-def test_many_tokens_are_multiplied_by_the_own_rows(shared: Counter) -> None:
+def test_large_results_are_of_the_own_rows(shared: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     single, made = pair()
-    x = torch.randn(1025, 128).bfloat16()
+    sizes = sorted({module._group.m for module in made.modules() if isinstance(module, MergedLinear)})
+    assert len(sizes) == 2, sizes
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 100 * sizes[0])
+    x = torch.randn(101, 128).bfloat16()
     assert torch.equal(made(x), single(x)) and not shared
-    made(x[:1024])
+    made(x[:100])
+    assert len(shared) == 1, "the smaller group"
+    shared.clear()
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 100 * sizes[1])
+    made(x[:100])
     assert len(shared) == 2
 
 

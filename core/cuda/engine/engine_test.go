@@ -5,6 +5,7 @@ package engine_test
 import (
 	"encoding/binary"
 	"fmt"
+	"math"
 	"strings"
 	"sync"
 	"testing"
@@ -144,7 +145,7 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		assert.Zero(t, needs)
 		require.Len(t, launches(f), 1)
 		assert.Contains(t, launches(f)[0], "zs_zipgemm_pair "+c.want)
-		assert.Contains(t, launches(f)[0], "cluster 2 args 1000 20000 1000 0")
+		assert.Contains(t, launches(f)[0], "cluster 2 args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 1000 ")
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box))
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.box), "the results")
 		if c.n != 129 && c.n != 512 {
@@ -184,6 +185,36 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 	assert.Contains(t, launches(f)[0], "zs_zipgemm_wgmma")
 }
 
+// Some rows of a blob: the kernels for many tokens are given these rows' sections, the others leave such products alone.
+func TestProductsOfSomeRows(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 5000, K: 4096, N: 512, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 4096, Row0: 128, Rows: 4096}
+	needs, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs)
+	// 79 strips of 64 tiles: headers 8 bytes, 5632 of the fixed part; 128 tiles are passed over.
+	assert.Contains(t, launches(f)[0], "args 1480 bae80 1b32e80 20000 1000 0 3000000 1000 1000 1000 200 ")
+	assert.Contains(t, f.Log(), "tensor 512x4096 ld 4096 box 128x64")
+
+	f.Reset()
+	p.N = 64
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, engine.NeedsExpand, needs)
+	assert.Empty(t, launches(f))
+	p.Row0, p.Rows, p.M = 0, 4096, 4096
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs, "all rows")
+
+	for _, bad := range [][2]uint64{{100, 64}, {4096, 1}, {64, 4096}, {1 << 40, 64}, {64, 0}, {64, math.MaxUint64 - 63}} {
+		p.Row0, p.Rows = bad[0], bad[1]
+		_, err = d.Linear(&p)
+		assert.ErrorContains(t, err, "row", "%v", bad)
+	}
+}
+
 // The kernel that hands decoded weights on asks for memory to do so; its results have a tensor map too, where they can.
 func TestScratchMemoryIsAskedFor(t *testing.T) {
 	f, e := open(t)
@@ -203,7 +234,7 @@ func TestScratchMemoryIsAskedFor(t *testing.T) {
 	require.NoError(t, err)
 	assert.Zero(t, needs)
 	require.Len(t, launches(f), 1)
-	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1000 20000 1000 0 3000000 1000 fc4 1000 1f40 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
+	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1080 9080 1609080 20000 1000 0 3000000 1000 fc4 1000 1f40 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
 	assert.Contains(t, f.Log(), "tensor 8000x4096 ld 4096 box 128x64")
 	assert.Contains(t, f.Log(), "tensor 8000x4036 ld 4096 box 256x64", "the results")
 	p.Y += 2

@@ -8,6 +8,7 @@ import (
 
 	"github.com/zipserv/zipserv/core/cuda/driver"
 	"github.com/zipserv/zipserv/core/cuda/plan"
+	"github.com/zipserv/zipserv/core/format"
 )
 
 // Matmul is one product y[N,M] = x[N,K] W[M,K]^T + bias on device memory, BF16.
@@ -20,6 +21,8 @@ type Matmul struct {
 	Bias    driver.Pointer
 	Y       driver.Pointer
 	LdY     uint64
+	// Rows: where not 0, of so many rows of W alone, from Row0 on, a multiple of 64; bias and y are of these rows.
+	Row0, Rows uint64
 	// Scratch is memory for the time of the product, or 0.
 	Scratch      driver.Pointer
 	ScratchBytes uint64
@@ -45,7 +48,7 @@ const scratchAlign = 16
 // Linear queues a product. The kernels fetch their first weights before the work ahead of them in the stream has ended, which must
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
-// It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS; a larger number
+// It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or the kernel of the plan multiplies by whole matrices only and Rows are fewer; a larger number
 // where that many bytes of scratch memory have to come with the product.
 func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
@@ -54,12 +57,20 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.Blob%16 != 0 {
 		return 0, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
 	}
+	rows := p.M
+	if p.Rows != 0 {
+		if rows = p.Rows; p.Row0%tileRows != 0 || p.Row0 > p.M || rows > p.M-p.Row0 {
+			return 0, badArgument("rows %d .. %d are not rows of a matrix of %d, the first a multiple of %d", p.Row0, p.Row0+rows, p.M, tileRows)
+		}
+	} else if p.Row0 != 0 {
+		return 0, badArgument("a first row of %d, and no number of rows", p.Row0)
+	}
 	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
-	l, err := d.linear(p.M, p.K, p.N, unaligned)
+	l, err := d.linear(rows, p.K, p.N, unaligned)
 	if err != nil {
 		return 0, err
 	}
-	if l.plan.Expand {
+	if l.plan.Expand || (rows != p.M && !l.plan.ByRows) {
 		return NeedsExpand, nil
 	}
 	if l.plan.Scratch > 0 && (p.Scratch == 0 || p.ScratchBytes < l.plan.Scratch) {
@@ -76,8 +87,13 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	for first := uint64(0); first < p.N; first += l.plan.Tokens {
 		n := min(p.N-first, l.plan.Tokens)
 		x := p.X + driver.Pointer(2*first*p.LdX)
-		launch := d.prepared(l.kernel, p.Stream, early, uint64(p.Blob), uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY,
-			p.M, p.K, n, uint64(ws))
+		launch := d.prepared(l.kernel, p.Stream, early)
+		args := p.weights(launch.Args[:0], l.plan.ByRows)
+		args = append(args, uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY, rows, p.K, n, uint64(ws))
+		if l.plan.Scratch != 0 {
+			args = append(args, uint64(ws)+l.plan.Flags, uint64(p.Scratch))
+		}
+		launch.NumArgs = len(args)
 		if box := l.plan.TensorRows; box != 0 {
 			ld := p.LdX
 			if p.N == 1 { // the distance to a next row means nothing then
@@ -88,15 +104,11 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 			}
 			launch.Tensors[0] = driver.Tensor{Data: x, Ld: ld, Rows: uint32(n), Columns: uint32(p.K), Box: box}
 		}
-		if l.plan.Scratch != 0 {
-			launch.Args[launch.NumArgs], launch.Args[launch.NumArgs+1] = uint64(ws)+l.plan.Flags, uint64(p.Scratch)
-			launch.NumArgs += 2
-		}
 		if box := l.plan.ResultRows; box != 0 {
 			y := &launch.Tensors[1] // of a y that no copy can write the kernel does not look at it
 			*y = launch.Tensors[0]
 			if p.Y%16 == 0 && p.LdY%8 == 0 {
-				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(p.M), Box: box}
+				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(rows), Box: box}
 			}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
@@ -108,6 +120,16 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 		}
 	}
 	return 0, nil
+}
+
+// weights are a kernel's first arguments: the blob, or the sections of its rows.
+func (p *Matmul) weights(args []uint64, byRows bool) []uint64 {
+	blob := uint64(p.Blob)
+	if !byRows {
+		return append(args, blob)
+	}
+	s, skip := format.TiledSections(format.BF16, p.M, p.K, 0), format.TileCount(p.Row0, p.K)
+	return append(args, blob+s.TileHeaders+skip*format.TileHeaderSize, blob+s.Fixed+skip*format.FixedBF16, blob+s.Escapes)
 }
 
 func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {

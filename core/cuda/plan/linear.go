@@ -17,6 +17,8 @@ type Linear struct {
 	// Expand: decompress W into memory and leave the product to cuBLAS. The fields below are then empty.
 	Expand bool
 	Kernel Kernel
+	// ByRows: the kernel is given the sections of a blob, and so may multiply by some of its rows.
+	ByRows bool
 	Tokens uint64 // per launch; a larger N takes several launches
 	// TensorRows: where not 0, the kernel reads x through a tensor map with boxes of so many rows of 64 columns, or, without WholeBoxes, of as many as there are
 	// tokens, rounded up to 8, where these are fewer; x and its rows are then aligned to 16 bytes.

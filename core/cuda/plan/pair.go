@@ -93,6 +93,7 @@ func (l pairLayout) launch(p Problem, clusters uint64) Linear {
 			},
 			Grid: uint32(grid), Cluster: pairCluster, Resident: blocksPerSM, Block: uint32(l.threads()), Smem: uint32(l.smem()), Programmatic: true,
 		},
+		ByRows:     true,
 		Tokens:     Class(p.N),
 		TensorRows: uint32(l.tokens),
 		WholeBoxes: true,

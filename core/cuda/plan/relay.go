@@ -84,6 +84,7 @@ func relayLaunch(p Problem, clusters uint64) Linear {
 			},
 			Grid: uint32(grid), Cluster: relayCluster, Resident: blocksPerSM, Block: relayThreads, Smem: uint32(relaySmem()), Programmatic: true,
 		},
+		ByRows:     true,
 		Tokens:     Class(p.N),
 		TensorRows: relayTokens / relayCluster,
 		WholeBoxes: true,
