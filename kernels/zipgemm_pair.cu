@@ -7,9 +7,9 @@
 // each, only multiply. turns.cuh says which cluster makes what.
 //
 // Launch: block ZS_THREADS, clusters of two, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
-// workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of ZS_N rows
-// of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n rows of m columns,
-// the same boxes, where y and ldy are such that it can be made (Output::by_copies).
+// workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of
+// ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n rows of m columns,
+// boxes of ZS_N rows, where y and ldy are such that it can be made (Output::by_copies).
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -46,6 +46,7 @@
 #define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
 #define ZS_PIECES_AT_ONCE 8
 #define ZS_XBYTES (ZS_N * 128)        // of the activations of a column
+#define ZS_XROWS (ZS_N / 2)           // tokens of one copy of them
 #define ZS_ABYTES (ZS_GROUPS * 8192)  // of the weights of a column
 
 // Shared memory: the ring of activations | the ring of tiles | barriers, a full and an empty one for each stage: of activations, of tiles | spare bytes of the decoders.
@@ -127,7 +128,12 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         auto bring = [&] {
             if (lane != 0) return;
             mbarrier_arrive_expect_tx(xfull, ZS_XBYTES);
-            tensor_copy(smem + xstage.index * ZS_XBYTES, x_map, TensorRows{x, ldx, n, k, ZS_N}, at.column, at.token, xfull);
+#pragma unroll
+            for (uint32_t row = 0; row < ZS_N; row += ZS_XROWS) {
+                // Tokens behind the last are some others: no result is made of them, and rows of zeros take the copy engine longer.
+                const uint32_t token = at.token + row < n ? at.token + row : 0;
+                tensor_copy(smem + xstage.index * ZS_XBYTES + row * 128, x_map, TensorRows{x, ldx, n, k, ZS_XROWS}, at.column, token, xfull);
+            }
         };
         mbarrier_wait(full + 8, stage.parity ^ 1);
         // Nothing is brought before all lanes have looked: a late one might see the barrier a round further on.

@@ -65,6 +65,7 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
         const int32_t group = min(turn.strip, plan.strips - 1) / ZS_GROUPS;
         const uint32_t here = (uint32_t)min(plan.strips - group * ZS_GROUPS, ZS_GROUPS);
         const uint64_t row = (uint64_t)group * (uint32_t)plan.ksteps;
+        const uint32_t own = turn.token + (ZS_CLUSTER > 1 ? plan.rank * ROWS : 0), token = own < n ? own : 0;  // no zeros (zipgemm_pair)
         int32_t ready = 0;  // columns that are known to be decoded
         for (int32_t column = turn.end - 1; column >= turn.begin; column--, stage.advance(1, ZS_STAGES)) {
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, to = smem + stage.index * ZS_STAGE_BYTES;
@@ -72,10 +73,10 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
                 mbarrier_wait(full + 8, stage.parity ^ 1);
                 mbarrier_arrive_expect_tx(full, ZS_STAGE_BYTES);
 #if ZS_CLUSTER > 1
-                tensor_copy_multicast(to + ZS_ABYTES + plan.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, turn.token + plan.rank * ROWS, full,
+                tensor_copy_multicast(to + ZS_ABYTES + plan.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, token, full,
                                       (1 << ZS_CLUSTER) - 1);
 #else
-                tensor_copy(to + ZS_ABYTES, x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, turn.token, full);
+                tensor_copy(to + ZS_ABYTES, x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, token, full);
 #endif
             }
             __syncwarp();

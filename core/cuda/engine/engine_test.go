@@ -146,7 +146,7 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		require.Len(t, launches(f), 1)
 		assert.Contains(t, launches(f)[0], "zs_zipgemm_pair "+c.want)
 		assert.Contains(t, launches(f)[0], "cluster 2 args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 1000 ")
-		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box))
+		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box/2))
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.box), "the results")
 		if c.n != 129 && c.n != 512 {
 			assert.Zero(t, count(f, "load"), "of a class one plan")
@@ -159,13 +159,13 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 	_, err := d.Linear(&p)
 	require.NoError(t, err)
 	assert.Contains(t, launches(f)[0], "zs_zipgemm_pair grid 96,1,1 block 512")
-	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 128x64")
+	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 64x64")
 	large := plan.Choice{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 96}
 	require.NoError(t, d.Choose(tuned.Problem{M: 6144, K: 4096, Tokens: 256}, &large))
 	f.Reset()
 	_, err = d.Linear(&p)
 	require.NoError(t, err)
-	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 256x64")
+	assert.Contains(t, f.Log(), "tensor 200x4096 ld 4096 box 128x64")
 	require.NoError(t, d.Choose(tuned.Problem{M: 6144, K: 4096, Tokens: 256}, nil))
 	p.X += 2
 	f.Reset()

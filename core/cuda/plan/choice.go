@@ -164,7 +164,7 @@ func ChoiceOf(l Linear) (Choice, error) {
 		return Choice{Kernel: Expanded}, nil
 	}
 	if l.Kernel.Source == pairSource {
-		return Choice{Pair, pairGroups, pairLayout{tokens: uint64(l.TensorRows)}.kw(), l.Kernel.Grid}, nil
+		return Choice{Pair, pairGroups, pairLayout{tokens: uint64(l.ResultRows)}.kw(), l.Kernel.Grid}, nil
 	}
 	if l.Kernel.Source == relaySource {
 		return Choice{Relay, relayGroups, 1, l.Kernel.Grid}, nil

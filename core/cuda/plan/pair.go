@@ -5,7 +5,6 @@ package plan
 import (
 	"fmt"
 	"math"
-	"math/bits"
 )
 
 // Pair is the Kernel of a Choice of the kernel whose blocks decode for each other in pairs: MW strips and KW blocks of 128 tokens an output tile of a block.
@@ -19,7 +18,7 @@ type pairLayout struct {
 	xstages  int    // columns of activations
 	stages   int    // columns of tiles
 	// Fitted to an H100's times (docs/performance.md): a start, a column of tiles at the clock that it keeps up for some ten microseconds and at that for long,
-	// and the sums of two clusters that share a tile.
+	// and the sums of each further cluster that shares a tile.
 	startClocks, columnClocks, longClocks, sumsClocks float64
 }
 
@@ -33,8 +32,8 @@ const (
 
 // pairLayouts: the first moves less through shared memory for a product, the second deals out finer work.
 var pairLayouts = []pairLayout{
-	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 9000},
-	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 5300},
+	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500},
+	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200},
 }
 
 func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }
@@ -75,10 +74,10 @@ func (l pairLayout) clusters(d Device, p Problem) uint64 {
 	return tiles * min(all/tiles, mostSharers, ceilDiv(p.K, tileSide))
 }
 
-// time: a start, the run of a cluster, and the sums of those that share a tile, two by two.
+// time: a start, the run of a cluster, and the sums of those that share a tile.
 func (l pairLayout) time(d Device, p Problem) float64 {
 	columns, sharers := run(l.tiles(p), l.clusters(d, p), ceilDiv(p.K, tileSide))
-	clocks := max(l.startClocks+l.columnClocks*columns, l.longClocks*columns) + l.sumsClocks*float64(bits.Len64(sharers-1))
+	clocks := max(l.startClocks+l.columnClocks*columns, l.longClocks*columns) + l.sumsClocks*float64(sharers-1)
 	return pairEscapes * clocks / (d.clock() * clockReached)
 }
 
@@ -95,7 +94,7 @@ func (l pairLayout) launch(p Problem, clusters uint64) Linear {
 		},
 		ByRows:     true,
 		Tokens:     Class(p.N),
-		TensorRows: uint32(l.tokens),
+		TensorRows: uint32(l.tokens / 2),
 		WholeBoxes: true,
 		Workspace:  grid * pairGroups * tileSide * l.tokens * 4,
 		ResultRows: uint32(l.tokens),

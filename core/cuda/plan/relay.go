@@ -30,8 +30,8 @@ const (
 	relayStartClocks  = 13500
 	relayColumnClocks = 1320
 	relayRoundClocks  = 5600
-	relaySumsClocks   = 14000
-	relayBeside       = 0.1 // of the shorter of multiplying and decoding, what is not hidden by the longer
+	relaySumsClocks   = 7000 // of each cluster that shares a tile
+	relayBeside       = 0.1  // of the shorter of multiplying and decoding, what is not hidden by the longer
 )
 
 // relaySmem is ZS_GEMM_SMEM; a test compares it with the source.
@@ -66,7 +66,7 @@ func relayTime(d Device, p Problem) float64 {
 	multiply, decode := columns*relayColumnClocks, rounds*relayRoundClocks
 	clocks := relayStartClocks + max(multiply, decode) + relayBeside*min(multiply, decode)
 	if sharers > 1 {
-		clocks += relaySumsClocks
+		clocks += relaySumsClocks * float64(sharers)
 	}
 	return clocks / (d.clock() * clockReached)
 }
