@@ -32,6 +32,7 @@ ZS_API int32_t zs_cuda_clear_cache(void);
 /* One token's result has the same bits whatever n is, at some cost in speed for large n. */
 ZS_API int32_t zs_cuda_set_batch_invariant(int32_t on);
 
+/* Zero it first: what is added to it in later versions means nothing then. */
 typedef struct zs_cuda_linear_t {
     uint64_t stream;
     uint64_t blob; /* a tiled BF16 blob, 16-byte aligned */
@@ -44,8 +45,9 @@ typedef struct zs_cuda_linear_t {
 } zs_cuda_linear_t;
 
 /* y = x w^T + bias. *needs is 0 where it was queued. Else nothing was: 1 (ZS_EXPAND) where it is faster to decompress w and multiply by another library, or
- * where rows are fewer than m and there are too few tokens for a kernel that multiplies by some rows; a larger number where that many bytes of scratch memory are needed: call again with that much. Its contents do not matter; it must not be used by anything else until
- * the product is done, and while a graph that the call was captured into replays. */
+ * where rows are fewer than m and no kernel multiplies by some rows (up to 128 tokens, x or a row of it not aligned to 16 bytes, in batch-invariant mode, on
+ * GPUs other than Hopper); a larger number where that many bytes of scratch memory are needed: call again with that much. Its contents do not matter; it must not
+ * be used by anything else until the product is done, and while a graph that the call was captured into replays. */
 ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, uint64_t *needs);
 #define ZS_EXPAND 1
 

@@ -56,6 +56,8 @@ _SHARED_ON = frozenset({"cuda"})
 #: Beyond so many elements of a result (24 MiB, half of an H100's L2) each layer multiplies by its own rows and its result is no view: reading rows
 #: that lie apart costs more than one product saves (docs/performance.md).
 _MOST_RESULTS = 12 << 20
+#: Up to so many tokens the engine multiplies by whole matrices only.
+_FEW_TOKENS = 128
 
 Slots = tuple[dict[str, Any], dict[str, Any]]
 
@@ -225,7 +227,8 @@ class MergedLinear(ZipLinear):
             return self._alone(input, blob)  # somebody may write into the input between the layers, and nothing counts it
         if _transform() is not None:
             return self._alone(input, blob)
-        if input.numel() * self._group.m > _MOST_RESULTS * self.in_features and not _batch_invariant(blob):
+        many = input.numel() > _FEW_TOKENS * self.in_features and input.numel() * self._group.m > _MOST_RESULTS * self.in_features
+        if many and not _batch_invariant(blob):
             return self._alone(input, blob)
         own = self._group.slots[self._index][0]
         if own is not self._parameters or own.get("bias") is not bias or self._group.is_sharded():

@@ -52,7 +52,8 @@ def linear_rows(
 def _linear_rows_cuda(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if x.numel() == 0:
+    ops._require_rows(m, row0, row1)
+    if x.numel() == 0 or row0 == row1:
         return x.new_empty((*x.shape[:-1], row1 - row0))
     cuda = ops.cuda_module()
     if x.numel() <= FEW_TOKENS * k or cuda.batch_invariant():

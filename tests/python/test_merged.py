@@ -290,15 +290,19 @@ def test_large_results_are_of_the_own_rows(shared: Counter, monkeypatch: pytest.
     single, made = pair()
     sizes = sorted({module._group.m for module in made.modules() if isinstance(module, MergedLinear)})
     assert len(sizes) == 2, sizes
-    monkeypatch.setattr(merged, "_MOST_RESULTS", 100 * sizes[0])
-    x = torch.randn(101, 128).bfloat16()
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 200 * sizes[0])
+    x = torch.randn(201, 128).bfloat16()
     assert torch.equal(made(x), single(x)) and not shared
-    made(x[:100])
+    made(x[:200])
     assert len(shared) == 1, "the smaller group"
     shared.clear()
-    monkeypatch.setattr(merged, "_MOST_RESULTS", 100 * sizes[1])
-    made(x[:100])
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 200 * sizes[1])
+    made(x[:200])
     assert len(shared) == 2
+    shared.clear()
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 0)
+    made(x[:128])
+    assert len(shared) == 2, "few tokens"
 
 
 @pytest.mark.parametrize("work", [merge_layers, split_layers])

@@ -65,6 +65,9 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	} else if p.Row0 != 0 {
 		return 0, badArgument("a first row of %d, and no number of rows", p.Row0)
 	}
+	if rows != p.M && plan.Class(p.N) <= plan.FewTokens {
+		return NeedsExpand, nil
+	}
 	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
 	l, err := d.linear(rows, p.K, p.N, unaligned)
 	if err != nil {

@@ -55,6 +55,9 @@ func tensor(d Device, p Problem) bool { return d.Capability == 90 && p.K%8 == 0 
 // classes are the numbers of tokens that kernels are compiled for.
 var classes = []uint64{8, 16, 32, 64, 128}
 
+// FewTokens is the last of them: the kernels for more tokens are given the sections of a blob, those for fewer the whole.
+const FewTokens = 128
+
 // Class rounds N up so that problems of a class share a plan.
 func Class(n uint64) uint64 {
 	for _, c := range classes {
