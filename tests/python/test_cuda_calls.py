@@ -138,6 +138,10 @@ assert "zs_decompress" in launches()[1], launches()
 raises(ValueError, ["bias has the shape", "(4096,)"], cuda.linear, x, blob, m, k, 1, on_device(torch.zeros(m).bfloat16()), (1024, 5120))
 raises(ValueError, ["multiple of 64"], cuda.linear, x, blob, m, k, 1, None, (1000, 5000))
 raises(ValueError, ["rows"], cuda.linear, x, blob, m, k, 1, None, (6080, 6200))
+from zipserv import rows
+before = len(launches())
+assert rows._linear_rows_cuda(x, blob, m, k, 1, 64, 64, None).shape == (8192, 0) and len(launches()) == before
+raises(ValueError, ["rows"], rows._linear_rows_cuda, x, blob, m, k, 1, 6080, 6200, None)
 """, TENSORS)
 
 
