@@ -150,7 +150,7 @@ var mutations = []struct {
 	{"columns handed back to this block alone", "relay", "zipgemm_relay.cu", `arrive_everywhere\(busy \+ 8\)`, 0, "mbarrier_arrive(busy + 8, 2)", "deadlock race mbarrier in-flight"},
 	{"the last column of a turn kept", "relay", "zipgemm_relay.cu", `(wgmma_wait<0>\(\);\s+)release\(\);`, 0, "$1", "deadlock"},
 	{"the peer's half of a column left out", "relay", "zipgemm_relay.cu", `\(1 << ZS_CLUSTER\) - 1`, 0, "1 << plan.rank", "deadlock uninitialised"},
-	{"both blocks bring the same tokens", "relay", "zipgemm_relay.cu", `plan\.rank \* ROWS : 0`, 0, "0 : 0", "wrong"},
+	{"both blocks bring the same tokens", "relay", "zipgemm_relay.cu", `turn\.token \+ plan\.rank \* ROWS`, 0, "turn.token", "wrong"},
 	{"whole turns a round short", "relay", "turns.cuh", `coming \+= (plan\.\w+)`, 0, "coming += 2 * $1", "wrong uninitialised deadlock"},
 	{"sums of parts from one that has none below", "relay", "turns.cuh", `others = below \+ d < parts;`, 0, "others = 1;", "deadlock bounds wrong race"},
 	{"sums of parts always from the neighbour", "relay", "turns.cuh", `add_sums\(acc, slot, d, others\)`, 0, "add_sums(acc, slot, 1, others)", "deadlock wrong race"},

@@ -8,8 +8,8 @@
 //
 // Launch: block ZS_THREADS, clusters of two, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of
-// ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n rows of m columns,
-// boxes of ZS_N rows, where y and ldy are such that it can be made (Output::by_copies).
+// ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n
+// rows of m columns, boxes of ZS_N rows, where y and ldy are such that it can be made (Output::by_copies).
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -236,7 +236,8 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
 }
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
-zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes,
+                const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), smem = smem_addr(smem_ptr);

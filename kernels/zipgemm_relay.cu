@@ -65,7 +65,7 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
         const int32_t group = min(turn.strip, plan.strips - 1) / ZS_GROUPS;
         const uint32_t here = (uint32_t)min(plan.strips - group * ZS_GROUPS, ZS_GROUPS);
         const uint64_t row = (uint64_t)group * (uint32_t)plan.ksteps;
-        const uint32_t own = turn.token + (ZS_CLUSTER > 1 ? plan.rank * ROWS : 0), token = own < n ? own : 0;  // no zeros (zipgemm_pair)
+        const uint32_t own = turn.token + plan.rank * ROWS, token = own < n ? own : 0;  // no zeros (zipgemm_pair)
         int32_t ready = 0;  // columns that are known to be decoded
         for (int32_t column = turn.end - 1; column >= turn.begin; column--, stage.advance(1, ZS_STAGES)) {
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, to = smem + stage.index * ZS_STAGE_BYTES;
@@ -73,8 +73,7 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
                 mbarrier_wait(full + 8, stage.parity ^ 1);
                 mbarrier_arrive_expect_tx(full, ZS_STAGE_BYTES);
 #if ZS_CLUSTER > 1
-                tensor_copy_multicast(to + ZS_ABYTES + plan.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, token, full,
-                                      (1 << ZS_CLUSTER) - 1);
+                tensor_copy_multicast(to + ZS_ABYTES + plan.rank * (ROWS * 128), x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, token, full, (1 << ZS_CLUSTER) - 1);
 #else
                 tensor_copy(to + ZS_ABYTES, x_map, TensorRows{x, ldx, n, k, ROWS}, (uint32_t)column * 64, token, full);
 #endif
@@ -261,7 +260,8 @@ ZS_DEVICE void restore_flags(const Blob& blob, uint32_t* flags, uint32_t told, u
 }
 
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
-zs_zipgemm_relay(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes, const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
+zs_zipgemm_relay(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes,
+                 const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
                  uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, uint32_t* flags, uint8_t* decoded, const __grid_constant__ TensorMap x_map,
                  const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);

@@ -35,6 +35,16 @@ class OnDevice(torch.Tensor):  # host memory that says it is on device 0, where 
 def on_device(t): return t.as_subclass(OnDevice)
 cuda._stream = lambda index: 0x77
 """
+# Within `watched`, what torch.empty was asked for is in `asked`.
+ALLOCATIONS = TENSORS + """
+import unittest.mock
+asked = []
+real = torch.empty
+def empty(*shape, **options):
+    asked.append(shape[0])
+    return on_device(real(*shape, dtype=options["dtype"]))
+watched = unittest.mock.patch.object(torch, "empty", empty)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -100,33 +110,21 @@ assert _zipserv.cuda_linear(*job) == EXPAND
 def test_scratch_memory_is_torch_s_for_the_time_of_a_product(run) -> None:
     """Beside what the engine asks for nothing is allocated, and the product is queued with it."""
     run("""
-import unittest.mock
 m, k = 4096, 4096
 blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(8192, k).bfloat16())
-asked = []
-real = torch.empty
-def empty(*shape, **options):
-    asked.append(shape[0])
-    return on_device(real(*shape, dtype=options["dtype"]))
-with unittest.mock.patch.object(torch, "empty", empty):
+with watched:
     y = cuda.linear(x, blob, m, k, 1)
 assert y.shape == (8192, m) and asked == [2 * m * k], asked
 assert len(launches()) == 1 and "zs_zipgemm_relay" in launches()[0], launches()
-""", TENSORS)
+""", ALLOCATIONS)
 
 
 def test_some_rows_of_many_tokens(run) -> None:
     """Scratch memory and result are of these rows; what no kernel takes by rows is decompressed by rows."""
     run("""
-import unittest.mock
 m, k = 6144, 4096
 blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(8192, k).bfloat16())
-asked = []
-real = torch.empty
-def empty(*shape, **options):
-    asked.append(shape[0])
-    return on_device(real(*shape, dtype=options["dtype"]))
-with unittest.mock.patch.object(torch, "empty", empty):
+with watched:
     y = cuda.linear(x, blob, m, k, 1, None, (1024, 5120))
     assert y.shape == (8192, 4096) and asked == [2 * 4096 * k], asked
     args = launches()[0].split(" args ")[1].split()
@@ -142,7 +140,7 @@ from zipserv import rows
 before = len(launches())
 assert rows._linear_rows_cuda(x, blob, m, k, 1, 64, 64, None).shape == (8192, 0) and len(launches()) == before
 raises(ValueError, ["rows"], rows._linear_rows_cuda, x, blob, m, k, 1, 6080, 6200, None)
-""", TENSORS)
+""", ALLOCATIONS)
 
 
 def test_decompress_and_raw_weights(run) -> None:

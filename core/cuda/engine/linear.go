@@ -21,7 +21,7 @@ type Matmul struct {
 	Bias    driver.Pointer
 	Y       driver.Pointer
 	LdY     uint64
-	// Rows: where not 0, of so many rows of W alone, from Row0 on, a multiple of 64; bias and y are of these rows.
+	// Where not both are 0: of so many Rows of W alone, from Row0 on, a multiple of 64. Bias and y are of these rows.
 	Row0, Rows uint64
 	// Scratch is memory for the time of the product, or 0.
 	Scratch      driver.Pointer
@@ -48,8 +48,8 @@ const scratchAlign = 16
 // Linear queues a product. The kernels fetch their first weights before the work ahead of them in the stream has ended, which must
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
-// It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or the kernel of the plan multiplies by whole matrices only and Rows are fewer; a larger number
-// where that many bytes of scratch memory have to come with the product.
+// It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or where Rows are
+// fewer than M and its kernel multiplies by whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
 func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
 		return 0, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
@@ -57,13 +57,12 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.Blob%16 != 0 {
 		return 0, badArgument("the blob at %#x is not aligned to 16 bytes", p.Blob)
 	}
-	rows := p.M
-	if p.Rows != 0 {
-		if rows = p.Rows; p.Row0%tileRows != 0 || p.Row0 > p.M || rows > p.M-p.Row0 {
-			return 0, badArgument("rows %d .. %d are not rows of a matrix of %d, the first a multiple of %d", p.Row0, p.Row0+rows, p.M, tileRows)
-		}
-	} else if p.Row0 != 0 {
-		return 0, badArgument("a first row of %d, and no number of rows", p.Row0)
+	rows := p.Rows
+	if p.Row0 == 0 && rows == 0 {
+		rows = p.M
+	}
+	if err := checkRows(p.M, p.Row0, rows); err != nil {
+		return 0, err
 	}
 	if rows != p.M && plan.Class(p.N) <= plan.FewTokens {
 		return NeedsExpand, nil

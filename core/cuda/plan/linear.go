@@ -52,11 +52,11 @@ var tensorLayout = variant{1, 2}
 // tensor says whether the wgmma kernel can solve a problem: it reads x by tensor copies, whose rows begin at multiples of 16 bytes.
 func tensor(d Device, p Problem) bool { return d.Capability == 90 && p.K%8 == 0 && !p.Unaligned }
 
-// classes are the numbers of tokens that kernels are compiled for.
-var classes = []uint64{8, 16, 32, 64, 128}
-
-// FewTokens is the last of them: the kernels for more tokens are given the sections of a blob, those for fewer the whole.
+// FewTokens: the kernels for more tokens are given the sections of a blob, those for no more than these the whole.
 const FewTokens = 128
+
+// classes are the numbers of tokens that kernels are compiled for.
+var classes = []uint64{8, 16, 32, 64, FewTokens}
 
 // Class rounds N up so that problems of a class share a plan.
 func Class(n uint64) uint64 {
