@@ -59,7 +59,8 @@ func (v variant) defines() []string {
 		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_GROUPS=%d", v.mw), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_STAGES=%d", v.ring)}
 	}
 	if v.pair() {
-		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), fmt.Sprintf("ZS_STAGES=%d", v.stages)}
+		// ZS_SHORTER: so that small products have runs that begin anywhere, too.
+		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), fmt.Sprintf("ZS_STAGES=%d", v.stages), "ZS_SHORTER=3"}
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.groups > 0 {

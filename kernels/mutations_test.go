@@ -82,7 +82,14 @@ var mutations = []struct {
 	{"tiles into the own block", "pair", "zipgemm_pair.cu", `(bulk_copy_to_block\(tile, [^;]*) \^ 1\);`, 0, "$1);", "argument"},
 	{"tiles in the place of the other strip", "pair", "zipgemm_pair.cu", `plan\.rank \* 8192`, 0, "(plan.rank ^ 1) * 8192", "wrong"},
 	{"both blocks decode the same strip", "pair", "zipgemm_pair.cu", `turn\.strip \+ \(int32_t\)plan\.rank`, 0, "turn.strip", "wrong"},
-	{"a last part without the columns that do not go round", "pair", "turns.cuh", `part == adds \? ksteps : `, 0, "", "wrong deadlock"},
+	{"parts that end where the one after the next begins", "pair", "turns.cuh", `ends = cut\(cluster \+ 1\)`, 0, "ends = cut(cluster + 2)", "wrong deadlock mbarrier race"},
+	{"runs that begin anywhere dealt to one cluster less", "pair", "turns.cuh", `tile = i \* rest / sharers`, 0, "tile = i * rest / (sharers - 1)", "wrong deadlock bounds mbarrier race"},
+	{"sums of a run within a tile kept", "pair", "turns.cuh", `plan\.together \? below & d : below\)`, 0, "below & d)", "wrong deadlock"},
+	{"a run that ends before the tile of its last column", "pair", "turns.cuh", ` - \(plan\.ends\.column == 0\)`, 0, " - 1", "wrong deadlock"},
+	{"a run's second piece left out", "pair", "turns.cuh", `shared--;`, 0, "shared = -1;", "wrong deadlock"},
+	{"a run's second piece from its first column on", "pair", "turns.cuh", `shared == \(int32_t\)plan\.begins\.tile \? plan\.begins\.column : 0`, 0, "plan.begins.column", "wrong deadlock mbarrier race"},
+	{"a piece that ends with its tile taken for another one's", "pair", "turns.cuh", `c\.tile == tile && c\.column > 0`, 0, "c.tile == tile", "deadlock wrong bounds race"},
+	{"the next tile's cluster taken for one of this", "pair", "turns.cuh", `c\.tile == tile && c\.column > 0`, 0, "c.column > 0", "deadlock wrong bounds race"},
 	{"both blocks have the same tokens", "pair", "turns.cuh", `rank % ZS_ACROSS`, 0, "0 * rank", "wrong in-flight race"},
 	{"the other block's tile not expected", "pair", "zipgemm_pair.cu", `mbarrier_arrive_expect_tx\(full, 8192\);`, 0, "mbarrier_arrive(full);", "race in-flight uninitialised mbarrier"},
 	{"half of the other block's tile expected", "pair", "zipgemm_pair.cu", `mbarrier_arrive_expect_tx\(full, 8192\);`, 0, "mbarrier_arrive_expect_tx(full, 4096);", "race in-flight uninitialised mbarrier deadlock"},
@@ -104,7 +111,7 @@ var mutations = []struct {
 	{"stage of a pair's results handed back by one arrival", "pair", "zipgemm_pair.cu", `mbarrier_arrive\(sent \+ 8, 4\)`, 0, "mbarrier_arrive(sent + 8)", "deadlock"},
 	{"a pair's last results not waited for", "pair", "zipgemm_pair.cu", `if \(tid == 0\) bulk_copies_read\(\);`, -1, "", "in-flight"},
 	{"a pair's results with no proxy fence", "pair", "tiles.cuh", `fence_proxy_async\(\);`, 0, "", "proxy"},
-	{"one barrier for the results of both warpgroups", "pair", "zipgemm_pair.cu", `turn\.token, 2 \+ g, tid`, 0, "turn.token, 2, tid", "race uninitialised proxy"},
+	{"one barrier for the results of both warpgroups", "pair", "zipgemm_pair.cu", `turn\.token, 2 \+ g, tid`, 0, "turn.token, 2, tid", "race uninitialised proxy in-flight"},
 	{"a block that leaves while the other writes to it", "pair", "zipgemm_pair.cu", `cluster_sync\(\);`, 0, "", "cluster"},
 	{"tiles into a block that has no barriers yet", "pair", "zipgemm_pair.cu", `cluster_arrive_relaxed\(\);\s+cluster_wait\(\);`, 0, "__syncthreads();", "cluster mbarrier race proxy"},
 	{"the cluster's barrier not waited for", "pair", "zipgemm_pair.cu", `cluster_wait\(\);`, 0, "", "barrier mbarrier race"},
@@ -152,8 +159,8 @@ var mutations = []struct {
 	{"the peer's half of a column left out", "relay", "zipgemm_relay.cu", `\(1 << ZS_CLUSTER\) - 1`, 0, "1 << plan.rank", "deadlock uninitialised"},
 	{"both blocks bring the same tokens", "relay", "zipgemm_relay.cu", `turn\.token \+ plan\.rank \* ROWS`, 0, "turn.token", "wrong"},
 	{"whole turns a round short", "relay", "turns.cuh", `coming \+= (plan\.\w+)`, 0, "coming += 2 * $1", "wrong uninitialised deadlock"},
-	{"sums of parts from one that has none below", "relay", "turns.cuh", `others = below \+ d < parts;`, 0, "others = 1;", "deadlock bounds wrong race"},
-	{"sums of parts always from the neighbour", "relay", "turns.cuh", `add_sums\(acc, slot, d, others\)`, 0, "add_sums(acc, slot, 1, others)", "deadlock wrong race"},
+	{"sums of parts from one that has none below", "relay", "turns.cuh", `others >= d\)`, 0, "1)", "deadlock bounds wrong race"},
+	{"sums of parts always from the neighbour", "relay", "turns.cuh", `add_sums\(acc, slot, d, `, 0, "add_sums(acc, slot, 1, ", "deadlock wrong race"},
 	{"no wait for the kernel before the tiles that it may still read", "relay", "zipgemm_relay.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"no wait for the kernel before columns", "relay", "zipgemm_relay.cu", `griddep_wait\(\);`, 2, "", "dependency"},
 	{"flags not cleared", "relay", "zipgemm_relay.cu", `i < words;`, 0, "i < ZS_CONTROL;", "wrong"},
@@ -184,10 +191,8 @@ func TestSeededBugsAreCaught(t *testing.T) {
 			t.Parallel()
 			files, err := emu.Mutate(kernels.Sources, m.file, m.pattern, m.nth, m.replacement)
 			require.NoError(t, err)
-			tries := 10
-			if m.kernel == "relay" {
-				tries = 80 // some of its mistakes show where a warp stops between two instructions
-			}
+			tries := map[string]int{"relay": 80, "pair": 30}[m.kernel] // some of relay's mistakes show where a warp stops between two instructions, some of pair's in one product of seven
+			tries = max(tries, 10)
 			for _, seed := range seeds(t, tries) {
 				kind := runMutant(t, m.kernel, seed, files)
 				if kind == "" {
@@ -282,8 +287,8 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	}
 	if kernel == "pair" {
 		// A tile in three parts, of which the second block has no tokens; in four; turns, and tiles in two parts; tiles for fewer clusters than there are; two turns that
-		// go round the rings; turns of one column.
-		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {130, 64, 130, 4}}[seed%6]
+		// go round the rings; turns of one column; runs that begin anywhere.
+		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {130, 64, 130, 4}, {600, 460, 12, 18}}[seed%7]
 		p = newProduct(s.m, s.k, s.n, 2*seed)
 		p.grid, p.seed, p.ldy = s.grid, seed, (s.m+7)/8*8
 	}

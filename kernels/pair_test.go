@@ -37,6 +37,10 @@ var pairShapes = []shape{
 	{100, 1160, 4, 0, 2},  // one cluster, two turns
 	{40, 600, 4, 0, 2},    // the same, in time for the large layouts
 	{4, 136, 3, 0, 6},
+	{384, 1530, 2, 5, 8},  // runs that begin anywhere: three tiles for four clusters
+	{600, 1024, 1, 0, 18}, // five for nine, without leads: a tile in three pieces, the middle one a whole run
+	{250, 2050, 2, 1, 10}, // two for five, with leads
+	{900, 2050, 2, 3, 10}, // two for five behind a whole turn
 }
 
 // shape is that of a product of many tokens: tiles are token tiles of a block, the last of them with `last` tokens (0: all).

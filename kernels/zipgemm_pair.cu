@@ -28,8 +28,11 @@
 #ifndef ZS_PANEL
 #define ZS_PANEL 4
 #endif
+#ifndef ZS_ANYWHERE
+#define ZS_ANYWHERE 1
+#endif
 #ifndef ZS_PART_LEAD
-#define ZS_PART_LEAD 3
+#define ZS_PART_LEAD 2
 #endif
 #define ZS_CLUSTER 2
 #define ZS_ACROSS 2
@@ -194,7 +197,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
     griddep_wait();
     for (Turns turn(plan); turn.next(plan);) {
         // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one.
-        const bool sends = out.by_copies() && plan.ends(turn.tile) && turn.end - turn.begin >= 2;
+        const bool sends = out.by_copies() && plan.settles(turn.tile) && turn.end - turn.begin >= 2;
         float acc[ZS_N / 2];
 #pragma unroll
         for (uint32_t j = 0; j < ZS_N / 2; j++) acc[j] = 0.0f;

@@ -94,7 +94,7 @@ ZS_DEVICE void load_columns(const TensorMap& x_map, const uint16_t* x, uint64_t 
                 for (uint32_t g = here; g < ZS_GROUPS; g++) bulk_copy_g2s(to + g * 8192, from, 8192, full);
             }
         }
-        if (!by_copies || !plan.ends(turn.tile)) continue;
+        if (!by_copies || !plan.settles(turn.tile)) continue;
         // The results take the place of columns. Who waits for a later column so knows that this round of the stage is over, also that of the other block.
         for (uint32_t g = 0; g < ZS_GROUPS; g++, stage.advance(1, ZS_STAGES)) {
             const uint32_t full = smem + ZS_BARRIERS + stage.index * 16;

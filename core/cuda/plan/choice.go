@@ -210,6 +210,7 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 	}
 	for _, l := range pairs(d, p) {
 		add(Choice{Pair, pairGroups, l.kw(), uint32(l.clusters(d, p) * pairCluster)})
+		add(Choice{Pair, pairGroups, l.kw(), uint32(l.even(d, p) * pairCluster)})
 	}
 	if relays(d, p) {
 		add(Choice{Relay, relayGroups, 1, uint32(relayClusters(d) * relayCluster)})

@@ -6,5 +6,6 @@ package plan
 const (
 	RelayControl = relayControl
 	MostSharers  = mostSharers
+	Shorter      = shorter
 	RelayWarps   = relayWarps
 )

@@ -18,8 +18,8 @@ type pairLayout struct {
 	xstages  int    // columns of activations
 	stages   int    // columns of tiles
 	// Fitted to an H100's times (docs/performance.md): a start, a column of tiles at the clock that it keeps up for some ten microseconds and at that for long,
-	// and the sums of each further cluster that shares a tile.
-	startClocks, columnClocks, longClocks, sumsClocks float64
+	// and the sums: of each further cluster that shares a tile, and all of them where runs begin anywhere.
+	startClocks, columnClocks, longClocks, sumsClocks, anywhereClocks float64
 }
 
 const (
@@ -32,8 +32,8 @@ const (
 
 // pairLayouts: the first moves less through shared memory for a product, the second deals out finer work.
 var pairLayouts = []pairLayout{
-	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500},
-	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200},
+	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500, anywhereClocks: 19000},
+	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200, anywhereClocks: 12600},
 }
 
 func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }
@@ -65,8 +65,21 @@ func (l pairLayout) tiles(p Problem) uint64 {
 	return ceilDiv(ceilDiv(p.M, tileSide), pairGroups) * ceilDiv(p.N, l.tokens*pairCluster)
 }
 
-// clusters: all that fit, or as many as can have a part of a tile.
+// anywhere says whether the clusters' runs begin anywhere in k.
+func (l pairLayout) anywhere(d Device, p Problem) bool {
+	return Class(p.N) <= l.tokens*pairCluster && anywhere(l.tiles(p), uint64(d.SMs/pairCluster), ceilDiv(p.K, tileSide))
+}
+
+// clusters: all that fit, or even ones.
 func (l pairLayout) clusters(d Device, p Problem) uint64 {
+	if l.anywhere(d, p) {
+		return uint64(d.SMs / pairCluster)
+	}
+	return l.even(d, p)
+}
+
+// even: all that fit, or so many for each tile.
+func (l pairLayout) even(d Device, p Problem) uint64 {
 	all, tiles := uint64(d.SMs/pairCluster), l.tiles(p)
 	if tiles >= all {
 		return all
@@ -76,8 +89,13 @@ func (l pairLayout) clusters(d Device, p Problem) uint64 {
 
 // time: a start, the run of a cluster, and the sums of those that share a tile.
 func (l pairLayout) time(d Device, p Problem) float64 {
-	columns, sharers := run(l.tiles(p), l.clusters(d, p), ceilDiv(p.K, tileSide))
-	clocks := max(l.startClocks+l.columnClocks*columns, l.longClocks*columns) + l.sumsClocks*float64(sharers-1)
+	tiles, clusters, steps := l.tiles(p), l.clusters(d, p), ceilDiv(p.K, tileSide)
+	columns, sharers := run(tiles, clusters, steps)
+	sums := l.sumsClocks * float64(sharers-1)
+	if l.anywhere(d, p) {
+		columns, sums = float64(tiles*steps)/float64(clusters), l.anywhereClocks
+	}
+	clocks := max(l.startClocks+l.columnClocks*columns, l.longClocks*columns) + sums
 	return pairEscapes * clocks / (d.clock() * clockReached)
 }
 

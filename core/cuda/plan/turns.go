@@ -21,3 +21,16 @@ func run(tiles, clusters, steps uint64) (columns float64, sharers uint64) {
 	}
 	return columns, sharers
 }
+
+// shorter is ZS_SHORTER.
+const shorter = 20
+
+// anywhere says whether turns.cuh lets the runs of the tiles that do not go round evenly begin anywhere in k, where there is one token tile.
+func anywhere(tiles, clusters, steps uint64) bool {
+	rest := tiles % clusters
+	if rest == 0 {
+		return false
+	}
+	parts := min(clusters/rest, mostSharers, steps)
+	return parts < mostSharers && (clusters-parts*rest)*steps > shorter*parts*clusters
+}
