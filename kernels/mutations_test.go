@@ -118,7 +118,7 @@ var mutations = []struct {
 	{"barriers of a pair not made known to the copy engine", "pair", "zipgemm_pair.cu", `fence_mbarrier_init\(\);`, 0, "", "proxy race"},
 	{"partial sums not restored", "pair", "tiles.cuh", `st_relaxed_v4\(from, [^;]*;`, 0, "", "wrong"},
 	{"sums of the other block's tokens", "pair", "tiles.cuh", `\(first \+ h0\) \* ZS_\w+`, 0, "(first + h0)", "deadlock wrong race"},
-	{"a pair's columns out of order across turns", "pair", "zipgemm_pair.cu", `turn\.end - 1 - over;`, 0, "turn.end - 1;", "wrong deadlock"},
+	{"a pair's columns out of order across turns", "pair", "zipgemm_pair.cu", `turn\.end - 1 - over;`, 0, "turn.end - 1;", "wrong deadlock cluster"},
 	{"activations of the column before", "pair", "zipgemm_pair.cu", `\(uint32_t\)at\.column \* ZS_TILE`, 0, "(uint32_t)max(at.column - 1, 0) * ZS_TILE", "wrong"},
 	{"tile goes out with no proxy fence", "relay", "zipgemm_relay.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"no __syncwarp between decode and escapes of a tile to hand on", "relay", "zipgemm_relay.cu", `__syncwarp\(\);(\s+escapes\.patch)`, 0, "$1", "race uninitialised"},
