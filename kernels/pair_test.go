@@ -22,7 +22,7 @@ var pairShapes = []shape{
 	{64, 64, 2, 3, 2},     // both blocks have tokens
 	{40, 200, 1, 0, 4},    // one output tile for two clusters
 	{130, 72, 3, 5, 4},    // two turns for each cluster; the last column has eight weights
-	{200, 1560, 1, 7, 12}, // two tiles in three parts each, of which one has two leads; every ring goes round
+	{200, 1560, 1, 7, 12}, // two tiles in three parts each, whose cuts are moved by a lead; every ring goes round
 	{70, 900, 3, 4, 10},   // two tiles for five clusters: in parts that are not alike, and a cluster with nothing
 	{128, 128, 2, 0, 4},   // a tile in two parts of one column each
 	{128, 200, 8, 2, 6},   // a turn for each cluster, and one in three parts, of which the last alone has two columns
@@ -31,7 +31,7 @@ var pairShapes = []shape{
 	{330, 330, 5, 1, 8},   // whole turns, one in four parts, and a ragged end in every direction
 	{128, 64, 10, 2, 4},   // more token tiles than a panel of ZS_PANEL; turns of one column
 	{122, 136, 11, 2, 4},  // the same, of three columns; the last tile's second block has no tokens
-	{70, 2310, 2, 0, 8},   // a tile in four parts, with three leads
+	{70, 2310, 2, 0, 8},   // a tile in four parts, whose cuts are moved by a lead
 	{130, 64, 1, 9, 12},   // more clusters than columns
 	{256, 460, 1, 5, 20},  // more clusters than may share
 	{100, 1160, 4, 0, 2},  // one cluster, two turns
@@ -39,8 +39,8 @@ var pairShapes = []shape{
 	{4, 136, 3, 0, 6},
 	{384, 1530, 2, 5, 8},  // runs that begin anywhere: three tiles for four clusters
 	{600, 1024, 1, 0, 18}, // five for nine, without leads: a tile in three pieces, the middle one a whole run
-	{250, 2050, 2, 1, 10}, // two for five, with leads
-	{900, 2050, 2, 3, 10}, // two for five behind a whole turn
+	{890, 2050, 2, 3, 10}, // two for five behind a whole turn, with leads
+	{250, 2050, 2, 1, 10}, // two for five
 }
 
 // shape is that of a product of many tokens: tiles are token tiles of a block, the last of them with `last` tokens (0: all).

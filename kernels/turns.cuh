@@ -16,7 +16,7 @@
 #define ZS_PANEL 8
 #endif
 #ifndef ZS_PART_LEAD
-#define ZS_PART_LEAD 0  // columns that a cluster which adds the sums of another part of its tile has more than that, for the time that sums take on their way
+#define ZS_PART_LEAD 0  // columns by which a run ends earlier that the next one, in the same tile, would wait for, as sums take time on their way
 #endif
 #ifndef ZS_ANYWHERE
 #define ZS_ANYWHERE 0  // token tiles with which runs may begin anywhere,
