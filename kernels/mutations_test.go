@@ -191,8 +191,8 @@ func TestSeededBugsAreCaught(t *testing.T) {
 			t.Parallel()
 			files, err := emu.Mutate(kernels.Sources, m.file, m.pattern, m.nth, m.replacement)
 			require.NoError(t, err)
-			tries := map[string]int{"relay": 80, "pair": 30}[m.kernel] // some of relay's mistakes show where a warp stops between two instructions, some of pair's in one product of seven
-			tries = max(tries, 10)
+			// Some of relay's mistakes show where a warp stops between two instructions, some of pair's in one product of seven.
+			tries := max(10, map[string]int{"relay": 80, "pair": 30}[m.kernel])
 			for _, seed := range seeds(t, tries) {
 				kind := runMutant(t, m.kernel, seed, files)
 				if kind == "" {

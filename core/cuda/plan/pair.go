@@ -84,7 +84,7 @@ func (l pairLayout) even(d Device, p Problem) uint64 {
 	if tiles >= all {
 		return all
 	}
-	return tiles * min(all/tiles, mostSharers, ceilDiv(p.K, tileSide))
+	return tiles * parts(tiles, all, ceilDiv(p.K, tileSide))
 }
 
 // time: a start, the run of a cluster, and the sums of those that share a tile.

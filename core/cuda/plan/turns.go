@@ -12,11 +12,16 @@ func many(d Device, p Problem, cluster int) bool {
 // mostSharers is ZS_MOST_SHARERS.
 const mostSharers = 4
 
+// parts is how many clusters have a part of each of fewer tiles than there are clusters, where they are cut alike.
+func parts(tiles, clusters, steps uint64) uint64 {
+	return min(clusters/tiles, mostSharers, steps)
+}
+
 // run is what a cluster multiplies, in columns of tiles, and how many share the tiles that do not go round evenly, as turns.cuh deals them without a lead.
 func run(tiles, clusters, steps uint64) (columns float64, sharers uint64) {
 	columns, sharers = float64(tiles/clusters*steps), 1
 	if rest := tiles % clusters; rest > 0 {
-		sharers = min(clusters/rest, mostSharers, steps)
+		sharers = parts(rest, clusters, steps)
 		columns += float64(ceilDiv(steps, sharers))
 	}
 	return columns, sharers
@@ -31,6 +36,6 @@ func anywhere(tiles, clusters, steps uint64) bool {
 	if rest == 0 {
 		return false
 	}
-	parts := min(clusters/rest, mostSharers, steps)
-	return parts < mostSharers && (clusters-parts*rest)*steps > shorter*parts*clusters
+	each := parts(rest, clusters, steps)
+	return each < mostSharers && (clusters-each*rest)*steps > shorter*each*clusters
 }
