@@ -46,7 +46,7 @@ func (v variant) String() string {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
 	}
 	if v.pair() {
-		return fmt.Sprintf("n=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.decoders, v.xstages, v.stages)
+		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages)
 	}
 	if v.groups > 0 {
 		return fmt.Sprintf("n=%d,mw=%d,kw=%d,groups=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.groups, v.decoders, v.stages, v.xstages)
@@ -60,7 +60,10 @@ func (v variant) defines() []string {
 	}
 	if v.pair() {
 		// ZS_SHORTER: so that small products have runs that begin anywhere, too.
-		return []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages), fmt.Sprintf("ZS_STAGES=%d", v.stages), "ZS_SHORTER=3"}
+		return []string{
+			fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages),
+			fmt.Sprintf("ZS_STAGES=%d", v.stages), "ZS_SHORTER=3",
+		}
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.groups > 0 {
@@ -71,6 +74,9 @@ func (v variant) defines() []string {
 
 func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
+	if kernel == "solo" { // pair with clusters of one block
+		kernel = "pair"
+	}
 	entry := "zs_zipgemm_" + kernel
 	constants := []string{"ZS_THREADS", "ZS_GEMM_SMEM"}
 	if kernel == "relay" {
@@ -80,7 +86,7 @@ func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	require.NoError(t, err)
 	g := gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", pair: kernel == "pair", relay: kernel == "relay"}
 	if g.pair {
-		g.mw, g.cluster = 2, 2
+		g.mw = 2
 	}
 	return g
 }
@@ -271,7 +277,9 @@ func seededVariant(kernel string, n int) variant {
 	case "relay":
 		return variant{n: max(n, 16), mw: 2, cluster: 2, ring: 4}
 	case "pair":
-		return variant{n: max(n, 16), decoders: 4, xstages: 4, stages: 6}
+		return variant{n: max(n, 16), cluster: 2, decoders: 4, xstages: 4, stages: 6}
+	case "solo":
+		return variant{n: max(n, 32), cluster: 1, decoders: 4, xstages: 4, stages: 6}
 	case "wgmma":
 		return variant{n: n, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}
 	}

@@ -73,15 +73,15 @@ var mutations = []struct {
 	{"no proxy fence behind a tile for both blocks", "pair", "zipgemm_pair.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"no __syncwarp between decode and escapes of a tile for both blocks", "pair", "zipgemm_pair.cu", `__syncwarp\(\);(\s+escapes\.patch)`, 0, "$1", "race uninitialised"},
 	{"a tile handed over by one lane for all", "pair", "zipgemm_pair.cu", `(fence_proxy_async\(\);\s+)__syncwarp\(\);`, 0, "$1", "race proxy uninitialised"},
-	{"a tile copied before its escapes are in", "pair", "zipgemm_pair.cu", `__syncwarp\(\);(\s+escapes\.patch\([^;]*;\s+fence_proxy_async\(\);\s+__syncwarp\(\);\s+if \(lane == 0\) \{\s+)bulk_copy_to_block\(([^;]*);`, 0, "fence_proxy_async(); __syncwarp(); if (lane == 0) bulk_copy_to_block($2;$1", "race wrong"},
+	{"a tile copied before its escapes are in", "pair", "zipgemm_pair.cu", `__syncwarp\(\);(\s+escapes\.patch\([^;]*;\s+if \(!ALONE\) fence_proxy_async\(\);\s+__syncwarp\(\);[^{]*\{\s+)bulk_copy_to_block\(([^;]*);`, 0, "fence_proxy_async(); __syncwarp(); if (lane == 0) bulk_copy_to_block($2;$1", "race wrong"},
 	{"decoded over a tile that is being read", "pair", "zipgemm_pair.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race mbarrier in-flight"},
 	{"activations over those that are being read", "pair", "zipgemm_pair.cu", `mbarrier_wait\(xfull \+ 8, xstage\.parity \^ 1\);`, 0, "", "race mbarrier in-flight"},
 	{"a test of a stage not looked at", "pair", "zipgemm_pair.cu", `mbarrier_test\(xfull \+ 8, xstage\.parity \^ 1\)`, 0, "true", "race mbarrier in-flight"},
 	{"each lane by its own look at the activations' barrier", "pair", "zipgemm_pair.cu", `__shfl_sync\(0xFFFFFFFFu, \(uint32_t\)(mbarrier_test\([^)]*\)), 0\)`, 0, "$1", "divergence deadlock"},
 	{"activations brought twice", "pair", "zipgemm_pair.cu", `if \(!brought\) \{`, 0, "{", "mbarrier in-flight deadlock race"},
 	{"tiles into the own block", "pair", "zipgemm_pair.cu", `(bulk_copy_to_block\(tile, [^;]*) \^ 1\);`, 0, "$1);", "argument"},
-	{"tiles in the place of the other strip", "pair", "zipgemm_pair.cu", `plan\.rank \* 8192`, 0, "(plan.rank ^ 1) * 8192", "wrong"},
-	{"both blocks decode the same strip", "pair", "zipgemm_pair.cu", `turn\.strip \+ \(int32_t\)plan\.rank`, 0, "turn.strip", "wrong"},
+	{"tiles in the place of the other strip", "pair", "zipgemm_pair.cu", `own \* 8192`, 0, "(own ^ 1) * 8192", "wrong"},
+	{"both blocks decode the same strip", "pair", "zipgemm_pair.cu", `turn\.strip \+ \(int32_t\)own`, 0, "turn.strip", "wrong"},
 	{"parts that end where the one after the next begins", "pair", "turns.cuh", `ends = cut\(cluster \+ 1\)`, 0, "ends = cut(cluster + 2)", "wrong deadlock mbarrier race"},
 	{"runs that begin anywhere dealt to one cluster less", "pair", "turns.cuh", `tile = i \* rest / sharers`, 0, "tile = i * rest / (sharers - 1)", "wrong deadlock bounds mbarrier race"},
 	{"sums of a run within a tile kept", "pair", "turns.cuh", `plan\.together \? below & d : below\)`, 0, "below & d)", "wrong deadlock"},
@@ -120,6 +120,16 @@ var mutations = []struct {
 	{"sums of the other block's tokens", "pair", "tiles.cuh", `\(first \+ h0\) \* ZS_\w+`, 0, "(first + h0)", "deadlock wrong race"},
 	{"a pair's columns out of order across turns", "pair", "zipgemm_pair.cu", `turn\.end - 1 - over;`, 0, "turn.end - 1;", "wrong deadlock cluster"},
 	{"activations of the column before", "pair", "zipgemm_pair.cu", `\(uint32_t\)at\.column \* ZS_TILE`, 0, "(uint32_t)max(at.column - 1, 0) * ZS_TILE", "wrong"},
+	{"no proxy fence before a block multiplies by its own tiles", "solo", "zipgemm_pair.cu", `if \(ZS_CLUSTER == 1\) fence_proxy_async\(\);`, 0, "", "proxy"},
+	{"a tile of the own block told of by one lane for all", "solo", "zipgemm_pair.cu", `__syncwarp\(\);(\s+if \(ALONE && lane == 0\) mbarrier_arrive)`, 0, "$1", "race proxy uninitialised"},
+	{"one strip's tile taken for both", "solo", "zipgemm_pair.cu", `ZS_BARRIERS \+ s \* 16, ZS_HANDS\)`, 0, "ZS_BARRIERS + s * 16, 1)", "race mbarrier proxy uninitialised deadlock"},
+	{"half of the activations taken for all", "solo", "zipgemm_pair.cu", `ZS_XBARRIERS \+ s \* 16, ZS_HANDS\)`, 0, "ZS_XBARRIERS + s * 16, 1)", "race mbarrier in-flight uninitialised deadlock"},
+	{"all activations expected of each decoder", "solo", "zipgemm_pair.cu", `ZS_XBYTES / ZS_HANDS\)`, 0, "ZS_XBYTES)", "deadlock mbarrier"},
+	{"both decoders bring the same tokens", "solo", "zipgemm_pair.cu", `\(ALONE \? own : 0\)`, 0, "0", "race in-flight uninitialised wrong"},
+	{"both decoders of a block have the same strip", "solo", "zipgemm_pair.cu", `ALONE \? d % ZS_HANDS`, 0, "ALONE ? 0", "race uninitialised wrong mbarrier"},
+	{"escapes of the first tile for all", "solo", "zipgemm_pair.cu", `escapes = coming, `, 0, "", "wrong race bounds"},
+	{"a header for two tiles", "solo", "zipgemm_pair.cu", `, head = head_of\(later\);`, 0, ";", "wrong race bounds"},
+	{"words of the own block's next tile loaded too early", "solo", "zipgemm_pair.cu", `decode_lane\(([^;]*;)(\s+)(if \(ALONE[^;]*;)`, 0, "$3$2decode_lane($1", "wrong uninitialised race"},
 	{"tile goes out with no proxy fence", "relay", "zipgemm_relay.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"no __syncwarp between decode and escapes of a tile to hand on", "relay", "zipgemm_relay.cu", `__syncwarp\(\);(\s+escapes\.patch)`, 0, "$1", "race uninitialised"},
 	{"a tile sent by one lane for all", "relay", "zipgemm_relay.cu", `(fence_proxy_async\(\);\s+)__syncwarp\(\);`, 0, "$1", "race proxy uninitialised"},
@@ -192,7 +202,7 @@ func TestSeededBugsAreCaught(t *testing.T) {
 			files, err := emu.Mutate(kernels.Sources, m.file, m.pattern, m.nth, m.replacement)
 			require.NoError(t, err)
 			// Some of relay's mistakes show where a warp stops between two instructions, some of pair's in one product of seven.
-			tries := max(10, map[string]int{"relay": 80, "pair": 30}[m.kernel])
+			tries := max(10, map[string]int{"relay": 80, "pair": 30, "solo": 30}[m.kernel])
 			for _, seed := range seeds(t, tries) {
 				kind := runMutant(t, m.kernel, seed, files)
 				if kind == "" {
@@ -285,12 +295,12 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 		p = newProduct(250, 1160, 5, 2*seed) // two blocks for each strip group, with a lead
 		p.grid, p.seed, p.ldx = 4, seed, 1160
 	}
-	if kernel == "pair" {
+	if kernel == "pair" || kernel == "solo" {
 		// A tile in three parts, of which the second block has no tokens; in four; turns, and tiles in two parts; tiles for fewer clusters than there are; two turns that
 		// go round the rings; turns of one column; runs that begin anywhere.
 		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {130, 64, 130, 4}, {600, 460, 12, 18}}[seed%7]
 		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed, p.ldy = s.grid, seed, (s.m+7)/8*8
+		p.grid, p.seed, p.ldy = s.grid*v.cluster/2, seed, (s.m+7)/8*8
 	}
 	if kernel == "relay" {
 		// A cluster with ten turns of three columns; one tile in three parts, of which none has as many columns as another; in four; turns and two parts; one turn that goes round the ring.
@@ -301,7 +311,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
-	if (kernel == "relay" || kernel == "pair" || kernel == "wgmma") && err != nil && faultKind(err) == "" {
+	if (kernel == "relay" || kernel == "pair" || kernel == "solo" || kernel == "wgmma") && err != nil && faultKind(err) == "" {
 		return "wrong" // what is to be left as it was
 	}
 	return verdict(t, err, slices.Equal(want, got))
@@ -324,7 +334,7 @@ func verdict(t *testing.T, err error, right bool) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "pair", "relay", "route", "wgmma"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "pair", "relay", "route", "solo", "wgmma"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

@@ -11,10 +11,13 @@ import (
 	"github.com/zipserv/zipserv/kernels"
 )
 
-// The first two are those of the launch plans; the others have the same roles with fewer tokens, and so are quick.
+// Those of 256 and 128 tokens are those of the launch plans; the others have the same roles with fewer tokens, and so are quick.
 var pairVariants = []variant{
-	{n: 256, decoders: 4, xstages: 4, stages: 6}, {n: 128, decoders: 8, xstages: 6, stages: 8},
-	{n: 16, decoders: 4, xstages: 4, stages: 6}, {n: 32, decoders: 4, xstages: 4, stages: 6}, {n: 16, decoders: 8, xstages: 6, stages: 8}, {n: 16, decoders: 4, xstages: 4, stages: 4},
+	{n: 256, cluster: 2, decoders: 4, xstages: 4, stages: 6}, {n: 128, cluster: 2, decoders: 8, xstages: 6, stages: 8},
+	{n: 16, cluster: 2, decoders: 4, xstages: 4, stages: 6}, {n: 32, cluster: 2, decoders: 4, xstages: 4, stages: 6},
+	{n: 16, cluster: 2, decoders: 8, xstages: 6, stages: 8}, {n: 16, cluster: 2, decoders: 4, xstages: 4, stages: 4},
+	{n: 256, cluster: 1, decoders: 4, xstages: 4, stages: 6}, {n: 32, cluster: 1, decoders: 4, xstages: 4, stages: 6},
+	{n: 32, cluster: 1, decoders: 2, xstages: 3, stages: 3},
 }
 
 var pairShapes = []shape{
@@ -129,5 +132,7 @@ func escapesRight(t *testing.T, kernel string, v variant, ldy int) {
 func TestPair(t *testing.T) { shapesRight(t, "pair", pairVariants, pairShapes, 5) }
 
 func TestPairEscapes(t *testing.T) {
-	escapesRight(t, "pair", variant{n: 16, decoders: 4, xstages: 4, stages: 6}, 264)
+	for _, kernel := range []string{"pair", "solo"} {
+		t.Run(kernel, func(t *testing.T) { escapesRight(t, kernel, seededVariant(kernel, 16), 264) })
+	}
 }

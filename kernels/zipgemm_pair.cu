@@ -2,11 +2,11 @@
 // zipgemm on sm_90a for some hundred tokens: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums. headers and
 // fixed: of the tiles of these m rows, which may be a part of a blob's; escapes: where its section of lists begins.
 //
-// The two blocks of a cluster have the same two strips, and different tokens. Each decodes the tiles of one strip, and copies them into the other's shared memory, so
-// that a weight is decoded once for 2 * ZS_N tokens. Some warps of a block decode, columns in turns, and bring the activations by tensor copies; two warpgroups, a strip
-// each, only multiply. turns.cuh says which cluster makes what.
+// A block has two strips. The two blocks of a cluster have the same ones, and different tokens: each decodes the tiles of one strip, and copies them into the other's
+// shared memory, so that a weight is decoded once for 2 * ZS_N tokens. Where there are not so many a block stands alone and decodes both. Some warps of a block decode,
+// columns in turns, and bring the activations by tensor copies; two warpgroups, a strip each, only multiply. turns.cuh says which cluster makes what.
 //
-// Launch: block ZS_THREADS, clusters of two, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
+// Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of
 // ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n
 // rows of m columns, boxes of ZS_N rows, where y and ldy are such that it can be made (Output::by_copies).
@@ -14,16 +14,19 @@
 #define ZS_ESCAPE_WORDS 4
 
 #ifndef ZS_N
-#define ZS_N 256  // tokens of a block's output tile: a power of two, 16 to 256
+#define ZS_N 256  // tokens of a block's output tile: a power of two, 16 (alone 32) to 256
 #endif
 #ifndef ZS_DECODERS
 #define ZS_DECODERS 4  // warps that decode: 4, or 8 where the sums leave them registers
+#endif
+#ifndef ZS_CLUSTER
+#define ZS_CLUSTER 2  // blocks that decode for each other, or 1
 #endif
 #ifndef ZS_XSTAGES
 #define ZS_XSTAGES 4  // columns of activations in their ring: 3 or more
 #endif
 #ifndef ZS_STAGES
-#define ZS_STAGES 6  // columns of tiles in theirs: ZS_DECODERS or more. A tile is under way longer than activations are: decoded, then copied
+#define ZS_STAGES 6  // columns of tiles in theirs: ZS_AT_A_TIME or more. A tile is under way longer than activations are: decoded, then copied
 #endif
 #ifndef ZS_PANEL
 #define ZS_PANEL 4
@@ -34,23 +37,24 @@
 #ifndef ZS_PART_LEAD
 #define ZS_PART_LEAD 2
 #endif
-#define ZS_CLUSTER 2
-#define ZS_ACROSS 2
+#define ZS_ACROSS ZS_CLUSTER
 #define ZS_GROUPS 2  // consumer warpgroups, a strip each
 #define ZS_MW ZS_GROUPS
 #define ZS_KW 1
 
-#define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
+#define ZS_HANDS (ZS_GROUPS / ZS_CLUSTER)       // decoders of a column, each of a strip
+#define ZS_AT_A_TIME (ZS_DECODERS / ZS_HANDS)   // columns that a block's decoders have
+#define ZS_CONSUMERS (128 * ZS_GROUPS)          // threads
 #define ZS_THREADS (ZS_CONSUMERS + 32 * ZS_DECODERS)
 // Registers a thread, of the decoders and of the consumers, which get what is left.
-#define ZS_DECODER_REGISTERS (ZS_DECODERS > 4 ? 120 : 104)
+#define ZS_DECODER_REGISTERS (ZS_DECODERS > 4 || ZS_CLUSTER == 1 ? 120 : 104)
 #define ZS_LAUNCH_REGISTERS (65536 / ZS_THREADS / 8 * 8)
 #define ZS_FREE_REGISTERS ((ZS_LAUNCH_REGISTERS * ZS_THREADS - 32 * ZS_DECODERS * ZS_DECODER_REGISTERS) / ZS_CONSUMERS / 8 * 8)
 #define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
 #define ZS_PIECES_AT_ONCE 8
-#define ZS_XBYTES (ZS_N * 128)        // of the activations of a column
-#define ZS_XROWS (ZS_N / 2)           // tokens of one copy of them
-#define ZS_ABYTES (ZS_GROUPS * 8192)  // of the weights of a column
+#define ZS_XBYTES (ZS_N * 128)          // of the activations of a column
+#define ZS_XROWS (ZS_N / ZS_HANDS / 2)  // tokens of one copy of them: each of a column's decoders brings two
+#define ZS_ABYTES (ZS_GROUPS * 8192)    // of the weights of a column
 
 // Shared memory: the ring of activations | the ring of tiles | barriers, a full and an empty one for each stage: of activations, of tiles | spare bytes of the decoders.
 #define ZS_TILE_SMEM (ZS_XSTAGES * ZS_XBYTES)
@@ -61,9 +65,9 @@
 
 #include "turns.cuh"
 
-// A barrier tells only the last two rounds of its stage apart. Who waits for a stage of tiles has come through the ring ZS_DECODERS columns ago. Who then waits for one of
+// A barrier tells only the last two rounds of its stage apart. Who waits for a stage of tiles has come through the ring ZS_AT_A_TIME columns ago. Who then waits for one of
 // activations knows that the column ZS_STAGES back was handed back, and so the stages that were kept for results two columns before that.
-static_assert(ZS_DECODERS <= ZS_STAGES && ZS_STAGES + 2 <= 2 * ZS_XSTAGES, "see above");
+static_assert(ZS_AT_A_TIME <= ZS_STAGES && ZS_STAGES + 2 <= 2 * ZS_XSTAGES, "see above");
 
 // The columns of a cluster's turns, from one to another one some way behind it.
 struct Columns {
@@ -85,32 +89,35 @@ struct Columns {
 
 // A column as a decoder sees it.
 struct Job {
-    uint32_t tile, column, token;  // weight tile of the block's strip; first of its columns of x; first token of the block
-    ZS_DEVICE Job(const Plan& plan, const Columns& at) {
+    uint32_t tile, column, token;  // weight tile of the decoder's strip; first of its columns of x; first token of the block
+    ZS_DEVICE Job(const Plan& plan, const Columns& at, uint32_t own) {
         // Rows below the matrix are those of another strip: no result is made of them.
-        tile = (uint32_t)(min(at.turn.strip + (int32_t)plan.rank, plan.strips - 1) * plan.ksteps + at.column);
+        tile = (uint32_t)(min(at.turn.strip + (int32_t)own, plan.strips - 1) * plan.ksteps + at.column);
         column = (uint32_t)at.column * ZS_TILE, token = at.turn.token;
     }
 };
 
-// Decoder d has the columns d, d + ZS_DECODERS, .. of the cluster's.
+// The decoders have strips and columns in turns: a pair's all that of their block, so decoder d has the columns d, d + ZS_DECODERS, .. of the cluster's.
 ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Plan& plan, uint32_t d, uint32_t lane,
                             uint32_t smem) {
-    const uint32_t spare = smem + ZS_SPARE + d * 128;
+    constexpr bool ALONE = ZS_CLUSTER == 1;
+    const uint32_t spare = smem + ZS_SPARE + d * 128, own = ALONE ? d % ZS_HANDS : plan.rank;
+    d /= ZS_HANDS;
     const uint8_t* lane_escapes = blob.escapes + 4 * lane;
     const uint8_t* headers = blob.headers + 4 * (lane & 1);  // halves (whole_header)
-    pin(lane_escapes), pin(headers);
+    if (!ALONE) pin(lane_escapes);
+    pin(headers);
     auto head_of = [&](const Job& c) { return ld_stream_u32(headers + (uint64_t)c.tile * 8); };
     Columns ahead(plan, d);
     if (!ahead.left) return;
-    Job at(plan, ahead);
+    Job at(plan, ahead, own);
     uint32_t head = head_of(at);
     TileStream stream;
     auto words_of = [&](const Job& c) { return blob.fixed + (uint64_t)c.tile * ZS_FIXED; };
     stream.load(words_of(at), lane);
-    ahead.advance(plan, ZS_DECODERS);
+    ahead.advance(plan, ZS_AT_A_TIME);
     bool more = ahead.left;
-    Job after = more ? Job(plan, ahead) : at;
+    Job after = more ? Job(plan, ahead, own) : at;
     Escapes escapes;
     escapes.load(lane_escapes, whole_header(head), lane);
     head = head_of(after);
@@ -122,17 +129,18 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     forward(d);
     bool first = true;
     while (true) {
-        if (more) ahead.advance(plan, ZS_DECODERS);
+        if (more) ahead.advance(plan, ZS_AT_A_TIME);
         const bool still = more && ahead.left;
-        const Job later = still ? Job(plan, ahead) : after;
-        const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, tile = smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + plan.rank * 8192;
+        const Job later = still ? Job(plan, ahead, own) : after;
+        const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, tile = smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + own * 8192;
         const uint32_t xfull = smem + ZS_XBARRIERS + xstage.index * 16;
         const uint32_t base2 = ZS_HALVES(escapes.head().base << 7);
         auto bring = [&] {
             if (lane != 0) return;
-            mbarrier_arrive_expect_tx(xfull, ZS_XBYTES);
+            mbarrier_arrive_expect_tx(xfull, ZS_XBYTES / ZS_HANDS);
 #pragma unroll
-            for (uint32_t row = 0; row < ZS_N; row += ZS_XROWS) {
+            for (uint32_t i = 0; i < 2; i++) {
+                const uint32_t row = ((ALONE ? own : 0) * 2 + i) * ZS_XROWS;
                 // Tokens behind the last are some others: no result is made of them, and rows of zeros take the copy engine longer.
                 const uint32_t token = at.token + row < n ? at.token + row : 0;
                 tensor_copy(smem + xstage.index * ZS_XBYTES + row * 128, x_map, TensorRows{x, ldx, n, k, ZS_XROWS}, at.column, token, xfull);
@@ -142,18 +150,22 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         // Nothing is brought before all lanes have looked: a late one might see the barrier a round further on.
         const bool brought = !first && __shfl_sync(0xFFFFFFFFu, (uint32_t)mbarrier_test(xfull + 8, xstage.parity ^ 1), 0);
         if (brought) bring();
-        // Half of the next tile's words are loaded now, the others behind the fence, which waits for all loads that are under way.
+        // Half of the next tile's words are loaded now, the others behind the fence, which waits for all loads that are under way. Where a block stands alone nobody
+        // copies the tile, and those who multiply by it have the fence: so all loads begin at once.
+        Escapes coming = escapes;
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
             decode_lane(stream.words[w], tile, w, base2, lane);
-            if (w < 2) stream.load(words_of(after), lane, w, w + 1);
+            if (ALONE || w < 2) stream.load(words_of(after), lane, w, w + 1);
         }
+        if (ALONE) coming.load(lane_escapes, whole_header(head), lane), head = head_of(later);
         if (lane == 0) prefetch_l2(words_of(later), ZS_FIXED);
         __syncwarp();
         escapes.patch(blob.escapes, tile, spare, lane);
-        fence_proxy_async();
+        if (!ALONE) fence_proxy_async();
         __syncwarp();
-        if (lane == 0) {
+        if (ALONE && lane == 0) mbarrier_arrive(full);
+        if (!ALONE && lane == 0) {
             bulk_copy_to_block(tile, tile, 8192, full, plan.rank ^ 1);
             mbarrier_arrive_expect_tx(full, 8192);  // the other block's tile
         }
@@ -165,11 +177,11 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
             bring();
         }
         if (!more) return;
-        stream.load(words_of(after), lane, 2, 4);
-        escapes.load(lane_escapes, whole_header(head), lane);
-        at = after, after = later, more = still;
-        head = head_of(after);
-        forward(ZS_DECODERS);
+        if (!ALONE) stream.load(words_of(after), lane, 2, 4);
+        if (!ALONE) coming.load(lane_escapes, whole_header(head), lane);
+        escapes = coming, at = after, after = later, more = still;
+        if (!ALONE) head = head_of(after);
+        forward(ZS_AT_A_TIME);
     }
 }
 
@@ -213,6 +225,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
             const uint32_t a = wgmma_start(smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + g * 8192), b = wgmma_start(smem + xstage.index * ZS_XBYTES);
             mbarrier_wait(xfull, xstage.parity);
             mbarrier_wait(full, stage.parity);
+            if (ZS_CLUSTER == 1) fence_proxy_async();  // ordinary stores wrote the tile
             wgmma_tile<ZS_N>(acc, a, b);
             results.hand_back(tid);
             wgmma_wait<1>();
@@ -249,11 +262,11 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
     griddep_launch();
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < ZS_XSTAGES; s++) {
-            mbarrier_init(smem + ZS_XBARRIERS + s * 16, 1);
+            mbarrier_init(smem + ZS_XBARRIERS + s * 16, ZS_HANDS);
             mbarrier_init(smem + ZS_XBARRIERS + s * 16 + 8, 4 * ZS_GROUPS);
         }
         for (uint32_t s = 0; s < ZS_STAGES; s++) {
-            mbarrier_init(smem + ZS_BARRIERS + s * 16, 1);
+            mbarrier_init(smem + ZS_BARRIERS + s * 16, ZS_HANDS);
             mbarrier_init(smem + ZS_BARRIERS + s * 16 + 8, 4 * ZS_GROUPS * ZS_CLUSTER);
         }
         fence_mbarrier_init();

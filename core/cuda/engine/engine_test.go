@@ -131,12 +131,13 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
 	for _, c := range []struct {
-		n    uint64
-		want string // grid, block
-		box  int
+		n          uint64
+		want       string // grid, block
+		xbox, ybox int
+		clusters   string
 	}{
-		{129, "grid 132,1,1 block 512", 128}, {130, "grid 132,1,1 block 512", 128}, {192, "grid 132,1,1 block 512", 128}, {256, "grid 132,1,1 block 512", 128},
-		{512, "grid 132,1,1 block 384", 256},
+		{129, "grid 132,1,1 block 384", 64, 256, ""}, {130, "grid 132,1,1 block 384", 64, 256, ""}, {192, "grid 132,1,1 block 384", 64, 256, ""},
+		{256, "grid 132,1,1 block 384", 64, 256, ""}, {512, "grid 132,1,1 block 384", 128, 256, "cluster 2 "},
 	} {
 		f.Reset()
 		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: c.n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
@@ -145,9 +146,10 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		assert.Zero(t, needs)
 		require.Len(t, launches(f), 1)
 		assert.Contains(t, launches(f)[0], "zs_zipgemm_pair "+c.want)
-		assert.Contains(t, launches(f)[0], "cluster 2 args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 1000 ")
-		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.box/2))
-		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.box), "the results")
+		assert.Equal(t, c.clusters != "", strings.Contains(launches(f)[0], "cluster"))
+		assert.Contains(t, launches(f)[0], c.clusters+"args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 1000 ")
+		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.xbox))
+		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.ybox), "the results")
 		if c.n != 129 && c.n != 512 {
 			assert.Zero(t, count(f, "load"), "of a class one plan")
 		}

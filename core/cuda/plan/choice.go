@@ -9,14 +9,14 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 6
+const Version = 7
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
 
 // Choice is a way to solve a product that was not picked by ForLinear but by a measurement or a user.
 type Choice struct {
-	Kernel string `json:"kernel"` // mma, wgmma, pair, relay or decompress; what follows is of all but the last
+	Kernel string `json:"kernel"` // mma, wgmma, pair, solo, relay or decompress; what follows is of all but the last
 	MW     int    `json:"mw,omitempty"`
 	KW     int    `json:"kw,omitempty"`
 	Blocks uint32 `json:"blocks,omitempty"`
@@ -83,7 +83,7 @@ func Chosen(d Device, p Problem, c Choice) (Linear, error) {
 		return Linear{Expand: true}, nil
 	}
 	switch c.Kernel {
-	case Pair:
+	case Pair, Solo:
 		return chosenPair(d, p, c)
 	case Relay:
 		return chosenRelay(d, p, c)
@@ -114,10 +114,10 @@ func chosenRelay(d Device, p Problem, c Choice) (Linear, error) {
 
 func chosenPair(d Device, p Problem, c Choice) (Linear, error) {
 	for _, l := range pairs(d, p) {
-		if c.MW != pairGroups || c.KW != l.kw() {
+		if c.Kernel != l.kernel || c.MW != pairGroups || c.KW != l.kw() {
 			continue
 		}
-		clusters, err := c.clusters(d, pairCluster)
+		clusters, err := c.clusters(d, uint32(l.cluster))
 		if err != nil {
 			return Linear{}, err
 		}
@@ -164,7 +164,11 @@ func ChoiceOf(l Linear) (Choice, error) {
 		return Choice{Kernel: Expanded}, nil
 	}
 	if l.Kernel.Source == pairSource {
-		return Choice{Pair, pairGroups, pairLayout{tokens: uint64(l.ResultRows)}.kw(), l.Kernel.Grid}, nil
+		kernel := Pair
+		if l.Kernel.Cluster == 1 {
+			kernel = Solo
+		}
+		return Choice{kernel, pairGroups, pairLayout{tokens: uint64(l.ResultRows)}.kw(), l.Kernel.Grid}, nil
 	}
 	if l.Kernel.Source == relaySource {
 		return Choice{Relay, relayGroups, 1, l.Kernel.Grid}, nil
@@ -209,8 +213,8 @@ func Candidates(d Device, p Problem) ([]Choice, error) {
 		}
 	}
 	for _, l := range pairs(d, p) {
-		add(Choice{Pair, pairGroups, l.kw(), uint32(l.clusters(d, p) * pairCluster)})
-		add(Choice{Pair, pairGroups, l.kw(), uint32(l.even(d, p) * pairCluster)})
+		add(Choice{l.kernel, pairGroups, l.kw(), uint32(l.clusters(d, p) * l.cluster)})
+		add(Choice{l.kernel, pairGroups, l.kw(), uint32(l.even(d, p) * l.cluster)})
 	}
 	if relays(d, p) {
 		add(Choice{Relay, relayGroups, 1, uint32(relayClusters(d) * relayCluster)})

@@ -43,7 +43,7 @@ func TestEveryCandidateCanBeChosen(t *testing.T) {
 							continue
 						}
 						assert.Zero(t, l.Scratch)
-						if c.Kernel == plan.Pair {
+						if c.Kernel == plan.Pair || c.Kernel == plan.Solo {
 							assert.False(t, p.Invariant)
 							assert.Equal(t, uint64(l.Kernel.Grid)*uint64(define(t, l.Kernel, "ZS_N"))*2*64*4, l.Workspace)
 							continue

@@ -7,12 +7,18 @@ import (
 	"math"
 )
 
-// Pair is the Kernel of a Choice of the kernel whose blocks decode for each other in pairs: MW strips and KW blocks of 128 tokens an output tile of a block.
-const Pair = "pair"
+// The Kernel of a Choice of the kernel for some hundred tokens, whose blocks decode for each other in pairs, or each for itself: MW strips and KW blocks of 128 tokens
+// an output tile of a block.
+const (
+	Pair = "pair"
+	Solo = "solo"
+)
 
-// pairLayout is one of the layouts of the kernel for some hundred tokens (zipgemm_pair.cu): an output tile of a cluster is two strips by twice as many tokens. Which
-// tiles are split over how many clusters depends on the tokens, so it is never used in the batch-invariant mode.
+// pairLayout is one of the layouts of that kernel (zipgemm_pair.cu): an output tile of a cluster is two strips by the tokens of its blocks. Which tiles are split over how
+// many clusters depends on the tokens, so it is never used in the batch-invariant mode.
 type pairLayout struct {
+	kernel   string
+	cluster  uint64 // blocks
 	tokens   uint64 // of a block: a multiple of 64, so that all numbers of a class have as many tiles
 	decoders int    // warps
 	xstages  int    // columns of activations
@@ -24,16 +30,17 @@ type pairLayout struct {
 
 const (
 	pairGroups  = 2 // strips of a cluster, consumer warpgroups of a block
-	pairCluster = 2
 	pairSource  = "zipgemm_pair.cu"
 	pairEntry   = "zs_zipgemm_pair"
 	pairEscapes = 1.03 // what trained-like weights take longer than the Gaussian ones that were measured, halved; the other ways lose nothing by them
 )
 
-// pairLayouts: the first moves less through shared memory for a product, the second deals out finer work.
+// pairLayouts: the first moves less through shared memory for a product, the second deals out finer work; the third takes the least energy for up to 256 tokens, but its
+// partial sums are twice as long.
 var pairLayouts = []pairLayout{
-	{tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500, anywhereClocks: 19000},
-	{tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200, anywhereClocks: 12600},
+	{kernel: Pair, cluster: 2, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500, anywhereClocks: 19000},
+	{kernel: Pair, cluster: 2, tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200, anywhereClocks: 12600},
+	{kernel: Solo, cluster: 1, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 14000, columnClocks: 1280, longClocks: 1560, sumsClocks: 7500, anywhereClocks: 24000},
 }
 
 func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }
@@ -49,11 +56,8 @@ func (l pairLayout) kw() int { return int(l.tokens / 128) }
 
 // pairs are the layouts that can solve a problem.
 func pairs(d Device, p Problem) (list []pairLayout) {
-	if !many(d, p, pairCluster) {
-		return nil
-	}
 	for _, l := range pairLayouts {
-		if l.smem() <= d.limit(blocksPerSM) && l.tiles(p) < 1<<20 {
+		if many(d, p, int(l.cluster)) && l.smem() <= d.limit(blocksPerSM) && l.tiles(p) < 1<<20 {
 			list = append(list, l)
 		}
 	}
@@ -62,25 +66,28 @@ func pairs(d Device, p Problem) (list []pairLayout) {
 
 // tiles of output, each a cluster's.
 func (l pairLayout) tiles(p Problem) uint64 {
-	return ceilDiv(ceilDiv(p.M, tileSide), pairGroups) * ceilDiv(p.N, l.tokens*pairCluster)
+	return ceilDiv(ceilDiv(p.M, tileSide), pairGroups) * ceilDiv(p.N, l.tokens*l.cluster)
 }
 
 // anywhere says whether the clusters' runs begin anywhere in k.
 func (l pairLayout) anywhere(d Device, p Problem) bool {
-	return Class(p.N) <= l.tokens*pairCluster && anywhere(l.tiles(p), uint64(d.SMs/pairCluster), ceilDiv(p.K, tileSide))
+	return Class(p.N) <= l.tokens*l.cluster && anywhere(l.tiles(p), l.all(d), ceilDiv(p.K, tileSide))
 }
+
+// all clusters that fit.
+func (l pairLayout) all(d Device) uint64 { return uint64(d.SMs) / l.cluster }
 
 // clusters: all that fit, or even ones.
 func (l pairLayout) clusters(d Device, p Problem) uint64 {
 	if l.anywhere(d, p) {
-		return uint64(d.SMs / pairCluster)
+		return l.all(d)
 	}
 	return l.even(d, p)
 }
 
 // even: all that fit, or so many for each tile.
 func (l pairLayout) even(d Device, p Problem) uint64 {
-	all, tiles := uint64(d.SMs/pairCluster), l.tiles(p)
+	all, tiles := l.all(d), l.tiles(p)
 	if tiles >= all {
 		return all
 	}
@@ -101,18 +108,18 @@ func (l pairLayout) time(d Device, p Problem) float64 {
 
 // launch plans one launch for all tokens of a class.
 func (l pairLayout) launch(p Problem, clusters uint64) Linear {
-	grid := clusters * pairCluster
+	grid := clusters * l.cluster
 	return Linear{
 		Kernel: Kernel{
 			Source: pairSource, Entry: pairEntry,
 			Defines: []string{
-				fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
+				fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_CLUSTER=%d", l.cluster), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
 			},
-			Grid: uint32(grid), Cluster: pairCluster, Resident: blocksPerSM, Block: uint32(l.threads()), Smem: uint32(l.smem()), Programmatic: true,
+			Grid: uint32(grid), Cluster: uint32(l.cluster), Resident: blocksPerSM, Block: uint32(l.threads()), Smem: uint32(l.smem()), Programmatic: true,
 		},
 		ByRows:     true,
 		Tokens:     Class(p.N),
-		TensorRows: uint32(l.tokens / 2),
+		TensorRows: uint32(l.tokens * l.cluster / pairGroups / 2),
 		WholeBoxes: true,
 		Workspace:  grid * pairGroups * tileSide * l.tokens * 4,
 		ResultRows: uint32(l.tokens),

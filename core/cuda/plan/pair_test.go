@@ -14,12 +14,14 @@ import (
 
 var h100 = plan.Device{Capability: 90, SMs: 132, SmemBlock: 232448, SmemSM: 233472, Bandwidth: 3.35e12, ClockHz: 1.98e9}
 
-// way names how a plan solves a problem: few, expand, relay, or pair with the tokens of a block.
+// way names how a plan solves a problem: few, expand, relay, solo, or pair with the tokens of a block.
 func way(t *testing.T, l plan.Linear) string {
 	t.Helper()
 	switch {
 	case l.Expand:
 		return "expand"
+	case l.Kernel.Entry == "zs_zipgemm_pair" && l.Kernel.Cluster == 1:
+		return "solo"
 	case l.Kernel.Entry == "zs_zipgemm_pair":
 		return fmt.Sprintf("pair %d", define(t, l.Kernel, "ZS_N"))
 	case l.Kernel.Entry == "zs_zipgemm_relay":
@@ -40,85 +42,109 @@ func TestManyTokensAreSolvedInTheFastestWay(t *testing.T) {
 		m, k, n uint64
 		x       map[string]float64
 	}{
-		{4096, 4096, 256, map[string]float64{"few": 0.596, "expand": 0.513, "pair 128": 0.792, "pair 256": 0.470, "relay": 0.363}},
+		{4096, 4096, 256, map[string]float64{"few": 0.596, "expand": 0.513, "pair 128": 0.817, "pair 256": 0.596, "relay": 0.363, "solo": 0.623}},
 		{4096, 4096, 512, map[string]float64{"few": 0.410, "expand": 0.559, "pair 128": 0.724, "pair 256": 0.749, "relay": 0.491}},
 		{4096, 4096, 1024, map[string]float64{"expand": 0.691, "pair 128": 0.725, "pair 256": 0.906, "relay": 0.791}},
 		{4096, 4096, 2048, map[string]float64{"expand": 0.831, "pair 128": 0.720, "pair 256": 0.916, "relay": 0.877}},
 		{4096, 4096, 4096, map[string]float64{"expand": 0.910, "pair 128": 0.731, "pair 256": 0.918, "relay": 0.935}},
 		{4096, 4096, 8192, map[string]float64{"expand": 0.957, "pair 128": 0.737, "pair 256": 0.916, "relay": 0.950}},
-		{6144, 4096, 256, map[string]float64{"few": 0.559, "expand": 0.448, "pair 128": 0.730, "pair 256": 0.373, "relay": 0.426}},
-		{6144, 4096, 512, map[string]float64{"few": 0.419, "expand": 0.549, "pair 128": 0.695, "pair 256": 0.777, "relay": 0.589}},
+		{6144, 4096, 256, map[string]float64{"few": 0.559, "expand": 0.448, "pair 128": 0.732, "pair 256": 0.502, "relay": 0.426, "solo": 0.729}},
+		{6144, 4096, 512, map[string]float64{"few": 0.419, "expand": 0.549, "pair 128": 0.670, "pair 256": 0.763, "relay": 0.589, "solo": 0.651}},
 		{6144, 4096, 1024, map[string]float64{"expand": 0.696, "pair 128": 0.747, "pair 256": 0.831, "relay": 0.730}},
 		{6144, 4096, 2048, map[string]float64{"expand": 0.816, "pair 128": 0.739, "pair 256": 0.933, "relay": 0.901}},
 		{6144, 4096, 4096, map[string]float64{"expand": 0.909, "pair 128": 0.743, "pair 256": 0.928, "relay": 0.931}},
 		{6144, 4096, 8192, map[string]float64{"expand": 0.952, "pair 128": 0.743, "pair 256": 0.960, "relay": 1.020}},
-		{4096, 14336, 256, map[string]float64{"few": 0.752, "expand": 0.440, "pair 128": 0.922, "pair 256": 0.490, "relay": 0.482}},
+		{4096, 14336, 256, map[string]float64{"few": 0.752, "expand": 0.440, "pair 128": 0.896, "pair 256": 0.616, "relay": 0.482, "solo": 0.815}},
 		{4096, 14336, 512, map[string]float64{"few": 0.520, "expand": 0.554, "pair 128": 0.721, "pair 256": 0.859, "relay": 0.681}},
 		{4096, 14336, 1024, map[string]float64{"expand": 0.684, "pair 128": 0.724, "pair 256": 0.958, "relay": 0.828}},
 		{4096, 14336, 2048, map[string]float64{"expand": 0.835, "pair 128": 0.724, "pair 256": 0.916, "relay": 0.926}},
 		{4096, 14336, 4096, map[string]float64{"expand": 0.893, "pair 128": 0.726, "pair 256": 0.948, "relay": 0.974}},
 		{4096, 14336, 8192, map[string]float64{"expand": 0.946, "pair 128": 0.724, "pair 256": 0.960, "relay": 0.941}},
-		{28672, 4096, 256, map[string]float64{"few": 0.656, "expand": 0.421, "pair 128": 0.893, "pair 256": 0.479, "relay": 0.530}},
-		{28672, 4096, 512, map[string]float64{"few": 0.495, "expand": 0.537, "pair 128": 0.728, "pair 256": 0.913, "relay": 0.652}},
+		{28672, 4096, 256, map[string]float64{"few": 0.656, "expand": 0.421, "pair 128": 0.838, "pair 256": 0.597, "relay": 0.530, "solo": 0.911}},
+		{28672, 4096, 512, map[string]float64{"few": 0.495, "expand": 0.537, "pair 128": 0.700, "pair 256": 0.890, "relay": 0.652, "solo": 0.764}},
 		{28672, 4096, 1024, map[string]float64{"expand": 0.693, "pair 128": 0.730, "pair 256": 0.935, "relay": 0.835}},
 		{28672, 4096, 2048, map[string]float64{"expand": 0.826, "pair 128": 0.739, "pair 256": 0.936, "relay": 0.913}},
 		{28672, 4096, 4096, map[string]float64{"expand": 0.912, "pair 128": 0.734, "pair 256": 0.949, "relay": 0.912}},
 		{28672, 4096, 8192, map[string]float64{"expand": 0.951, "pair 128": 0.721, "pair 256": 0.941, "relay": 0.914}},
-		{3584, 3584, 256, map[string]float64{"few": 0.558, "expand": 0.529, "pair 128": 0.643, "pair 256": 0.416, "relay": 0.331}},
+		{3584, 3584, 256, map[string]float64{"few": 0.558, "expand": 0.529, "pair 128": 0.752, "pair 256": 0.554, "relay": 0.331, "solo": 0.602}},
 		{3584, 3584, 512, map[string]float64{"few": 0.367, "expand": 0.568, "pair 128": 0.664, "pair 256": 0.673, "relay": 0.449}},
 		{3584, 3584, 1024, map[string]float64{"expand": 0.692, "pair 128": 0.632, "pair 256": 0.839, "relay": 0.706}},
 		{3584, 3584, 2048, map[string]float64{"expand": 0.820, "pair 128": 0.773, "pair 256": 0.911, "relay": 0.877}},
 		{3584, 3584, 4096, map[string]float64{"expand": 0.894, "pair 128": 0.786, "pair 256": 0.920, "relay": 0.927}},
 		{3584, 3584, 8192, map[string]float64{"expand": 0.944, "pair 128": 0.725, "pair 256": 0.934, "relay": 0.949}},
-		{5120, 5120, 256, map[string]float64{"few": 0.682, "expand": 0.481, "pair 128": 0.819, "pair 256": 0.541, "relay": 0.415}},
-		{5120, 5120, 512, map[string]float64{"few": 0.419, "expand": 0.551, "pair 128": 0.668, "pair 256": 0.736, "relay": 0.546}},
+		{5120, 5120, 256, map[string]float64{"few": 0.682, "expand": 0.481, "pair 128": 0.802, "pair 256": 0.529, "relay": 0.415, "solo": 0.807}},
+		{5120, 5120, 512, map[string]float64{"few": 0.419, "expand": 0.551, "pair 128": 0.669, "pair 256": 0.748, "relay": 0.546, "solo": 0.594}},
 		{5120, 5120, 1024, map[string]float64{"expand": 0.697, "pair 128": 0.695, "pair 256": 0.762, "relay": 0.657}},
 		{5120, 5120, 2048, map[string]float64{"expand": 0.824, "pair 128": 0.732, "pair 256": 0.865, "relay": 0.863}},
 		{5120, 5120, 4096, map[string]float64{"expand": 0.905, "pair 128": 0.737, "pair 256": 0.936, "relay": 0.960}},
 		{5120, 5120, 8192, map[string]float64{"expand": 0.924, "pair 128": 0.743, "pair 256": 0.958, "relay": 0.969}},
 		// Numbers of tokens that fill no tiles.
 		{4096, 4096, 384, map[string]float64{"few": 0.517, "expand": 0.517, "pair 128": 0.579, "pair 256": 0.657, "relay": 0.412}},
-		{4096, 4096, 768, map[string]float64{"expand": 0.649, "pair 128": 0.674, "pair 256": 0.714, "relay": 0.639}},
+		{4096, 4096, 768, map[string]float64{"expand": 0.649, "pair 128": 0.674, "pair 256": 0.711, "relay": 0.654, "solo": 0.652}},
 		{4096, 4096, 1536, map[string]float64{"pair 128": 0.716, "pair 256": 0.884, "relay": 0.780}},
-		{6144, 4096, 384, map[string]float64{"few": 0.502, "expand": 0.482, "pair 128": 0.548, "pair 256": 0.628, "relay": 0.475}},
-		{6144, 4096, 768, map[string]float64{"expand": 0.639, "pair 128": 0.647, "pair 256": 0.658, "relay": 0.618}},
+		{6144, 4096, 384, map[string]float64{"few": 0.502, "expand": 0.482, "pair 128": 0.556, "pair 256": 0.604, "relay": 0.475, "solo": 0.528}},
+		{6144, 4096, 768, map[string]float64{"expand": 0.639, "pair 128": 0.644, "pair 256": 0.666, "relay": 0.610, "solo": 0.655}},
 		{6144, 4096, 1536, map[string]float64{"pair 128": 0.696, "pair 256": 0.842, "relay": 0.776}},
 		{3584, 3584, 384, map[string]float64{"few": 0.499, "expand": 0.557, "pair 128": 0.592, "pair 256": 0.636, "relay": 0.407}},
-		{3584, 3584, 768, map[string]float64{"expand": 0.652, "pair 128": 0.632, "pair 256": 0.675, "relay": 0.572}},
-		{5120, 5120, 384, map[string]float64{"few": 0.510, "expand": 0.480, "pair 128": 0.536, "pair 256": 0.611, "relay": 0.440}},
-		{5120, 5120, 768, map[string]float64{"expand": 0.650, "pair 128": 0.717, "pair 256": 0.658, "relay": 0.781}},
+		{3584, 3584, 768, map[string]float64{"expand": 0.652, "pair 128": 0.639, "pair 256": 0.670, "relay": 0.579, "solo": 0.588}},
+		{5120, 5120, 384, map[string]float64{"few": 0.510, "expand": 0.480, "pair 128": 0.530, "pair 256": 0.598, "relay": 0.440, "solo": 0.462}},
+		{5120, 5120, 768, map[string]float64{"expand": 0.650, "pair 128": 0.716, "pair 256": 0.626, "relay": 0.782, "solo": 0.808}},
 		{4608, 3584, 512, map[string]float64{"pair 128": 0.590, "pair 256": 0.639, "relay": 0.489}},
-		{4608, 3584, 768, map[string]float64{"expand": 0.663, "pair 128": 0.726, "pair 256": 0.623, "relay": 0.788}},
+		{4608, 3584, 768, map[string]float64{"expand": 0.663, "pair 128": 0.721, "pair 256": 0.606, "relay": 0.775, "solo": 0.816}},
 		{4608, 3584, 1024, map[string]float64{"pair 128": 0.640, "pair 256": 0.699, "relay": 0.610}},
 		{4096, 14336, 384, map[string]float64{"few": 0.757, "expand": 0.560, "pair 128": 0.630, "pair 256": 0.908, "relay": 0.610}},
-		{4096, 14336, 768, map[string]float64{"expand": 0.636, "pair 128": 0.707, "pair 256": 0.737, "relay": 0.669}},
-		{2048, 7168, 384, map[string]float64{"few": 0.667, "expand": 0.650, "pair 128": 0.844, "pair 256": 0.818, "relay": 0.515}},
-		{2048, 7168, 512, map[string]float64{"pair 128": 0.902, "pair 256": 0.799, "relay": 0.542}},
-		{2048, 7168, 768, map[string]float64{"expand": 0.700, "pair 128": 0.727, "pair 256": 0.882, "relay": 0.722}},
+		{4096, 14336, 768, map[string]float64{"expand": 0.636, "pair 128": 0.716, "pair 256": 0.720, "relay": 0.640, "solo": 0.616}},
+		{2048, 7168, 384, map[string]float64{"few": 0.667, "expand": 0.650, "pair 128": 0.819, "pair 256": 0.755, "relay": 0.515, "solo": 0.751}},
+		{2048, 7168, 512, map[string]float64{"pair 128": 0.872, "pair 256": 0.725, "relay": 0.542, "solo": 0.726}},
+		{2048, 7168, 768, map[string]float64{"expand": 0.700, "pair 128": 0.685, "pair 256": 0.848, "relay": 0.722, "solo": 0.744}},
 		{7168, 2048, 384, map[string]float64{"few": 0.523, "expand": 0.522, "pair 128": 0.553, "pair 256": 0.707, "relay": 0.505}},
 		{7168, 2048, 512, map[string]float64{"pair 128": 0.644, "pair 256": 0.809, "relay": 0.587}},
-		{7168, 2048, 768, map[string]float64{"expand": 0.644, "pair 128": 0.636, "pair 256": 0.651, "relay": 0.512}},
+		{7168, 2048, 768, map[string]float64{"expand": 0.644, "pair 128": 0.643, "pair 256": 0.635, "relay": 0.514, "solo": 0.665}},
 		{7168, 2048, 1024, map[string]float64{"pair 128": 0.782, "pair 256": 0.936, "relay": 0.811}},
 		{3584, 18944, 384, map[string]float64{"few": 0.634, "expand": 0.529, "pair 128": 0.567, "pair 256": 0.761, "relay": 0.599}},
-		{3584, 18944, 768, map[string]float64{"expand": 0.628, "pair 128": 0.684, "pair 256": 0.643, "relay": 0.589}},
-		{4096, 4096, 192, map[string]float64{"few": 0.624, "expand": 0.464, "pair 128": 0.728, "pair 256": 0.534, "relay": 0.315}},
-		{6144, 4096, 192, map[string]float64{"few": 0.611, "expand": 0.410, "pair 128": 0.667, "pair 256": 0.493, "relay": 0.404}},
-		{3584, 3584, 192, map[string]float64{"few": 0.692, "expand": 0.542, "pair 128": 0.851, "pair 256": 0.494, "relay": 0.318}},
-		{5120, 5120, 192, map[string]float64{"few": 0.657, "expand": 0.445, "pair 128": 0.755, "pair 256": 0.513, "relay": 0.385}},
-		{4608, 3584, 192, map[string]float64{"few": 0.544, "expand": 0.510, "pair 128": 0.611, "pair 256": 0.431, "relay": 0.370}},
-		{2048, 7168, 192, map[string]float64{"few": 0.578, "expand": 0.498, "pair 128": 0.709, "pair 256": 0.506, "relay": 0.375}},
-		{7168, 2048, 192, map[string]float64{"few": 0.601, "expand": 0.437, "pair 128": 0.719, "pair 256": 0.547, "relay": 0.355}},
-		{4096, 14336, 192, map[string]float64{"few": 0.842, "expand": 0.441, "pair 128": 0.912, "pair 256": 0.596, "relay": 0.426}},
-		{3584, 18944, 192, map[string]float64{"few": 0.775, "expand": 0.450, "pair 128": 0.893, "pair 256": 0.597, "relay": 0.501}},
+		{3584, 18944, 768, map[string]float64{"expand": 0.628, "pair 128": 0.690, "pair 256": 0.663, "relay": 0.579, "solo": 0.558}},
+		{4096, 4096, 192, map[string]float64{"few": 0.624, "expand": 0.464, "pair 128": 0.716, "pair 256": 0.523, "relay": 0.315, "solo": 0.559}},
+		{6144, 4096, 192, map[string]float64{"few": 0.611, "expand": 0.410, "pair 128": 0.657, "pair 256": 0.487, "relay": 0.404, "solo": 0.632}},
+		{3584, 3584, 192, map[string]float64{"few": 0.692, "expand": 0.542, "pair 128": 0.725, "pair 256": 0.501, "relay": 0.318, "solo": 0.566}},
+		{5120, 5120, 192, map[string]float64{"few": 0.657, "expand": 0.445, "pair 128": 0.752, "pair 256": 0.502, "relay": 0.385, "solo": 0.715}},
+		{4608, 3584, 192, map[string]float64{"few": 0.544, "expand": 0.510, "pair 128": 0.686, "pair 256": 0.485, "relay": 0.370, "solo": 0.659}},
+		{2048, 7168, 192, map[string]float64{"few": 0.578, "expand": 0.498, "pair 128": 0.676, "pair 256": 0.473, "relay": 0.375, "solo": 0.533}},
+		{7168, 2048, 192, map[string]float64{"few": 0.601, "expand": 0.437, "pair 128": 0.724, "pair 256": 0.539, "relay": 0.355, "solo": 0.641}},
+		{4096, 14336, 192, map[string]float64{"few": 0.718, "expand": 0.403, "pair 128": 0.846, "pair 256": 0.556, "relay": 0.420, "solo": 0.739}},
+		{3584, 18944, 192, map[string]float64{"few": 0.775, "expand": 0.450, "pair 128": 0.893, "pair 256": 0.589, "relay": 0.501, "solo": 0.856}},
 		// Runs of the pair kernel that begin anywhere, as some above.
-		{4608, 3584, 256, map[string]float64{"few": 0.534, "pair 128": 0.659, "pair 256": 0.450, "relay": 0.346}},
+		{4608, 3584, 256, map[string]float64{"few": 0.534, "pair 128": 0.654, "pair 256": 0.472, "relay": 0.346, "solo": 0.658}},
 		{4608, 3584, 384, map[string]float64{"few": 0.514, "pair 128": 0.605, "pair 256": 0.643, "relay": 0.508}},
-		{3584, 18944, 256, map[string]float64{"few": 0.714, "pair 128": 0.893, "pair 256": 0.554, "relay": 0.497}},
+		{3584, 18944, 256, map[string]float64{"few": 0.714, "pair 128": 0.888, "pair 256": 0.581, "relay": 0.497, "solo": 0.844}},
 		{3584, 18944, 512, map[string]float64{"pair 128": 0.633, "pair 256": 0.816, "relay": 0.676}},
-		{5120, 27648, 192, map[string]float64{"few": 0.657, "pair 128": 0.801, "pair 256": 0.548, "relay": 0.484}},
-		{5120, 27648, 256, map[string]float64{"few": 0.594, "pair 128": 0.881, "pair 256": 0.545, "relay": 0.491}},
+		{5120, 27648, 192, map[string]float64{"few": 0.657, "pair 128": 0.861, "pair 256": 0.586, "relay": 0.484, "solo": 0.889}},
+		{5120, 27648, 256, map[string]float64{"few": 0.594, "pair 128": 0.829, "pair 256": 0.584, "relay": 0.491, "solo": 0.898}},
 		{5120, 27648, 384, map[string]float64{"few": 0.552, "pair 128": 0.573, "pair 256": 0.700, "relay": 0.430}},
 		{5120, 27648, 512, map[string]float64{"pair 128": 0.731, "pair 256": 0.894, "relay": 0.564}},
+		// The layout whose blocks stand alone, as some above.
+		{28672, 4096, 384, map[string]float64{"pair 256": 0.747, "pair 128": 0.574, "solo": 0.630}},
+		{28672, 4096, 768, map[string]float64{"pair 256": 0.768, "pair 128": 0.784, "solo": 0.849, "relay": 0.819}},
+		{4096, 4096, 1280, map[string]float64{"pair 256": 0.726, "pair 128": 0.688, "solo": 0.697, "relay": 0.668}},
+		{4096, 4096, 1792, map[string]float64{"pair 256": 0.909, "pair 128": 0.779, "solo": 0.806, "relay": 0.886}},
+		{28672, 4096, 1280, map[string]float64{"pair 256": 0.798, "pair 128": 0.746, "solo": 0.833, "relay": 0.890}},
+		{28672, 4096, 1792, map[string]float64{"pair 256": 0.809, "pair 128": 0.745, "solo": 0.826, "relay": 0.892}},
+		{6144, 4096, 1280, map[string]float64{"pair 256": 0.710, "pair 128": 0.691, "solo": 0.819, "relay": 0.825}},
+		{6144, 4096, 1792, map[string]float64{"pair 256": 0.833, "pair 128": 0.696, "solo": 0.723, "relay": 0.790}},
+		{5120, 5120, 1280, map[string]float64{"pair 256": 0.811, "pair 128": 0.722, "solo": 0.692, "relay": 0.748}},
+		{5120, 5120, 1792, map[string]float64{"pair 256": 0.830, "pair 128": 0.735, "solo": 0.777, "relay": 0.835}},
+		{2048, 7168, 256, map[string]float64{"pair 128": 0.820, "pair 256": 0.553, "solo": 0.613}},
+		{7168, 2048, 256, map[string]float64{"pair 128": 0.752, "pair 256": 0.569, "solo": 0.694}},
+		{8192, 8192, 256, map[string]float64{"pair 128": 0.796, "pair 256": 0.563, "solo": 0.809}},
+		{14336, 5120, 256, map[string]float64{"pair 128": 0.762, "pair 256": 0.526, "solo": 0.840}},
+		{10240, 8192, 256, map[string]float64{"pair 128": 0.813, "pair 256": 0.539, "solo": 0.847}},
+		{57344, 8192, 256, map[string]float64{"pair 128": 0.732, "pair 256": 0.518, "solo": 0.916}},
+		{14336, 4096, 256, map[string]float64{"pair 128": 0.722, "pair 256": 0.517, "solo": 0.833}},
+		{18944, 3584, 256, map[string]float64{"pair 128": 0.869, "pair 256": 0.566, "solo": 0.870}},
+		{57344, 8192, 192, map[string]float64{"pair 128": 0.747, "pair 256": 0.508, "solo": 0.845}},
+		{28672, 4096, 192, map[string]float64{"pair 128": 0.760, "pair 256": 0.526, "solo": 0.804}},
+		{14336, 4096, 192, map[string]float64{"pair 128": 0.711, "pair 256": 0.490, "solo": 0.830}},
+		{10240, 8192, 192, map[string]float64{"pair 128": 0.726, "pair 256": 0.526, "solo": 0.851}},
+		{8192, 8192, 192, map[string]float64{"pair 128": 0.786, "pair 256": 0.573, "solo": 0.833}},
 	} {
 		l, err := plan.ForLinear(h100, plan.Problem{M: c.m, K: c.k, N: c.n})
 		require.NoError(t, err)
@@ -149,7 +175,7 @@ func TestAPlanForManyTokensServesItsClass(t *testing.T) {
 			for _, c := range list {
 				l, err := plan.Chosen(h100, p, c)
 				require.NoError(t, err)
-				if c.Kernel != plan.Pair {
+				if c.Kernel != plan.Pair && c.Kernel != plan.Solo {
 					continue
 				}
 				seen[way(t, l)]++
@@ -157,15 +183,16 @@ func TestAPlanForManyTokensServesItsClass(t *testing.T) {
 				checkKernel(t, h100, k)
 				assert.GreaterOrEqual(t, l.Tokens, n, "one launch")
 				tokens := uint64(define(t, k, "ZS_N"))
-				assert.EqualValues(t, 2, k.Cluster)
-				assert.EqualValues(t, tokens/2, l.TensorRows)
+				cluster := uint64(k.Cluster)
+				assert.EqualValues(t, map[string]int{plan.Pair: 2, plan.Solo: 1}[c.Kernel], cluster)
+				assert.EqualValues(t, tokens*cluster/4, l.TensorRows)
 				assert.True(t, l.WholeBoxes, "the kernel waits for whole boxes")
 				assert.EqualValues(t, tokens, l.ResultRows)
-				assert.Zero(t, k.Grid%2)
+				assert.Zero(t, uint64(k.Grid)%cluster)
 				assert.LessOrEqual(t, k.Grid, uint32(132))
 				// Every cluster has a tile, or a part of one: what the kernel counts from the real n.
-				tiles, clusters := ((p.M+63)/64+1)/2*((n+2*tokens-1)/(2*tokens)), uint64(k.Grid/2)
-				if tiles < clusters && n <= 2*tokens && clusters == 66 && clusters%tiles != 0 {
+				tiles, clusters := ((p.M+63)/64+1)/2*((n+cluster*tokens-1)/(cluster*tokens)), uint64(k.Grid)/cluster
+				if tiles < clusters && n <= cluster*tokens && clusters == 132/cluster && clusters%tiles != 0 {
 					anywhere++
 					parts := clusters / tiles
 					assert.Less(t, parts, uint64(plan.MostSharers))
@@ -179,7 +206,7 @@ func TestAPlanForManyTokensServesItsClass(t *testing.T) {
 			}
 		}
 	}
-	assert.Len(t, seen, 2)
+	assert.Len(t, seen, 3)
 	assert.Positive(t, anywhere)
 }
 

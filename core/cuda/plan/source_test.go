@@ -52,7 +52,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 		list, err := plan.Candidates(d, plan.Problem{M: 28672, K: 4096, N: 512})
 		require.NoError(t, err)
 		for _, c := range list {
-			if c.Kernel == plan.Pair || c.Kernel == plan.Relay { // all layouts
+			if c.Kernel == plan.Pair || c.Kernel == plan.Solo || c.Kernel == plan.Relay { // all layouts
 				l, err := plan.Chosen(d, plan.Problem{M: 28672, K: 4096, N: 512}, c)
 				require.NoError(t, err)
 				plans = append(plans, l.Kernel)
