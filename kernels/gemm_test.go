@@ -27,7 +27,7 @@ type gemm struct {
 	n, mw, kw int
 	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
-	pair      bool // any number of tokens: two blocks have n each
+	pair      bool // any number of tokens: the blocks of a cluster have n each
 	relay     bool
 }
 

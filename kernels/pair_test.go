@@ -44,6 +44,10 @@ var pairShapes = []shape{
 	{600, 1024, 1, 0, 18}, // five for nine, without leads: a tile in three pieces, the middle one a whole run
 	{890, 2050, 2, 3, 10}, // two for five behind a whole turn, with leads
 	{250, 2050, 2, 1, 10}, // two for five
+	{384, 1530, 1, 5, 4},  // the same four for clusters of one block, with half as many
+	{600, 1024, 1, 0, 9},
+	{890, 2050, 1, 3, 5},
+	{250, 2050, 1, 1, 5},
 }
 
 // shape is that of a product of many tokens: tiles are token tiles of a block, the last of them with `last` tokens (0: all).

@@ -231,7 +231,7 @@ ZS_DEVICE void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes) {
 }
 // Makes the initialised barriers visible to the copy engine.
 ZS_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Orders this thread's shared-memory accesses before later ones of the copy engine and of wgmma.
+// Orders this thread's shared-memory accesses, and those of others that it has acquired, before later ones of the copy engine and of wgmma.
 ZS_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // Orders what this thread has acquired in global memory before later reads of it by the copy engine.
 ZS_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }

@@ -26,7 +26,7 @@
 #define ZS_XSTAGES 4  // columns of activations in their ring: 3 or more
 #endif
 #ifndef ZS_STAGES
-#define ZS_STAGES 6  // columns of tiles in theirs: ZS_AT_A_TIME or more. A tile is under way longer than activations are: decoded, then copied
+#define ZS_STAGES 6  // columns of tiles in theirs: ZS_AT_A_TIME or more. A tile is under way longer than activations are: decoded, by pairs then copied
 #endif
 #ifndef ZS_PANEL
 #define ZS_PANEL 4
@@ -283,5 +283,5 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
         decode_tiles(blob, x_map, x, ldx, n, k, plan, warp - ZS_CONSUMERS / 32, threadIdx.x % 32, smem);
     }
     __syncwarp();
-    cluster_sync();  // the other one may still write here
+    cluster_sync();  // the other one, if there is one, may still write here
 }

@@ -35,8 +35,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """``kernel``: mma, wgmma, pair or relay (many tokens), or decompress (and multiply by cuBLAS). The kernels have ``mw`` x ``kw`` warps (mma)
-    or tiles a step of a block, side by side in rows and along K (pair: ``kw`` x 128 tokens a block), and deal the work to ``blocks`` blocks."""
+    """``kernel``: mma, wgmma, pair, solo or relay (many tokens), or decompress (and multiply by cuBLAS). The kernels have ``mw`` x ``kw`` warps (mma)
+    or tiles a step of a block, side by side in rows and along K (pair, solo: ``kw`` x 128 tokens a block), and deal the work to ``blocks`` blocks."""
 
     kernel: str
     mw: int = 0

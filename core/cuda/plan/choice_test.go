@@ -119,22 +119,27 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	for _, c := range []plan.Choice{
 		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 2, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 3, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 2, Blocks: 131},
 		{Kernel: "pair", MW: 2, KW: 2, Blocks: 134}, {Kernel: "pair", MW: 2, KW: 1, Blocks: 0},
+		{Kernel: "solo"}, {Kernel: "solo", MW: 2, KW: 1, Blocks: 132}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 133}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 0},
 	} {
 		_, err := plan.Chosen(d, many, c)
 		assert.Error(t, err, "%+v", c)
 	}
 	c := plan.Choice{Kernel: "pair", MW: 2, KW: 1, Blocks: 100}
+	solo := plan.Choice{Kernel: "solo", MW: 2, KW: 2, Blocks: 101}
 	staysItself(t, d, many, c)
+	staysItself(t, d, many, solo)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
 		"few tokens": {M: 4096, K: 4096, N: 128},
 	} {
-		_, err := plan.Chosen(d, p, c)
-		assert.ErrorContains(t, err, "no layout", name)
+		for _, one := range []plan.Choice{c, solo} {
+			_, err := plan.Chosen(d, p, one)
+			assert.ErrorContains(t, err, "no layout", name)
+		}
 		list, err := plan.Candidates(d, p)
 		require.NoError(t, err)
 		for _, other := range list {
-			assert.NotEqual(t, plan.Pair, other.Kernel, name)
+			assert.NotContains(t, []string{plan.Pair, plan.Solo}, other.Kernel, name)
 		}
 	}
 	_, err := plan.Chosen(devices["B200"], many, c)
