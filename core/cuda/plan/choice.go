@@ -163,12 +163,10 @@ func ChoiceOf(l Linear) (Choice, error) {
 	if l.Expand {
 		return Choice{Kernel: Expanded}, nil
 	}
-	if l.Kernel.Source == pairSource {
-		kernel := Pair
-		if l.Kernel.Cluster == 1 {
-			kernel = Solo
+	for _, layout := range pairLayouts {
+		if l.Kernel.Source == pairSource && uint64(l.Kernel.Cluster) == layout.cluster && uint64(l.ResultRows) == layout.tokens {
+			return Choice{layout.kernel, pairGroups, layout.kw(), l.Kernel.Grid}, nil
 		}
-		return Choice{kernel, pairGroups, pairLayout{tokens: uint64(l.ResultRows)}.kw(), l.Kernel.Grid}, nil
 	}
 	if l.Kernel.Source == relaySource {
 		return Choice{Relay, relayGroups, 1, l.Kernel.Grid}, nil
