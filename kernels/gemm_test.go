@@ -31,15 +31,15 @@ type gemm struct {
 	relay     bool
 }
 
-// variant is a layout of the mma kernel, or, with groups, of the wgmma kernel, or, with decoders alone, of the pair kernel (pair_test.go), or, with ring, of the
+// variant is a layout of the mma kernel, or, with decoders, of the wgmma kernel, or, with decoders and a cluster, of the pair kernel (pair_test.go), or, with ring, of the
 // relay (relay_test.go).
 type variant struct {
-	n, mw, kw, xstages       int
-	groups, decoders, stages int
-	cluster, ring            int
+	n, mw, kw, xstages int
+	decoders, stages   int
+	cluster, ring      int
 }
 
-func (v variant) pair() bool { return v.decoders > 0 && v.groups == 0 }
+func (v variant) pair() bool { return v.decoders > 0 && v.cluster > 0 }
 
 func (v variant) String() string {
 	if v.ring > 0 {
@@ -48,8 +48,8 @@ func (v variant) String() string {
 	if v.pair() {
 		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages)
 	}
-	if v.groups > 0 {
-		return fmt.Sprintf("n=%d,mw=%d,kw=%d,groups=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.groups, v.decoders, v.stages, v.xstages)
+	if v.decoders > 0 {
+		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages)
 	}
 	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
 }
@@ -66,8 +66,8 @@ func (v variant) defines() []string {
 		}
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
-	if v.groups > 0 {
-		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_GROUPS=%d", v.groups), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
+	if v.decoders > 0 {
+		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
 	}
 	return append(d, fmt.Sprintf("ZS_KW=%d", v.kw))
 }
@@ -281,7 +281,7 @@ func seededVariant(kernel string, n int) variant {
 	case "solo":
 		return variant{n: max(n, 32), cluster: 1, decoders: 4, xstages: 4, stages: 6}
 	case "wgmma":
-		return variant{n: n, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 2}
+		return variant{n: n, mw: 2, decoders: 3, stages: 4, xstages: 2}
 	}
 	return variant{n: n, mw: 1, kw: 2, xstages: 2}
 }
@@ -317,8 +317,9 @@ func TestGEMM(t *testing.T) {
 }
 
 var wgmmaVariants = []variant{
-	{n: 8, mw: 1, groups: 1, decoders: 3, stages: 4, xstages: 3}, {n: 32, mw: 2, groups: 1, decoders: 3, stages: 4, xstages: 3},
-	{n: 64, mw: 4, groups: 2, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, groups: 1, decoders: 3, stages: 4, xstages: 5}, {n: 128, mw: 2, groups: 2, decoders: 4, stages: 8, xstages: 2},
+	{n: 8, mw: 1, decoders: 3, stages: 4, xstages: 3}, {n: 32, mw: 2, decoders: 3, stages: 4, xstages: 3},
+	{n: 64, mw: 4, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 5},
+	{n: 128, mw: 2, decoders: 7, stages: 8, xstages: 3}, // registers are dealt out anew
 }
 
 func TestWGMMA(t *testing.T) {

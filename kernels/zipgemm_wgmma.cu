@@ -2,8 +2,8 @@
 // zipgemm on sm_90a: y[n, m] = sum_k x[n, k] * w[m, k] (+ bias[m]), w compressed; BF16 in and out, FP32 sums.
 //
 // Three kinds of warps. Decoders stream compressed tiles through registers, as decompress does, into a ring of decoded tiles in shared memory; they hold
-// no sums, so their number and what they have under way do not depend on the tokens. A loader brings the activations by tensor copies. Consumer
-// warpgroups multiply what is in both rings by wgmma, whose operands come from shared memory: a few instructions a tile. gemm.cuh says how the
+// no sums, so their number and what they have under way do not depend on the tokens. A loader brings the activations by tensor copies. A consumer
+// warpgroup multiplies what is in both rings by wgmma, whose operands come from shared memory: a few instructions a tile. gemm.cuh says how the
 // work is dealt out. A tile's *place* in its unit counts down its column of tiles first, then to the right.
 //
 // Launch: block ZS_THREADS, grid <= min(blocks resident at once, units), dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
@@ -21,11 +21,8 @@
 #ifndef ZS_KW
 #define ZS_KW 1  // tiles of a unit in k
 #endif
-#ifndef ZS_GROUPS
-#define ZS_GROUPS 1  // consumer warpgroups; divides ZS_MW
-#endif
 #ifndef ZS_DECODERS
-#define ZS_DECODERS 11  // warps; a multiple of ZS_GROUPS
+#define ZS_DECODERS 11  // warps
 #endif
 #ifndef ZS_STAGES
 #define ZS_STAGES 12  // decoded tiles in the ring; whole units, two at least, and not below ZS_DECODERS
@@ -33,10 +30,9 @@
 #ifndef ZS_XSTAGES
 #define ZS_XSTAGES 3  // units of activations in their ring
 #endif
-#ifndef ZS_CONSUMER_REGISTERS
-#define ZS_CONSUMER_REGISTERS 0  // not 0: registers are dealt out anew, so many to a thread of a consumer
-#define ZS_DECODER_REGISTERS 0   // and so many to others
-#endif
+// Registers a thread of a consumer, and of the others, where a consumer has more than 64 sums; 0: all keep as many as they were launched with.
+#define ZS_CONSUMER_REGISTERS (ZS_N / 2 * ZS_MW > 64 ? 200 : 0)
+#define ZS_DECODER_REGISTERS 104
 #ifndef ZS_LEAD
 #define ZS_LEAD 2
 #endif
@@ -46,16 +42,15 @@
 #define ZS_CLUSTER 1
 #define ZS_NTILES (ZS_N / 8)
 
-#define ZS_CONSUMERS (128 * ZS_GROUPS)  // threads
+#define ZS_CONSUMERS 128  // threads: a warpgroup
 #define ZS_THREADS ((ZS_CONSUMERS + 32 * ZS_DECODERS + 32 + 127) / 128 * 128)  // with the loader; the compiler counts registers in whole warpgroups
-#define ZS_PER_GROUP (ZS_MW / ZS_GROUPS)  // strips of a unit that one warpgroup multiplies
 // Pieces of partial sums that a consumer reads at a time: what is left of its registers, if whole warpgroups are counted.
 #define ZS_REGISTERS (ZS_CONSUMER_REGISTERS ? ZS_CONSUMER_REGISTERS : 65536 / ZS_THREADS)
-#define ZS_SPARE_REGISTERS (ZS_REGISTERS - ZS_N / 2 * ZS_PER_GROUP - 28)
+#define ZS_SPARE_REGISTERS (ZS_REGISTERS - ZS_N / 2 * ZS_MW - 28)
 #define ZS_PIECES_AT_ONCE (ZS_SPARE_REGISTERS >= 72 ? 16 : ZS_SPARE_REGISTERS >= 32 ? 8 : ZS_SPARE_REGISTERS >= 16 ? 4 : 2)
 #define ZS_XBOX (ZS_N * 128)              // bytes of the activations of one column of tiles
 #define ZS_XBYTES (ZS_KW * ZS_XBOX)
-#define ZS_LAG (ZS_PER_GROUP * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
+#define ZS_LAG (ZS_MW * ZS_KW > 1 ? 2 : 1)  // tiles whose wgmma may be under way while a warpgroup goes on to the next
 
 #include "walk.cuh"
 
@@ -67,11 +62,11 @@
 #define ZS_GEMM_SMEM (ZS_SPARE + ZS_DECODERS * 128)
 
 // A barrier tells only the last two rounds apart, so a decoder must not come to a stage before the round ahead of its own has begun. It was last let into
-// the ring ZS_DECODERS tiles ago, by the warpgroup that reads its tiles in order: that warpgroup has read all of its tiles up to ZS_DECODERS + ZS_STAGES
+// the ring ZS_DECODERS tiles ago, by the consumers, who read tiles in order: they have read all tiles up to ZS_DECODERS + ZS_STAGES
 // before this one, so the round is well past if that is no more than two rounds back.
-static_assert(ZS_MW % ZS_GROUPS == 0 && ZS_DECODERS % ZS_GROUPS == 0 && ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
+static_assert(ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
 
-static_assert(ZS_STAGES > (ZS_LAG + 1) * ZS_GROUPS && ZS_XSTAGES >= 2, "the rings hold more than what is handed back late");
+static_assert(ZS_STAGES > ZS_LAG + 1 && ZS_XSTAGES >= 2, "the rings hold more than what is handed back late");
 
 // Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile
 // after the present one the words and escapes are under way, of the one after that the header.
@@ -148,39 +143,36 @@ ZS_DEVICE void load_activations(const TensorMap& x_map, const uint16_t* x, uint6
     }
 }
 
-// Consumer warpgroup g multiplies the tiles of strips g, g + ZS_GROUPS, .. of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
-ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
-    constexpr uint32_t TILES = ZS_PER_GROUP * ZS_KW;  // of this warpgroup in a unit
+// The consumers multiply the tiles of every unit. Stages are handed back ZS_LAG tiles late, when wgmma has read them.
+ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t tid, uint32_t smem, float* workspace) {
     const uint32_t bars = smem + ZS_BARRIERS, xbars = bars + ZS_STAGES * 16;
     const bool signals = tid % 32 == 0;
     Stage stage(0), xstage(0);
     Walk at(work, 0);
     while (at.left > 0) {
         const int32_t units = at.piece, first = at.kstep;  // counted down
-        float acc[ZS_PER_GROUP][ZS_N / 2];
+        float acc[ZS_MW][ZS_N / 2];
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_PER_GROUP; i++)
+        for (uint32_t i = 0; i < ZS_MW; i++)
 #pragma unroll
             for (uint32_t j = 0; j < ZS_N / 2; j++) acc[i][j] = 0.0f;
         uint32_t busy[ZS_LAG] = {}, xbusy[ZS_LAG] = {};  // barriers of the tiles under way, and of the activations where a tile is the last to read them
         for (int32_t u = 0; u < units; u++) {
-            const uint32_t unit = bars + (stage.index + g) * 16, xfull = xbars + xstage.index * 16;
-            const uint32_t tiles = smem + (stage.index + g) * 8192, xs = smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES;
+            const uint32_t unit = bars + stage.index * 16, xfull = xbars + xstage.index * 16;
+            const uint32_t tiles = smem + stage.index * 8192, xs = smem + ZS_TILE_SMEM + xstage.index * ZS_XBYTES;
             mbarrier_wait(xfull, xstage.parity);
 #pragma unroll
-            for (uint32_t t = 0; t < TILES; t++) {
-                constexpr uint32_t STEP = ZS_GROUPS;
-                const uint32_t place = t % ZS_PER_GROUP * STEP + t / ZS_PER_GROUP * ZS_MW;  // less g
+            for (uint32_t place = 0; place < ZS_PLACES; place++) {
                 mbarrier_wait(unit + place * 16, stage.parity);
-                const uint32_t a = wgmma_start(tiles + place * 8192), b = wgmma_start(xs + t / ZS_PER_GROUP * ZS_XBOX);
-                wgmma_tile<ZS_N>(acc[t % ZS_PER_GROUP], a, b);
+                const uint32_t a = wgmma_start(tiles + place * 8192), b = wgmma_start(xs + place / ZS_MW * ZS_XBOX);
+                wgmma_tile<ZS_N>(acc[place % ZS_MW], a, b);
                 wgmma_wait<ZS_LAG>();
                 __syncwarp();
                 if (signals && busy[0]) mbarrier_arrive(busy[0] + 8);
                 if (signals && xbusy[0]) mbarrier_arrive(xbusy[0] + 8);
 #pragma unroll
                 for (uint32_t i = 1; i < ZS_LAG; i++) busy[i - 1] = busy[i], xbusy[i - 1] = xbusy[i];
-                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = t == TILES - 1 ? xfull : 0;
+                busy[ZS_LAG - 1] = unit + place * 16, xbusy[ZS_LAG - 1] = place == ZS_PLACES - 1 ? xfull : 0;
             }
             stage.advance(ZS_PLACES, ZS_STAGES);
             xstage.advance(1, ZS_XSTAGES);
@@ -193,9 +185,9 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t g, u
             if (signals && xbusy[i]) mbarrier_arrive(xbusy[i] + 8);
         }
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_PER_GROUP; i++) {
+        for (uint32_t i = 0; i < ZS_MW; i++) {
             wgmma_pin(acc[i]);
-            settle(acc[i], out, work, at, first, g + i * ZS_GROUPS, tid, workspace);
+            settle(acc[i], out, work, at, first, i, tid, workspace);
         }
         at.advance(work, (uint32_t)units * ZS_PLACES);
     }
@@ -227,13 +219,13 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
         if (threadIdx.x == 0) {
             for (uint32_t s = 0; s < ZS_STAGES + ZS_XSTAGES; s++) {
                 mbarrier_init(smem + ZS_BARRIERS + s * 16, 1);
-                mbarrier_init(smem + ZS_BARRIERS + s * 16 + 8, s < ZS_STAGES ? 4 : 4 * ZS_GROUPS);
+                mbarrier_init(smem + ZS_BARRIERS + s * 16 + 8, 4);
             }
             fence_mbarrier_init();
         }
         clear_activations(box_rows(n), threadIdx.x, smem);
         __syncthreads();
         griddep_wait();
-        multiply_tiles(work, Output{bias, y, ldy, m, n}, warp / 4, threadIdx.x % 128, smem, workspace);
+        multiply_tiles(work, Output{bias, y, ldy, m, n}, threadIdx.x, smem, workspace);
     }
 }

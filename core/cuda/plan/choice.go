@@ -9,7 +9,7 @@ import (
 )
 
 // Version counts the changes of what a Choice means. A choice that was measured under another version is not used.
-const Version = 7
+const Version = 8
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"
@@ -52,7 +52,7 @@ func variants(d Device, p Problem, kernel string) []variant {
 	case kernel == "mma":
 		list = layouts(d)
 	case kernel == "wgmma" && tensor(d, p):
-		list = []variant{tensorLayout, {2, 1}}
+		list = []variant{tensorLayout, wideLayout}
 	}
 	var out []variant
 	for _, v := range list {

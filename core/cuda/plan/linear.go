@@ -49,6 +49,24 @@ func layouts(d Device) []variant {
 // tensorLayout is the layout of the wgmma kernel: long runs of k, so that few blocks share a strip, and two tiles a step of the consumers.
 var tensorLayout = variant{1, 2}
 
+// wideLayout brings the activations once for two strips, which is a tenth of what 128 tokens take of energy, but has twice the partial sums.
+var wideLayout = variant{2, 1}
+
+// layoutFor is the layout of the wgmma kernel for so many tokens a launch.
+func layoutFor(d Device, p Problem, tokens uint64) variant {
+	if p.Invariant || tokens <= sameTokens {
+		return tensorLayout
+	}
+	const worth = 200 // tiles a block from which on partial sums weigh less than activations, at 128 tokens
+	v := wideLayout
+	grid, groups := uint64(v.grid(d, p.M, p.K, dealingOf(wgmma, v, p, tokens))), v.groups(p.M)
+	alone := groups%grid == 0 && float64(grid) >= leastShare*float64(d.SMs) // no partial sums at all
+	if alone || tokens > 64 && v.units(p.M, p.K)*uint64(v.mw*v.kw) >= worth*uint64(d.SMs) {
+		return v
+	}
+	return tensorLayout
+}
+
 // tensor says whether the wgmma kernel can solve a problem: it reads x by tensor copies, whose rows begin at multiples of 16 bytes.
 func tensor(d Device, p Problem) bool { return d.Capability == 90 && p.K%8 == 0 && !p.Unaligned }
 
@@ -74,7 +92,9 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 		return Linear{}, fmt.Errorf("a product needs M, K and N of at least 1, got %d, %d and %d", p.M, p.K, p.N)
 	}
 	f, v := wgmma, tensorLayout
-	if !tensor(d, p) || !f.fits(d, v, f.tokens) {
+	if tensor(d, p) && f.fits(d, v, f.tokens) {
+		v = layoutFor(d, p, min(Class(p.N), f.tokens))
+	} else {
 		f = mma
 		var err error
 		if v, err = best(d, layouts(d), p.M, p.K, f.tokens); err != nil {

@@ -43,7 +43,7 @@ var wgmma = family{
 	source: "zipgemm_wgmma.cu", entry: "zs_zipgemm_wgmma", tokens: 128, tensor: true,
 	threads: func(v variant, tokens uint64) int {
 		r := rolesOf(v, tokens)
-		return int(ceilDiv(uint64(128*r.groups+32*r.decoders+32), 128) * 128)
+		return int(ceilDiv(uint64(128+32*r.decoders+32), 128) * 128)
 	},
 	smem: func(v variant, tokens uint64) int {
 		r := rolesOf(v, tokens)
@@ -52,30 +52,27 @@ var wgmma = family{
 	defines: func(v variant, tokens uint64) []string {
 		r := rolesOf(v, tokens)
 		return []string{
-			fmt.Sprintf("ZS_GROUPS=%d", r.groups), fmt.Sprintf("ZS_DECODERS=%d", r.decoders), fmt.Sprintf("ZS_STAGES=%d", r.stages),
-			fmt.Sprintf("ZS_XSTAGES=%d", r.xstages), fmt.Sprintf("ZS_SPREAD=%d", r.spread),
+			fmt.Sprintf("ZS_DECODERS=%d", r.decoders), fmt.Sprintf("ZS_STAGES=%d", r.stages), fmt.Sprintf("ZS_XSTAGES=%d", r.xstages),
+			fmt.Sprintf("ZS_SPREAD=%d", r.spread),
 		}
 	},
 }
 
 // roles is how the warps and the shared memory of a block of the wgmma kernel are dealt out. No result depends on it.
 type roles struct {
-	groups   int // consumer warpgroups
 	decoders int // warps
 	stages   int // decoded tiles in the ring
 	xstages  int // units of activations in theirs
 	spread   int // clocks between the first loads of one decoder and of the next
 }
 
-// rolesOf is what measured best: as many decoders as the consumers' sums leave registers for.
+// rolesOf is what measured best: as many decoders as the consumers' sums leave registers for, and eight columns of activations.
 func rolesOf(v variant, tokens uint64) roles {
-	if tokens > 64 && v.mw > 1 {
-		return roles{2, 6, 8, 4, 0}
-	}
+	r := roles{decoders: 11, stages: 12, xstages: 8 / v.kw}
 	if tokens > 64 { // the activations leave the L1 cache too little room for the first loads of all decoders
-		return roles{1, 11, 12, 4, 48}
+		r.spread = 48
 	}
-	return roles{1, 11, 12, 4, 0}
+	return r
 }
 
 // limit is the dynamic shared memory that each of the blocks of an SM may have.
@@ -101,10 +98,12 @@ type dealing struct {
 }
 
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
-func dealingOf(f family, p Problem, tokens uint64) dealing {
+func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 	switch {
 	case !f.tensor || p.Invariant || tokens <= sameTokens:
 		return dealing{percent: 2}
+	case v == wideLayout:
+		return dealing{units: 20, whole: true}
 	case tokens <= 64:
 		return dealing{percent: 20, units: 6}
 	default:
@@ -158,7 +157,7 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
 func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
-	grid := v.grid(d, p.M, p.K, dealingOf(f, p, tokens))
+	grid := v.grid(d, p.M, p.K, dealingOf(f, v, p, tokens))
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
