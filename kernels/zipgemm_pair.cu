@@ -14,7 +14,7 @@
 #define ZS_ESCAPE_WORDS 4
 
 #ifndef ZS_N
-#define ZS_N 256  // tokens of a block's output tile: a power of two, 16 (alone 32) to 256
+#define ZS_N 256  // tokens of a block's output tile, for which there is a wgmma: 16 (alone 32) to 256
 #endif
 #ifndef ZS_DECODERS
 #define ZS_DECODERS 4  // warps that decode: 4, or 8 where the sums leave them registers
@@ -47,7 +47,7 @@
 #define ZS_CONSUMERS (128 * ZS_GROUPS)          // threads
 #define ZS_THREADS (ZS_CONSUMERS + 32 * ZS_DECODERS)
 // Registers a thread, of the decoders and of the consumers, which get what is left.
-#define ZS_DECODER_REGISTERS (ZS_DECODERS > 4 || ZS_CLUSTER == 1 ? 120 : 104)
+#define ZS_DECODER_REGISTERS (ZS_CLUSTER == 1 ? (ZS_DECODERS > 4 ? 96 : 120) : (ZS_DECODERS > 4 ? 120 : 104))
 #define ZS_LAUNCH_REGISTERS (65536 / ZS_THREADS / 8 * 8)
 #define ZS_FREE_REGISTERS ((ZS_LAUNCH_REGISTERS * ZS_THREADS - 32 * ZS_DECODERS * ZS_DECODER_REGISTERS) / ZS_CONSUMERS / 8 * 8)
 #define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
@@ -100,12 +100,12 @@ struct Job {
 // The decoders have strips and columns in turns: a pair's all that of their block, so decoder d has the columns d, d + ZS_DECODERS, .. of the cluster's.
 ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint16_t* x, uint64_t ldx, uint32_t n, uint32_t k, const Plan& plan, uint32_t d, uint32_t lane,
                             uint32_t smem) {
-    constexpr bool ALONE = ZS_CLUSTER == 1;
+    constexpr bool ALONE = ZS_CLUSTER == 1, EARLY = ALONE && ZS_DECODERS <= 4;  // EARLY: so few decoders must not wait for escapes
     const uint32_t spare = smem + ZS_SPARE + d * 128, own = ALONE ? d % ZS_HANDS : plan.rank;
     d /= ZS_HANDS;
     const uint8_t* lane_escapes = blob.escapes + 4 * lane;
     const uint8_t* headers = blob.headers + 4 * (lane & 1);  // halves (whole_header)
-    if (!ALONE) pin(lane_escapes);
+    if (!EARLY) pin(lane_escapes);
     pin(headers);
     auto head_of = [&](const Job& c) { return ld_stream_u32(headers + (uint64_t)c.tile * 8); };
     Columns ahead(plan, d);
@@ -158,7 +158,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
             decode_lane(stream.words[w], tile, w, base2, lane);
             if (ALONE || w < 2) stream.load(words_of(after), lane, w, w + 1);
         }
-        if (ALONE) coming.load(lane_escapes, whole_header(head), lane), head = head_of(later);
+        if (EARLY) coming.load(lane_escapes, whole_header(head), lane), head = head_of(later);
         if (lane == 0) prefetch_l2(words_of(later), ZS_FIXED);
         __syncwarp();
         escapes.patch(blob.escapes, tile, spare, lane);
@@ -178,9 +178,9 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         }
         if (!more) return;
         if (!ALONE) stream.load(words_of(after), lane, 2, 4);
-        if (!ALONE) coming.load(lane_escapes, whole_header(head), lane);
+        if (!EARLY) coming.load(lane_escapes, whole_header(head), lane);
         escapes = coming, at = after, after = later, more = still;
-        if (!ALONE) head = head_of(after);
+        if (!EARLY) head = head_of(after);
         forward(ZS_AT_A_TIME);
     }
 }

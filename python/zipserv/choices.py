@@ -15,7 +15,7 @@ from typing import Any
 from . import _zipserv
 
 #: Numbers of tokens for which choices are made; another number belongs to the next of these, more to the last.
-BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+BUCKETS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Problem:
 @dataclass(frozen=True)
 class Choice:
     """``kernel``: mma, wgmma, pair, solo or relay (many tokens), or decompress (and multiply by cuBLAS). The kernels have ``mw`` x ``kw`` warps (mma)
-    or tiles a step of a block, side by side in rows and along K (pair, solo: ``kw`` x 128 tokens a block), and deal the work to ``blocks`` blocks."""
+    or tiles a step of a block, side by side in rows and along K (pair, solo: ``kw`` x 64 tokens a block), and deal the work to ``blocks`` blocks."""
 
     kernel: str
     mw: int = 0

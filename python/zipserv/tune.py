@@ -99,7 +99,7 @@ def measured_tokens(problem: Problem) -> tuple[int, ...]:
         return (1, 16, 64)
     if problem.tokens == BUCKETS[0]:
         return (1, 8, 16)
-    return (problem.tokens,) if problem.tokens <= 128 else (3 * problem.tokens // 4,)
+    return (problem.tokens,) if problem.tokens <= 1024 else (3 * problem.tokens // 4,)
 
 
 class GpuRig:

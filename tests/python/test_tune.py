@@ -229,7 +229,7 @@ def test_interrupt_keeps_what_was_measured(zipserv: Zipserv, gpu_machine: FakeGP
 
     monkeypatch.setattr(FakeGPU, "loop", interrupted)
     result = zipserv("tune", 64, 128, "--budget", "0.0001")
-    assert result.code == 130 and "the choices for 2 of 11 classes are kept" in result.err
+    assert result.code == 130 and "the choices for 2 of 14 classes are kept" in result.err
     assert len(gpu_machine.saved) == 2 and not gpu_machine.chosen and gpu_machine.open == 0
 
 

@@ -82,10 +82,10 @@ func TestAChoiceOfTheKernelForManyTokens(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
 	bucket := tuned.Problem{M: 4096, K: 4096, Tokens: 512}
-	pair := plan.Choice{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 120}
+	pair := plan.Choice{Kernel: plan.Pair, MW: 2, KW: 4, Blocks: 120}
 	require.NoError(t, d.Choose(bucket, &pair))
 	f.Reset()
-	for i, n := range []uint64{257, 300, 511, 512} {
+	for i, n := range []uint64{385, 400, 511, 512} {
 		assert.False(t, multiply(t, d, n))
 		require.Len(t, launches(f), i+1)
 		assert.Contains(t, launches(f)[i], "zs_zipgemm_pair grid 120,1,1 block 384")
@@ -105,7 +105,7 @@ func TestAChoiceOfTheKernelForManyTokens(t *testing.T) {
 	}
 	assert.Equal(t, 2, layouts)
 	var wrong engine.ArgumentError
-	for _, c := range []plan.Choice{{Kernel: plan.Pair, MW: 2, KW: 2, Blocks: 121}, {Kernel: plan.Pair, MW: 1, KW: 2, Blocks: 120}, {Kernel: "mma"}} {
+	for _, c := range []plan.Choice{{Kernel: plan.Pair, MW: 2, KW: 4, Blocks: 121}, {Kernel: plan.Pair, MW: 1, KW: 4, Blocks: 120}, {Kernel: "mma"}} {
 		assert.ErrorAs(t, d.Choose(bucket, &c), &wrong)
 	}
 	assert.ErrorAs(t, d.Choose(few, &pair), &wrong)

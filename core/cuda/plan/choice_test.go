@@ -117,22 +117,23 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	d := devices["H200"]
 	many := plan.Problem{M: 4096, K: 4096, N: 512}
 	for _, c := range []plan.Choice{
-		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 2, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 3, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 2, Blocks: 131},
-		{Kernel: "pair", MW: 2, KW: 2, Blocks: 134}, {Kernel: "pair", MW: 2, KW: 1, Blocks: 0},
-		{Kernel: "solo"}, {Kernel: "solo", MW: 2, KW: 1, Blocks: 132}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 133}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 0},
+		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 4, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 3, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 4, Blocks: 131},
+		{Kernel: "pair", MW: 2, KW: 4, Blocks: 134}, {Kernel: "pair", MW: 2, KW: 2, Blocks: 0},
+		{Kernel: "solo"}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 132}, {Kernel: "solo", MW: 2, KW: 4, Blocks: 133}, {Kernel: "solo", MW: 2, KW: 3, Blocks: 0},
 	} {
 		_, err := plan.Chosen(d, many, c)
 		assert.Error(t, err, "%+v", c)
 	}
-	c := plan.Choice{Kernel: "pair", MW: 2, KW: 1, Blocks: 100}
-	solo := plan.Choice{Kernel: "solo", MW: 2, KW: 2, Blocks: 101}
+	c := plan.Choice{Kernel: "pair", MW: 2, KW: 2, Blocks: 100}
+	solo, other := plan.Choice{Kernel: "solo", MW: 2, KW: 4, Blocks: 101}, plan.Choice{Kernel: "solo", MW: 2, KW: 3, Blocks: 101}
 	staysItself(t, d, many, c)
 	staysItself(t, d, many, solo)
+	staysItself(t, d, many, other)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
 		"few tokens": {M: 4096, K: 4096, N: 128},
 	} {
-		for _, one := range []plan.Choice{c, solo} {
+		for _, one := range []plan.Choice{c, solo, other} {
 			_, err := plan.Chosen(d, p, one)
 			assert.ErrorContains(t, err, "no layout", name)
 		}
@@ -145,7 +146,7 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	_, err := plan.Chosen(devices["B200"], many, c)
 	assert.ErrorContains(t, err, "compute capability 10.0")
 	// The least number of tokens of a bucket may have less work than its choice has blocks: those without a tile do nothing.
-	l, err := plan.Chosen(d, plan.Problem{M: 64, K: 64, N: 320}, plan.Choice{Kernel: "pair", MW: 2, KW: 2, Blocks: 132})
+	l, err := plan.Chosen(d, plan.Problem{M: 64, K: 64, N: 320}, plan.Choice{Kernel: "pair", MW: 2, KW: 4, Blocks: 132})
 	require.NoError(t, err)
 	assert.EqualValues(t, 132, l.Kernel.Grid)
 	assert.EqualValues(t, 132*2*64*256*4, l.Workspace)
@@ -177,7 +178,7 @@ func TestAnInvariantChoiceDoesNotDependOnTheTokens(t *testing.T) {
 }
 
 func TestBuckets(t *testing.T) {
-	for n, want := range map[uint64]uint64{1: 16, 8: 16, 16: 16, 17: 32, 33: 64, 64: 64, 65: 128, 129: 256, 4097: 8192, 8192: 8192, 1 << 40: 8192} {
+	for n, want := range map[uint64]uint64{1: 16, 8: 16, 16: 16, 17: 32, 33: 64, 64: 64, 65: 128, 129: 192, 193: 256, 257: 384, 400: 512, 700: 768, 769: 1024, 1025: 2048, 1200: 2048, 4097: 8192, 8192: 8192, 1 << 40: 8192} {
 		assert.Equal(t, want, plan.Bucket(n), n)
 	}
 	last := uint64(0)

@@ -7,8 +7,8 @@ import (
 	"math"
 )
 
-// The Kernel of a Choice of the kernel for some hundred tokens, whose blocks decode for each other in pairs, or each for itself: MW strips and KW blocks of 128 tokens
-// an output tile of a block.
+// The Kernel of a Choice of the kernel for some hundred tokens, whose blocks decode for each other in pairs, or each for itself: MW strips and KW times
+// 64 tokens an output tile of a block.
 const (
 	Pair = "pair"
 	Solo = "solo"
@@ -36,11 +36,12 @@ const (
 )
 
 // pairLayouts: the first moves less through shared memory for a product, the second deals out finer work; the third takes the least energy for up to 256 tokens, but its
-// partial sums are twice as long.
+// partial sums are twice as long, and its four decoders can hardly keep up; the fourth has registers for eight.
 var pairLayouts = []pairLayout{
 	{kernel: Pair, cluster: 2, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 17800, columnClocks: 1140, longClocks: 1370, sumsClocks: 3500, anywhereClocks: 19000},
 	{kernel: Pair, cluster: 2, tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200, anywhereClocks: 12600},
-	{kernel: Solo, cluster: 1, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 14000, columnClocks: 1280, longClocks: 1560, sumsClocks: 7500, anywhereClocks: 24000},
+	{kernel: Solo, cluster: 1, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 14000, columnClocks: 1280, longClocks: 1500, sumsClocks: 7500, anywhereClocks: 24000},
+	{kernel: Solo, cluster: 1, tokens: 192, decoders: 8, xstages: 5, stages: 6, startClocks: 7000, columnClocks: 1100, longClocks: 1300, sumsClocks: 6000, anywhereClocks: 18000},
 }
 
 func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }
@@ -52,7 +53,7 @@ func (l pairLayout) smem() int {
 }
 
 // kw is the KW of a Choice.
-func (l pairLayout) kw() int { return int(l.tokens / 128) }
+func (l pairLayout) kw() int { return int(l.tokens / 64) }
 
 // pairs are the layouts that can solve a problem.
 func pairs(d Device, p Problem) (list []pairLayout) {
