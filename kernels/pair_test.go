@@ -11,13 +11,14 @@ import (
 	"github.com/zipserv/zipserv/kernels"
 )
 
-// Those of 256 and 128 tokens are those of the launch plans; the others have the same roles with fewer tokens, and so are quick.
+// Those of 256, 192 and 128 tokens are those of the launch plans; the others have the same roles with fewer tokens, and so are quick.
 var pairVariants = []variant{
 	{n: 256, cluster: 2, decoders: 4, xstages: 4, stages: 6}, {n: 128, cluster: 2, decoders: 8, xstages: 6, stages: 8},
 	{n: 16, cluster: 2, decoders: 4, xstages: 4, stages: 6}, {n: 32, cluster: 2, decoders: 4, xstages: 4, stages: 6},
 	{n: 16, cluster: 2, decoders: 8, xstages: 6, stages: 8}, {n: 16, cluster: 2, decoders: 4, xstages: 4, stages: 4},
 	{n: 256, cluster: 1, decoders: 4, xstages: 4, stages: 6}, {n: 32, cluster: 1, decoders: 4, xstages: 4, stages: 6},
 	{n: 32, cluster: 1, decoders: 2, xstages: 3, stages: 3}, {n: 192, cluster: 1, decoders: 8, xstages: 5, stages: 6},
+	{n: 32, cluster: 1, decoders: 8, xstages: 5, stages: 6},
 }
 
 var pairShapes = []shape{
@@ -139,4 +140,7 @@ func TestPairEscapes(t *testing.T) {
 	for _, kernel := range []string{"pair", "solo"} {
 		t.Run(kernel, func(t *testing.T) { escapesRight(t, kernel, seededVariant(kernel, 16), 264) })
 	}
+	t.Run("solo, eight decoders", func(t *testing.T) {
+		escapesRight(t, "solo", variant{n: 32, cluster: 1, decoders: 8, xstages: 5, stages: 6}, 264)
+	})
 }

@@ -66,6 +66,7 @@
 // before this one, so the round is well past if that is no more than two rounds back.
 static_assert(ZS_STAGES % ZS_PLACES == 0 && ZS_STAGES >= ZS_DECODERS && ZS_STAGES >= 2 * ZS_PLACES, "see above");
 
+static_assert(!ZS_CONSUMER_REGISTERS || ZS_CONSUMERS * ZS_CONSUMER_REGISTERS + (ZS_THREADS - ZS_CONSUMERS) * ZS_DECODER_REGISTERS <= 65536, "registers of a multiprocessor");
 static_assert(ZS_STAGES > ZS_LAG + 1 && ZS_XSTAGES >= 2, "the rings hold more than what is handed back late");
 
 // Decoder warp d takes tiles d, d + ZS_DECODERS, .. of the walk. Weights do not depend on the kernel before this one, so it does not wait for that. Of the tile

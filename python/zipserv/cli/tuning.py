@@ -116,7 +116,7 @@ def _list(as_json: bool) -> int:
 
 @click.command("tune", epilog=f"Models that are known by name: {', '.join(models.KNOWN)}.")
 @click.argument("what", nargs=-1, metavar="[MODEL | M K [M K]...]")
-@click.option("--tokens", callback=_numbers, metavar="N,...", help="Only the classes of these numbers of tokens; they end at 16, 32, 64 ... 8192.")
+@click.option("--tokens", callback=_numbers, metavar="N,...", help="Only the classes of these numbers of tokens (up to 16, 32 ... 8192).")
 @click.option("--batch-invariant/--no-batch-invariant", "invariant", default=True, help="Also choose the layout of the batch-invariant mode.")
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="With a model: the matrices of one of so many ranks.")
 @click.option(
