@@ -151,7 +151,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         const bool brought = !first && __shfl_sync(0xFFFFFFFFu, (uint32_t)mbarrier_test(xfull + 8, xstage.parity ^ 1), 0);
         if (brought) bring();
         // Half of the next tile's words are loaded now, the others behind the fence, which waits for all loads that are under way. Where a block stands alone nobody
-        // copies the tile, and those who multiply by it have the fence: so all loads begin at once.
+        // copies the tile, and those who multiply by it have the fence: so all of them begin at once.
         Escapes coming = escapes;
 #pragma unroll
         for (uint32_t w = 0; w < 4; w++) {
