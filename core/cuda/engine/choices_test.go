@@ -103,7 +103,7 @@ func TestAChoiceOfTheKernelForManyTokens(t *testing.T) {
 			layouts++
 		}
 	}
-	assert.Equal(t, 2, layouts)
+	assert.Equal(t, 3, layouts)
 	var wrong engine.ArgumentError
 	for _, c := range []plan.Choice{{Kernel: plan.Pair, MW: 2, KW: 4, Blocks: 121}, {Kernel: plan.Pair, MW: 1, KW: 4, Blocks: 120}, {Kernel: "mma"}} {
 		assert.ErrorAs(t, d.Choose(bucket, &c), &wrong)

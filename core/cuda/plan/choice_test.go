@@ -117,23 +117,24 @@ func TestChoicesOfTheKernelForManyTokens(t *testing.T) {
 	d := devices["H200"]
 	many := plan.Problem{M: 4096, K: 4096, N: 512}
 	for _, c := range []plan.Choice{
-		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 4, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 3, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 4, Blocks: 131},
+		{Kernel: "pair"}, {Kernel: "pair", MW: 4, KW: 4, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 5, Blocks: 132}, {Kernel: "pair", MW: 2, KW: 4, Blocks: 131},
 		{Kernel: "pair", MW: 2, KW: 4, Blocks: 134}, {Kernel: "pair", MW: 2, KW: 2, Blocks: 0},
 		{Kernel: "solo"}, {Kernel: "solo", MW: 2, KW: 2, Blocks: 132}, {Kernel: "solo", MW: 2, KW: 4, Blocks: 133}, {Kernel: "solo", MW: 2, KW: 3, Blocks: 0},
 	} {
 		_, err := plan.Chosen(d, many, c)
 		assert.Error(t, err, "%+v", c)
 	}
-	c := plan.Choice{Kernel: "pair", MW: 2, KW: 2, Blocks: 100}
+	c, between := plan.Choice{Kernel: "pair", MW: 2, KW: 2, Blocks: 100}, plan.Choice{Kernel: "pair", MW: 2, KW: 3, Blocks: 100}
 	solo, other := plan.Choice{Kernel: "solo", MW: 2, KW: 4, Blocks: 101}, plan.Choice{Kernel: "solo", MW: 2, KW: 3, Blocks: 101}
 	staysItself(t, d, many, c)
+	staysItself(t, d, many, between)
 	staysItself(t, d, many, solo)
 	staysItself(t, d, many, other)
 	for name, p := range map[string]plan.Problem{
 		"invariant": {M: 4096, K: 4096, N: 512, Invariant: true}, "unaligned": {M: 4096, K: 4096, N: 512, Unaligned: true}, "ragged rows": {M: 4096, K: 4100, N: 512},
 		"few tokens": {M: 4096, K: 4096, N: 128},
 	} {
-		for _, one := range []plan.Choice{c, solo, other} {
+		for _, one := range []plan.Choice{c, between, solo, other} {
 			_, err := plan.Chosen(d, p, one)
 			assert.ErrorContains(t, err, "no layout", name)
 		}
