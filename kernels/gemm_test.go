@@ -319,7 +319,8 @@ func TestGEMM(t *testing.T) {
 var wgmmaVariants = []variant{
 	{n: 8, mw: 1, decoders: 3, stages: 4, xstages: 3}, {n: 32, mw: 2, decoders: 3, stages: 4, xstages: 3},
 	{n: 64, mw: 4, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 5},
-	{n: 128, mw: 2, decoders: 7, stages: 8, xstages: 3}, // registers are dealt out anew
+	{n: 128, mw: 2, decoders: 7, stages: 8, xstages: 3},        // registers are dealt out anew
+	{n: 8, mw: 1, kw: 2, decoders: 11, stages: 16, xstages: 4}, // as a plan says
 }
 
 func TestWGMMA(t *testing.T) {

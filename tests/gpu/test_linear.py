@@ -58,7 +58,7 @@ def test_a_token_does_not_see_its_batch(shape: tuple[int, int]) -> None:
     z = on_gpu(trained(*shape))
     x = torch.randn(64, shape[1], device="cuda").bfloat16()
     for most, invariant in ((16, False), (64, True)):
-        zipserv.cuda.set_batch_invariant(invariant)
+        zipserv.set_batch_invariant(invariant)
         try:
             alone = torch.cat([zipserv.linear(x[i : i + 1], z) for i in range(most)])
             for n in (2, 3, 8, 9, 16, 17, 31, 32, 33, 64):
@@ -67,13 +67,13 @@ def test_a_token_does_not_see_its_batch(shape: tuple[int, int]) -> None:
             order = torch.randperm(most, device="cuda")
             assert same_bits(zipserv.linear(x[:most][order], z), alone[order])
         finally:
-            zipserv.cuda.set_batch_invariant(False)
+            zipserv.set_batch_invariant(False)
 
 
 def test_batch_invariant_mode_holds_for_many_tokens() -> None:
     z = on_gpu(trained(1024, 1536))
     x = torch.randn(1000, 1536, device="cuda").bfloat16()
-    zipserv.cuda.set_batch_invariant(True)
+    zipserv.set_batch_invariant(True)
     try:
         alone = zipserv.linear(x[:1], z)
         for n in (64, 65, 128, 500, 1000):
@@ -82,7 +82,7 @@ def test_batch_invariant_mode_holds_for_many_tokens() -> None:
         middle = zipserv.linear(x[700:701], z)
         assert same_bits(zipserv.linear(x, z)[700:701], middle)
     finally:
-        zipserv.cuda.set_batch_invariant(False)
+        zipserv.set_batch_invariant(False)
 
 
 @pytest.mark.parametrize("n", [1, 16, 32, 64, 100, 128, 300])
@@ -109,11 +109,11 @@ def test_many_tokens_are_one_launch_on_hopper(m: int, k: int) -> None:
     """What an H100 measured as the fastest way (core/cuda/plan/pair_test.go)."""
     assert choices.current(0, Problem(m, k, 256)).kernel == ("solo" if m == 28672 else "pair")
     assert choices.current(0, Problem(m, k, 8192)).kernel == "relay"
-    zipserv.cuda.set_batch_invariant(True)
+    zipserv.set_batch_invariant(True)
     try:
         assert choices.current(0, Problem(m, k, None)).kernel == "wgmma"
     finally:
-        zipserv.cuda.set_batch_invariant(False)
+        zipserv.set_batch_invariant(False)
 
 
 @pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")

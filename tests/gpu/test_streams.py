@@ -8,6 +8,7 @@ import torch
 from gpu_cases import assert_like_cublas, gaussian, on_gpu, same_bits, trained
 
 import zipserv
+import zipserv.cuda
 
 
 def test_work_goes_to_the_current_stream() -> None:

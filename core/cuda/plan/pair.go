@@ -42,7 +42,7 @@ var pairLayouts = []pairLayout{
 	{kernel: Pair, cluster: 2, tokens: 128, decoders: 8, xstages: 6, stages: 8, startClocks: 12500, columnClocks: 730, longClocks: 910, sumsClocks: 4200, anywhereClocks: 12600},
 	{kernel: Solo, cluster: 1, tokens: 256, decoders: 4, xstages: 4, stages: 6, startClocks: 14000, columnClocks: 1280, longClocks: 1500, sumsClocks: 7500, anywhereClocks: 24000},
 	{kernel: Solo, cluster: 1, tokens: 192, decoders: 8, xstages: 5, stages: 6, startClocks: 7000, columnClocks: 1100, longClocks: 1280, sumsClocks: 5100, anywhereClocks: 18000},
-	{kernel: Pair, cluster: 2, tokens: 192, decoders: 4, xstages: 5, stages: 6, startClocks: 11500, columnClocks: 960, longClocks: 1165, sumsClocks: 6000, anywhereClocks: 20000},
+	{kernel: Pair, cluster: 2, tokens: 192, decoders: 4, xstages: 5, stages: 6, startClocks: 11500, columnClocks: 960, longClocks: 1135, sumsClocks: 9000, anywhereClocks: 20000},
 }
 
 func (l pairLayout) threads() int { return 128*pairGroups + 32*l.decoders }

@@ -109,8 +109,7 @@ func TestManyTokensAreSolvedInTheFastestWay(t *testing.T) {
 		{57344, 8192, 256, map[string]float64{"pair 128": 0.814, "pair 256": 0.540, "solo 256": 0.912}},
 		{14336, 4096, 256, map[string]float64{"pair 128": 0.722, "pair 256": 0.517, "solo 256": 0.833}},
 		{18944, 3584, 256, map[string]float64{"pair 128": 0.869, "pair 256": 0.566, "solo 256": 0.870}},
-		// 2026-11-27, 11:50 UTC: a row is of one run, with the grids of 256, 512 and 1024 tokens. (4096 x 4096 at 384: 11:45, with its own.) Where solo 192 would have had
-		// another one and is chosen, 3584 x 3584 and 4096 x 14336 at 384 tokens and 2048 x 7168 at 768, there is no row.
+		// 2026-11-27, 11:50 UTC: a row is of one run, with the grids of 256 and 512 tokens.
 		{2048, 7168, 192, map[string]float64{"pair 128": 0.692, "pair 256": 0.467, "relay": 0.385, "solo 256": 0.533, "solo 192": 0.630}},
 		{3584, 3584, 192, map[string]float64{"pair 128": 0.739, "pair 256": 0.666, "relay": 0.336, "solo 256": 0.604, "solo 192": 0.643}},
 		{3584, 18944, 192, map[string]float64{"pair 128": 0.895, "pair 256": 0.612, "relay": 0.506, "solo 256": 0.861, "solo 192": 1.013}},
@@ -128,7 +127,8 @@ func TestManyTokensAreSolvedInTheFastestWay(t *testing.T) {
 		{28672, 4096, 192, map[string]float64{"pair 128": 0.804, "pair 256": 0.556, "relay": 0.488, "solo 256": 0.859, "solo 192": 0.995}},
 		{28672, 4096, 512, map[string]float64{"pair 128": 0.745, "pair 256": 0.929, "solo 256": 0.805, "solo 192": 0.669}},
 		{57344, 8192, 192, map[string]float64{"pair 128": 0.775, "pair 256": 0.539, "relay": 0.438, "solo 256": 0.877, "solo 192": 1.060}},
-		// 14:21 UTC: the same, of clusters of 384 tokens, too.
+		// 14:21 UTC, another card: the same, of clusters of 384 tokens, too, with the grids of 384 and 768 tokens.
+		{4096, 4096, 1152, map[string]float64{"pair 128": 0.613, "pair 192": 0.761, "pair 256": 0.649, "solo 192": 0.715, "solo 256": 0.618}},
 		{2048, 7168, 384, map[string]float64{"pair 128": 0.809, "pair 192": 0.871, "pair 256": 0.721, "relay": 0.509, "solo 192": 0.856, "solo 256": 0.714}},
 		{2048, 7168, 768, map[string]float64{"pair 128": 0.812, "pair 192": 0.989, "pair 256": 0.853, "relay": 0.731, "solo 192": 0.939, "solo 256": 0.821}},
 		{3584, 3584, 384, map[string]float64{"pair 128": 0.597, "pair 192": 0.717, "pair 256": 0.610, "relay": 0.410, "solo 192": 0.683, "solo 256": 0.579}},

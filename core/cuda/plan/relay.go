@@ -31,7 +31,7 @@ const (
 	relayColumnClocks = 1320
 	relayRoundClocks  = 5600
 	relaySumsClocks   = 7000 // of each cluster that shares a tile
-	relayBeside       = 0.2  // of the shorter of multiplying and decoding, what is not hidden by the longer
+	relayBeside       = 0.1  // of the shorter of multiplying and decoding, what is not hidden by the longer
 )
 
 // relaySmem is ZS_GEMM_SMEM; a test compares it with the source.

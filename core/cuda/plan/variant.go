@@ -68,9 +68,9 @@ type roles struct {
 
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for, and eight columns of activations.
 func rolesOf(v variant, tokens uint64) roles {
-	r := roles{decoders: 11, stages: 12, xstages: 8 / v.kw}
-	if tokens > 64 { // the activations leave the L1 cache too little room for the first loads of all decoders
-		r.spread = 48
+	r := roles{decoders: 11, stages: 16, xstages: 8 / v.kw} // a ring that is hardly longer than there are decoders makes them wait for each other
+	if tokens > 64 {                                        // the activations leave no room for that, and the L1 cache too little for the first loads of all decoders
+		r.stages, r.spread = 12, 48
 	}
 	return r
 }
