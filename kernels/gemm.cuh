@@ -77,6 +77,7 @@ struct Output {
             return;
         }
         constexpr uint32_t ROUND = PIECES < 8 ? PIECES : 8;
+        static_assert(PIECES % ROUND == 0, "see the loops");
         const float b0 = bias ? as_float((uint32_t)bias[row0 + lane / 4] << 16) : 0.0f, b1 = bias ? as_float((uint32_t)bias[row0 + 8 + lane / 4] << 16) : 0.0f;
         const bool odd = lane & 1;
         uint16_t* const to = y + lane / 4 * ldy + row0 + 2 * (lane & 2) + (odd ? 8 : 0);

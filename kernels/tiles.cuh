@@ -32,6 +32,7 @@ struct Stage {
 ZS_DEVICE void add_sums(float (&acc)[ZS_N / 2], float* slot, uint32_t first, uint32_t helpers) {
     constexpr uint32_t FLOATS = ZS_N / 2, AT_ONCE = ZS_PIECES_AT_ONCE, PIECES = FLOATS / 4, ROUND = PIECES < AT_ONCE ? PIECES : AT_ONCE, HELPERS = AT_ONCE / ROUND;
     constexpr uint64_t BLOCK = (uint64_t)ZS_MW * FLOATS * 128;
+    static_assert(PIECES % ROUND == 0, "what is read in one round more than there is would never come");
     for (uint32_t h0 = 0; h0 < helpers; h0 += HELPERS) {
 #pragma unroll
         for (uint32_t q0 = 0; q0 < PIECES; q0 += ROUND) {
