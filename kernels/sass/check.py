@@ -63,8 +63,8 @@ def compilations(text: str) -> list[str]:
 
 
 def write(page: Path = PAGE) -> None:
-    text = page.read_text() if page.exists() else "# Performance\n"
     block = f"{BEGIN}\n{generate()}{END}"
+    text = page.read_text() if page.exists() else "# Performance\n"  # not before: compiling takes minutes, in which someone may write
     if current(page) is None:
         text = text.rstrip("\n") + f"\n\n## Compiled kernels\n{block}\n"
     else:

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks and times variants of the ZipGEMM kernels beside cuBLAS, past the engine: for finding plans, not for claims.
+"""Checks and times variants of the ZipGEMM kernels beside cuBLAS, past the engine: for finding layouts, not for claims.
 
-    python tools/gpu/variants.py mma 2,4 1,8 4,2 --shapes 4096x4096,28672x4096 --tokens 1,8,16
-    python tools/gpu/variants.py wgmma 1,2,1,11,12,4 2,1,1,11,12,4 --tokens 8,32 --weights trained
-    python tools/gpu/variants.py mma 2,4 --compile-only      # without a GPU: registers and spills
+    python tools/gpu/variants.py wgmma:N=64,MW=1,KW=2,STAGES=16,XSTAGES=4 wgmma:N=64,STAGES=16,XSTAGES=8 --tokens 33,64
+    python tools/gpu/variants.py pair:N=256 pair:N=192,XSTAGES=5 pair:N=256,CLUSTER=1 relay --tokens 384,768 --weights gaussian,trained
+    python tools/gpu/variants.py build/try/wgmma:N=128 wgmma:N=128 --sustained    # kernels changed in build/try, beside those of the tree
+    python tools/gpu/variants.py pair:N=192,XSTAGES=5 --compile-only              # without a GPU: registers and spills
 
-A variant of mma is MW,KW (gemm.cuh); one of wgmma is MW,KW,GROUPS,DECODERS,STAGES,XSTAGES (zipgemm_wgmma.cu). Each is compiled for the present
-GPU with the number of tokens rounded up, checked against float64, then timed in CUDA graphs in turns with F.linear, over copies of the weight
-(500 MB or more in rotation), with programmatic dependent launch, as the engine does. `zipserv tune` measures what the engine can choose.
+A variant is [FOLDER/]KERNEL[:NAME=VALUE,..]: the kernel is mma, wgmma, pair or relay, the names are the macros of its source without ZS_, and
+GRID is a number of blocks, ``all``, or ``even`` (whole groups of strips or tiles; the default). Sources in FOLDER replace those of the tree.
+
+Each is compiled for the present GPU, checked against float64, then timed in CUDA graphs in turns with F.linear and the others, over copies of the
+weight (300 MB or more in rotation), with programmatic dependent launch, as the engine does. --sustained: each for some tenths of a second, at
+whatever clock the GPU keeps up. `zipserv tune` measures what the engine can choose. Exit code 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -15,9 +19,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import re
+import statistics
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,19 +36,26 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "python"), str(ROOT / "kernels" / "sass")]
 
 import zipserv  # noqa: E402
-from nvrtc import NVRTC  # noqa: E402
+from nvrtc import NVRTC, Compiled  # noqa: E402
 from zipserv.bench import weights  # noqa: E402
-from zipserv.bench.timing import compare, loops  # noqa: E402
+from zipserv.bench.timing import Loop, Rotation  # noqa: E402
 
-MMA_XSTAGES = 2
-PROGRAMMATIC = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+KERNELS = ("mma", "wgmma", "pair", "relay")
 # What the source says of its launches, to be read from the loaded module.
-LAUNCH = '\nextern "C" __device__ unsigned zs_launch[2] = {ZS_GEMM_SMEM, ZS_THREADS};\n'
+LAUNCH = """
+#ifndef ZS_CLUSTER
+#define ZS_CLUSTER 1
+#endif
+extern "C" __device__ unsigned zs_launch[6] = {ZS_GEMM_SMEM, ZS_THREADS, ZS_CLUSTER, ZS_N, ZS_MW, ZS_KW};
+"""
 MAX_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+CLUSTER, PROGRAMMATIC = 4, 6  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, .._PROGRAMMATIC_STREAM_SERIALIZATION
+MOST_SHARERS = 4  # clusters a tile of the kernels for many tokens (turns.cuh)
+CONTROL = 32  # words before the flags of the relay kernel
 
 
 class Attribute(ctypes.Structure):
-    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_uint * 16)]
 
 
 class Config(ctypes.Structure):
@@ -61,104 +75,182 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Spec:
-    """A variant for up to ``n`` tokens."""
+    """What the text of a variant says."""
 
+    text: str
+    folder: Path | None
     kernel: str
-    numbers: tuple[int, ...]
-    n: int
+    defines: tuple[str, ...]
+    grid: str = "even"
 
     @classmethod
-    def parse(cls, kernel: str, text: str, n: int) -> Spec:
-        numbers = tuple(int(part) for part in text.split(","))
-        if len(numbers) != (2 if kernel == "mma" else 6):
-            raise SystemExit(f"{text!r} is no variant of {kernel}: see --help")
-        return cls(kernel, numbers, n)
+    def parse(cls, text: str) -> Spec:
+        match = re.fullmatch(r"(?:(.+)/)?(\w+)(?::([\w=,]+))?", text)
+        settings = [part.partition("=") for part in match[3].split(",")] if match and match[3] else []
+        if match is None or match[2] not in KERNELS or not all(name and value for name, _, value in settings):
+            raise SystemExit(f"{text!r} is no variant: see --help")
+        values = {name: value for name, _, value in settings}
+        grid = values.pop("GRID", "even")
+        if grid not in ("even", "all") and not grid.isdecimal():
+            raise SystemExit(f"{text!r}: GRID is {grid!r}, allowed are even, all or a number of blocks")
+        folder = Path(match[1]) if match[1] else None
+        if folder is not None and not folder.is_dir():
+            raise SystemExit(f"{text!r}: {folder} is no folder")
+        return cls(text, folder, match[2], tuple(f"-DZS_{name}={value}" for name, value in values.items()), grid)
 
-    @property
-    def mw(self) -> int:
-        return self.numbers[0]
-
-    @property
-    def kw(self) -> int:
-        return self.numbers[1]
-
-    @property
-    def defines(self) -> list[str]:
-        names = ("MW", "KW") if self.kernel == "mma" else ("MW", "KW", "GROUPS", "DECODERS", "STAGES", "XSTAGES")
-        values = [f"-DZS_{name}={value}" for name, value in zip(names, self.numbers, strict=True)]
-        return [f"-DZS_N={self.n}", *values, *([f"-DZS_XSTAGES={MMA_XSTAGES}"] if self.kernel == "mma" else [])]
-
-
-def compiled(spec: Spec, arch: str) -> tuple[bytes, str]:
-    folder = ROOT / "kernels"
-    headers = {path.name: path.read_text() for path in folder.glob("*.cuh")}
-    name = f"zipgemm_{spec.kernel}.cu"
-    source = (folder / name).read_text() + LAUNCH
-    result = NVRTC().compile(name, source, headers, [f"-arch={arch}", "--std=c++17", "-Xptxas", "-v", *spec.defines])
-    registers, spills = re.search(r"Used (\d+) registers", result.log), re.search(r"(\d+) bytes spill stores", result.log)
-    return result.cubin, f"{registers[1] if registers else '?'} registers, {spills[1] if spills else '?'} bytes spilled"
+    def compile(self, arch: str) -> Compiled:
+        files: dict[str, str] = {}
+        for folder in (ROOT / "kernels", self.folder):
+            files |= {path.name: path.read_text() for path in folder.glob("*.cu*")} if folder else {}
+        name = f"zipgemm_{self.kernel}.cu"
+        headers = {name: text for name, text in files.items() if name.endswith(".cuh")}
+        return NVRTC().compile(name, files[name] + LAUNCH, headers, [f"-arch={arch}", "--std=c++17", "-Xptxas", "-v", *self.defines])
 
 
+def note(compiled: Compiled) -> str:
+    registers, spills = re.search(r"Used (\d+) registers", compiled.log), re.search(r"(\d+) bytes spill stores", compiled.log)
+    serial = ", wgmma SERIALIZED" if "serializ" in compiled.log else ""
+    return f"{registers[1] if registers else '?'} registers, {spills[1] if spills else '?'} bytes spilled{serial}"
+
+
+@dataclass
+class Scratch:
+    """Memory of the relay kernel for one shape of the weight."""
+
+    flags: torch.Tensor
+    decoded: torch.Tensor
+
+
+@dataclass
 class Variant:
     """One compiled variant on the present device."""
 
-    def __init__(self, spec: Spec, arch: str) -> None:
-        self.spec = spec
+    spec: Spec
+    compiled: Compiled
+    scratch: dict[tuple[int, int], Scratch] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
         self.blocks = torch.cuda.get_device_properties(0).multi_processor_count
         self.cuda = ctypes.CDLL("libcuda.so.1")
-        cubin, self.note = compiled(spec, arch)
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), cubin))
-        self.check(self.cuda.cuModuleGetFunction(ctypes.byref(self.function), module, f"zs_zipgemm_{spec.kernel}".encode()))
-        address, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_uint32 * 2)()
+        self.check(self.cuda.cuModuleLoadData(ctypes.byref(module), self.compiled.cubin))
+        self.check(self.cuda.cuModuleGetFunction(ctypes.byref(self.function), module, f"zs_zipgemm_{self.spec.kernel}".encode()))
+        address, size, launch = ctypes.c_uint64(), ctypes.c_size_t(), (ctypes.c_uint32 * 6)()
         self.check(self.cuda.cuModuleGetGlobal_v2(ctypes.byref(address), ctypes.byref(size), module, b"zs_launch"))
-        self.check(self.cuda.cuMemcpyDtoH_v2(launch, address, ctypes.c_size_t(8)))
-        self.smem, self.threads = launch
+        self.check(self.cuda.cuMemcpyDtoH_v2(launch, address, ctypes.c_size_t(24)))
+        self.smem, self.threads, self.cluster, self.n, self.mw, self.kw = launch
         self.check(self.cuda.cuFuncSetAttribute(self.function, MAX_SMEM, self.smem))
-        # The kernel's own flag for "no sum here yet" (gemm.cuh).
-        self.workspace = torch.full((self.blocks * spec.mw * 64 * spec.n,), -1, dtype=torch.int32, device="cuda")
+        # The kernels' own flag for "no sum here yet" (gemm.cuh).
+        self.workspace = torch.full((self.blocks * self.mw * 64 * self.n,), -1, dtype=torch.int32, device="cuda")
+
+    @property
+    def few(self) -> bool:
+        """Of a kernel that takes no more than N tokens."""
+        return self.spec.kernel in ("mma", "wgmma")
 
     def check(self, code: int) -> None:
         if code:
             text = ctypes.c_char_p()
             self.cuda.cuGetErrorString(code, ctypes.byref(text))
-            raise RuntimeError(f"CUDA error {code}: {(text.value or b'?').decode()}")
+            raise RuntimeError(f"{self.spec.text}: CUDA error {code}: {(text.value or b'?').decode()}")
 
-    def tensor_map(self, x: torch.Tensor) -> ctypes.Array[ctypes.c_uint64]:
-        """x in boxes of n rows of 64 columns, in the 128-byte swizzle; the driver wants it at a multiple of 64 bytes."""
+    def grid(self, m: int, k: int, n: int) -> int:
+        if self.spec.grid.isdecimal():
+            return int(self.spec.grid)
+        strips, columns = ceil_div(m, 64), ceil_div(k, 64)
+        if self.few:
+            groups = ceil_div(strips, self.mw)
+            most = min(self.blocks, groups * ceil_div(columns, self.kw))
+            if self.spec.grid == "all":
+                return most
+            return groups * (most // groups) if groups <= most else ceil_div(groups, ceil_div(groups, most))
+        clusters = self.blocks // self.cluster
+        tiles = ceil_div(strips, self.mw) * ceil_div(n, self.n * self.cluster)
+        if self.spec.grid == "even" and self.spec.kernel == "pair" and tiles < clusters:
+            clusters = tiles * min(clusters // tiles, MOST_SHARERS, columns)
+        return clusters * self.cluster
+
+    def tensor_map(self, x: torch.Tensor, rows: int) -> ctypes.Array[ctypes.c_uint64]:
+        """x in boxes of so many rows of 64 columns, in the 128-byte swizzle; the driver wants it at a multiple of 64 bytes."""
         memory = (ctypes.c_uint64 * 24)()
         room = (ctypes.c_uint64 * 16).from_buffer(memory, -ctypes.addressof(memory) % 64)
         sides, strides = (ctypes.c_uint64 * 2)(x.shape[1], x.shape[0]), (ctypes.c_uint64 * 1)(2 * x.stride(0))
-        box, steps = (ctypes.c_uint32 * 2)(64, self.spec.n), (ctypes.c_uint32 * 2)(1, 1)
+        box, steps = (ctypes.c_uint32 * 2)(64, rows), (ctypes.c_uint32 * 2)(1, 1)
         bf16, swizzle_128, promote_128 = 9, 3, 2
         start = ctypes.c_void_p(x.data_ptr())
         self.check(self.cuda.cuTensorMapEncodeTiled(room, bf16, 2, start, sides, strides, box, steps, 0, swizzle_128, promote_128, 0))
         return room
 
+    def relay_scratch(self, m: int, k: int) -> Scratch:
+        if (m, k) not in self.scratch:
+            pairs = ceil_div(ceil_div(m, 64), 2) * ceil_div(k, 64)
+            flags = torch.full((CONTROL + pairs,), -1, dtype=torch.int32, device="cuda")
+            self.scratch = {(m, k): Scratch(flags, torch.empty(pairs * 2 * 8192, dtype=torch.uint8, device="cuda"))}
+        return self.scratch[m, k]
+
+    def clean(self) -> bool:
+        """Whether the memory that launches share is as they have to leave it."""
+        return not any(bool((t != -1).any()) for t in (self.workspace, *(s.flags for s in self.scratch.values())))
+
     def __call__(self, blob: torch.Tensor, x: torch.Tensor, y: torch.Tensor, m: int, k: int) -> None:
-        spec = self.spec
-        units = ceil_div(ceil_div(m, 64), spec.mw) * ceil_div(ceil_div(k, 64), spec.kw)
-        u32, u64, pointer = ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
-        values: list[Any] = [pointer(blob.data_ptr()), pointer(x.data_ptr()), u64(x.stride(0)), pointer(0), pointer(y.data_ptr()), u64(y.stride(0))]
-        values += [u32(m), u32(k), u32(x.shape[0]), pointer(self.workspace.data_ptr())]
-        if spec.kernel == "wgmma":
-            values.append(self.tensor_map(x))
+        n, u32, u64, pointer = x.shape[0], ctypes.c_uint32, ctypes.c_uint64, ctypes.c_void_p
+        product: list[Any] = [pointer(x.data_ptr()), u64(x.stride(0)), pointer(0), pointer(y.data_ptr()), u64(y.stride(0)), u32(m), u32(k), u32(n)]
+        product.append(pointer(self.workspace.data_ptr()))
+        values: list[Any]
+        if self.few:
+            values = [pointer(blob.data_ptr()), *product]
+            if self.spec.kernel == "wgmma":
+                values.append(self.tensor_map(x, min(self.n, ceil_div(n, 8) * 8)))
+        else:
+            tiles = ceil_div(m, 64) * ceil_div(k, 64)
+            headers = blob.data_ptr() + 128  # docs/format.md section 1
+            fixed = headers + ceil_div(8 * tiles, 128) * 128
+            values = [pointer(headers), pointer(fixed), pointer(fixed + 5632 * tiles), *product]
+            rows = self.n * self.cluster // 4
+            if self.spec.kernel == "relay":
+                scratch = self.relay_scratch(m, k)
+                values += [pointer(scratch.flags.data_ptr()), pointer(scratch.decoded.data_ptr())]
+                rows = self.n // self.cluster
+            values += [self.tensor_map(x, rows), self.tensor_map(y, self.n)]
         array = (pointer * len(values))(*[ctypes.addressof(value) for value in values])
-        attribute = Attribute(id=PROGRAMMATIC)
-        attribute.value[0] = 1
+        attributes = (Attribute * 2)(Attribute(id=PROGRAMMATIC), Attribute(id=CLUSTER))
+        attributes[0].value[0] = 1
+        attributes[1].value[0], attributes[1].value[1], attributes[1].value[2] = self.cluster, 1, 1
         three = ctypes.c_uint * 3
         stream = torch.cuda.current_stream().cuda_stream
-        config = Config(three(min(self.blocks, units), 1, 1), three(self.threads, 1, 1), self.smem, stream, ctypes.pointer(attribute), 1)
+        count = 2 if self.cluster > 1 else 1
+        config = Config(three(self.grid(m, k, n), 1, 1), three(self.threads, 1, 1), self.smem, stream, attributes, count)
         self.check(self.cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, array, None))
 
 
-def microseconds(first: list[Callable[[], object]], second: list[Callable[[], object]]) -> tuple[float, float]:
-    """Median times of one call of each, the calls one after the other in graphs, in turns."""
-    blas, ours = loops(first, second, torch.device("cuda"))
-    pair = compare(blas, ours, min_rounds=7, budget=0.05)
-    blas.close()
-    ours.close()
-    return pair.first.median * 1e6, pair.second.median * 1e6
+def in_turns(loops: Sequence[Loop], rounds: int) -> list[float]:
+    """Median microseconds of one call of each."""
+    times: list[list[float]] = [[] for _ in loops]
+    for turn in range(rounds):
+        for i in range(len(loops)) if turn % 2 else reversed(range(len(loops))):
+            times[i].append(loops[i].seconds() * 1e6)
+    return [statistics.median(t) for t in times]
+
+
+def sustained(loops: Sequence[Loop], rounds: int, seconds: float = 0.7) -> list[float]:
+    """The same, each run for so long at a time, after a quarter of that."""
+    times: list[list[float]] = [[] for _ in loops]
+    for turn in range(rounds):
+        for i in range(len(loops)) if turn % 2 else reversed(range(len(loops))):
+            one = loops[i].seconds()
+            repeats = max(1, round(seconds / (one * len(loops[i]))))
+            for _ in range(ceil_div(repeats, 4)):
+                loops[i].seconds()
+            start = time.perf_counter()
+            for _ in range(repeats):
+                loops[i].seconds()
+            times[i].append((time.perf_counter() - start) / (repeats * len(loops[i])) * 1e6)
+    return [statistics.median(t) for t in times]
+
+
+def loop(calls: Sequence[Callable[[], object]]) -> Loop:
+    device = torch.device("cuda")
+    return Loop(Rotation(calls, device), device)
 
 
 def shape_of(text: str) -> tuple[int, int]:
@@ -166,49 +258,64 @@ def shape_of(text: str) -> tuple[int, int]:
     return int(m), int(k)
 
 
+def measure(variants: Sequence[Variant], m: int, k: int, kind: str, tokens: Sequence[int], options: argparse.Namespace) -> int:
+    """Prints a line for each variant and number of tokens; returns how many were wrong."""
+    weight = weights.make(kind, m, k, device="cuda")
+    blob = zipserv.compress(weight).blob
+    copies = max(4, 300_000_000 // blob.numel() + 1)
+    plain, blobs = [weight.clone() for _ in range(copies)], [blob.clone() for _ in range(copies)]
+    wrong = 0
+    for n in tokens:
+        x = weights.activations(n, k, device="cuda")
+        exact = x.double() @ weight.double().T
+        bound = 1.05 * float((F.linear(x, weight).double() - exact).norm() / exact.norm()) + 1e-4
+        loops, chosen = [loop([partial(F.linear, x, w) for w in plain])], []
+        for variant in variants:
+            if variant.few and n > variant.n:
+                continue
+            y = torch.full((n, m), float("nan"), dtype=torch.bfloat16, device="cuda")
+            variant(blob, x, y, m, k)
+            error = float((y.double() - exact).norm() / exact.norm())
+            if not error <= bound or not variant.clean():
+                wrong += 1
+                print(f"  {variant.spec.text}: WRONG, error {error:.3g} over {bound:.3g}, or the workspace was not left as it was", flush=True)
+                continue
+            chosen.append(variant)
+            loops.append(loop([partial(variant, b, x, y, m, k) for b in blobs]))
+        blas, *times = sustained(loops, 3) if options.sustained else in_turns(loops, options.rounds)
+        print(f"{m}x{k} {kind} N={n}: {blob.numel() * 8 / weight.numel():.3f} bits, F.linear {blas:.2f} us", flush=True)
+        for variant, took in zip(chosen, times, strict=True):
+            print(f"  {blas / took:.3f} x, {took:.2f} us, {blob.numel() / took / 1e6:.2f} TB/s  {variant.spec.text}", flush=True)
+        for one in loops:
+            one.close()
+    return wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kernel", choices=("mma", "wgmma"))
-    parser.add_argument("variants", nargs="+", help="MW,KW or MW,KW,GROUPS,DECODERS,STAGES,XSTAGES")
-    parser.add_argument("--shapes", default="4096x4096,6144x4096,5120x5120,4096x14336,28672x4096")
-    parser.add_argument("--tokens", default="1,8,16,32,64")
-    parser.add_argument("--weights", default="gaussian", choices=weights.KINDS)
+    parser.add_argument("variants", nargs="+", type=Spec.parse, help="[FOLDER/]KERNEL[:NAME=VALUE,..]")
+    parser.add_argument("--shapes", default="4096x4096,6144x4096,4096x14336,28672x4096")
+    parser.add_argument("--tokens", default="64")
+    parser.add_argument("--weights", default="gaussian", help=f"of {', '.join(weights.KINDS)}")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--sustained", action="store_true")
     parser.add_argument("--arch", default="sm_90a")
     parser.add_argument("--compile-only", action="store_true")
     options = parser.parse_args()
-    tokens = [int(n) for n in options.tokens.split(",")]
-    classes = {n: max(8, 1 << (n - 1).bit_length()) for n in tokens}
-    specs = {(text, n): Spec.parse(options.kernel, text, n) for text in options.variants for n in sorted(set(classes.values()))}
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(lambda spec: spec.compile(options.arch), options.variants))
+    for spec, one in zip(options.variants, compiled, strict=True):
+        print(f"{spec.text}: {note(one)}")
     if options.compile_only:
-        for (text, n), spec in specs.items():
-            print(f"N={n} {options.kernel} {text}: {compiled(spec, options.arch)[1]}")
         return 0
-
     torch.zeros(1, device="cuda")  # makes the context in which the variants are loaded
     torch.cuda.synchronize()
+    variants = [Variant(spec, one) for spec, one in zip(options.variants, compiled, strict=True)]
+    tokens = [int(n) for n in options.tokens.split(",")]
     wrong = 0
-    built = {key: Variant(spec, options.arch) for key, spec in specs.items()}
     for m, k in map(shape_of, options.shapes.split(",")):
-        weight = weights.make(options.weights, m, k, device="cuda")
-        blob = zipserv.compress(weight).blob
-        copies = max(8, 500_000_000 // blob.numel() + 1)
-        plain, blobs = [weight.clone() for _ in range(copies)], [blob.clone() for _ in range(copies)]
-        for n in tokens:
-            x = weights.activations(n, k, device="cuda")
-            exact = x.double() @ weight.double().T
-            bound = 1.05 * float((F.linear(x, weight).double() - exact).norm() / exact.norm()) + 1e-4
-            print(f"{m}x{k} {options.weights} N={n}: {blob.numel() * 8 / weight.numel():.3f} bits")
-            for text in options.variants:
-                variant, y = built[text, classes[n]], torch.full((n, m), float("nan"), dtype=torch.bfloat16, device="cuda")
-                variant(blob, x, y, m, k)
-                error = float((y.double() - exact).norm() / exact.norm())
-                if not error <= bound or bool((variant.workspace != -1).any()):
-                    wrong += 1
-                    print(f"  {text}: WRONG, error {error:.3g} over {bound:.3g}, or the workspace was not left as it was")
-                    continue
-                blas, time = microseconds([partial(F.linear, x, w) for w in plain], [partial(variant, b, x, y, m, k) for b in blobs])
-                speed = f"{blas / time:.3f} x, {blob.numel() / time / 1e6:.2f} TB/s"
-                print(f"  {text}: {time:.2f} us, F.linear {blas:.2f} us, {speed}, {variant.note}", flush=True)
+        for kind in options.weights.split(","):
+            wrong += measure(variants, m, k, kind, tokens, options)
     return 1 if wrong else 0
 
 
