@@ -18,7 +18,7 @@ var pairVariants = []variant{
 	{n: 16, cluster: 2, decoders: 8, xstages: 6, stages: 8}, {n: 16, cluster: 2, decoders: 4, xstages: 4, stages: 4},
 	{n: 256, cluster: 1, decoders: 4, xstages: 4, stages: 6}, {n: 32, cluster: 1, decoders: 4, xstages: 4, stages: 6},
 	{n: 32, cluster: 1, decoders: 2, xstages: 3, stages: 3}, {n: 192, cluster: 1, decoders: 8, xstages: 5, stages: 6},
-	{n: 192, cluster: 2, decoders: 4, xstages: 5, stages: 6}, {n: 32, cluster: 2, decoders: 4, xstages: 5, stages: 6},
+	{n: 192, cluster: 2, decoders: 4, xstages: 5, stages: 6},
 	{n: 32, cluster: 1, decoders: 8, xstages: 5, stages: 6},
 }
 
