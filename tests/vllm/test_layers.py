@@ -144,7 +144,7 @@ def test_what_does_not_shrink_becomes_an_ordinary_layer(dtype, what, monkeypatch
         module.quant_method.process_weights_after_loading(module)
     assert lines == ["model.small stays uncompressed: it would not shrink"]
     x = torch.randn(3, K).bfloat16()
-    assert torch.equal(layer(x)[0], plain(x)[0])
+    assert torch.equal(layer(x)[0].view(torch.int16), plain(x)[0].view(torch.int16))  # bits: sums of such noise may be NaN
 
 
 def test_one_line_for_each_layer_that_stays_plain(dtype, monkeypatch) -> None:
