@@ -223,29 +223,24 @@ class Variant:
         self.check(self.cuda.cuLaunchKernelEx(ctypes.byref(config), self.function, array, None))
 
 
-def in_turns(loops: Sequence[Loop], rounds: int) -> list[float]:
-    """Median microseconds of one call of each."""
+def in_turns(loops: Sequence[Loop], rounds: int, seconds: Callable[[Loop], float]) -> list[float]:
+    """Median microseconds of one call of each, timed by ``seconds``, forwards and backwards in turn."""
     times: list[list[float]] = [[] for _ in loops]
     for turn in range(rounds):
         for i in range(len(loops)) if turn % 2 else reversed(range(len(loops))):
-            times[i].append(loops[i].seconds() * 1e6)
+            times[i].append(seconds(loops[i]) * 1e6)
     return [statistics.median(t) for t in times]
 
 
-def sustained(loops: Sequence[Loop], rounds: int, seconds: float = 0.7) -> list[float]:
-    """The same, each run for so long at a time, after a quarter of that."""
-    times: list[list[float]] = [[] for _ in loops]
-    for turn in range(rounds):
-        for i in range(len(loops)) if turn % 2 else reversed(range(len(loops))):
-            one = loops[i].seconds()
-            repeats = max(1, round(seconds / (one * len(loops[i]))))
-            for _ in range(ceil_div(repeats, 4)):
-                loops[i].seconds()
-            start = time.perf_counter()
-            for _ in range(repeats):
-                loops[i].seconds()
-            times[i].append((time.perf_counter() - start) / (repeats * len(loops[i])) * 1e6)
-    return [statistics.median(t) for t in times]
+def sustained(one: Loop, period: float = 0.7) -> float:
+    """Seconds of a call when it has run for a quarter of ``period`` seconds, over such a period."""
+    repeats = max(1, round(period / (one.seconds() * len(one))))
+    for _ in range(ceil_div(repeats, 4)):
+        one.seconds()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        one.seconds()
+    return (time.perf_counter() - start) / (repeats * len(one))
 
 
 def loop(calls: Sequence[Callable[[], object]]) -> Loop:
@@ -282,7 +277,7 @@ def measure(variants: Sequence[Variant], m: int, k: int, kind: str, tokens: Sequ
                 continue
             chosen.append(variant)
             loops.append(loop([partial(variant, b, x, y, m, k) for b in blobs]))
-        blas, *times = sustained(loops, 3) if options.sustained else in_turns(loops, options.rounds)
+        blas, *times = in_turns(loops, 3, sustained) if options.sustained else in_turns(loops, options.rounds, Loop.seconds)
         print(f"{m}x{k} {kind} N={n}: {blob.numel() * 8 / weight.numel():.3f} bits, F.linear {blas:.2f} us", flush=True)
         for variant, took in zip(chosen, times, strict=True):
             print(f"  {blas / took:.3f} x, {took:.2f} us, {blob.numel() / took / 1e6:.2f} TB/s  {variant.spec.text}", flush=True)
