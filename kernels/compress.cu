@@ -2,15 +2,19 @@
 // compress: BF16, row-major -> blob, the same bytes as core/codec writes, in one pass: every weight is read once. Limit: (raw + compressed) bytes / bandwidth.
 //
 //   zs_compress_sample  plans some tiles and tells the host what their lists take, so that it can allocate the blob; clears the scratch memory.
-//   zs_compress         a warp for a tile: reads it, chooses its window, writes the fixed part, learns from other blocks where its list goes, and writes
-//                       that. Tells the host the size and the checksum; the host writes the header (section 2), which needs both.
+//   zs_compress         a warp for a tile: reads it, chooses its window, writes the fixed part and, a tile later, when its block knows where it goes, its
+//                       list. Tells the host the size and the checksum; the host writes the header (section 2), which needs both.
 //
-// Where lists start is known by a look-back: a block tells the units of a group's lists as soon as it has planned them, and the sum up to and with them as
-// soon as it knows where they start; both are words that are their own flags (0: not there yet), so nothing has to be in order. Blocks take groups of
-// tiles by a counter and wait for lower ones only. Of the groups that are not done the lowest one's block has nothing to wait for, however few blocks
-// fit on the GPU: a group that is taken ahead comes after the one its block works on.
+// A block takes groups of ZS_WARPS neighbouring tiles in turn, by a counter. Its last warp has no tile: it tells the other blocks the units of a group's
+// lists as soon as they are known, finds out where they start by looking back at what others have told, and takes the numbers of groups, all of it while
+// the others work on the next tile. Weights come by asynchronous copies into two buffers for each warp: those of the next tile are under way while this
+// one is written out.
 //
-// Launch: block 32 * ZS_WARPS, dynamic shared memory ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM; grid: a warp for each sample; any for zs_compress.
+// What blocks tell: the units of a group, and the sum up to and with it as soon as it is known where it starts; both are words that are their own flags
+// (0: not there yet), so nothing has to be in order. A block waits for groups only that are lower than one whose tiles it has planned, and plans its
+// groups in order: of those that are not done the lowest one's block waits for nothing, however few blocks fit on the GPU.
+//
+// Launch: dynamic shared memory ZS_SAMPLE_SMEM, block 32 * ZS_WARPS, grid: a warp for each sample; ZS_COMPRESS_SMEM, block 32 * (ZS_WARPS + 1), any grid.
 // scratch: 16 bytes of results, for a host that gets no mail | Look (below), which zs_compress_sample clears.
 // mail: where the host waits, in its own memory: three words, then a last word of 1 when they are there.
 #include "encode.cuh"
@@ -20,12 +24,15 @@
 #define ZS_WARPS 4
 #endif
 #ifndef ZS_BLOCKS
-#define ZS_BLOCKS 4  // blocks a multiprocessor
+#define ZS_BLOCKS 3  // blocks a multiprocessor
 #endif
-#define ZS_WARP_SMEM (4096 + 512 + 2 * ZS_LIST_STAGE)  // the tile's exponents, a bit for each of its positions, positions of escapes
-#define ZS_COMPRESS_SMEM (ZS_WARPS * (ZS_WARP_SMEM + 16) + 16)
-#define ZS_SAMPLE_SMEM (ZS_WARPS * ((ZS_COUNTERS * 4 + 12) / 16 * 16 + 16))
-#define ZS_LOOK 128u  // groups that a warp looks at together
+#define ZS_COUNTS ((ZS_COUNTERS * 4 + 15) / 16 * 16)            // a histogram, or positions of escapes
+#define ZS_WARP_SMEM (2 * ZS_RAW + 2 * 512 + ZS_COUNTS)         // tiles; a bit for each of their positions; ZS_COUNTS
+#define ZS_COMPRESS_SMEM (ZS_WARPS * ZS_WARP_SMEM + sizeof(Board))
+#define ZS_SAMPLE_SMEM (ZS_WARPS * (ZS_RAW + ZS_COUNTS + 16))
+#define ZS_RAW 8192u    // bytes of a tile's weights
+#define ZS_LOOK 128u    // groups that a warp looks at together
+static_assert(2 * ZS_LIST_STAGE <= ZS_COUNTS, "the stage of a list lies where the histogram was");
 
 struct Matrix {
     const uint16_t* src;
@@ -39,16 +46,11 @@ struct Matrix {
     ZS_DEVICE uint32_t tiles() const { return (m + ZS_TILE - 1) / ZS_TILE * col_tiles; }
     ZS_DEVICE bool whole(uint32_t row0, uint32_t col0) const { return aligned && row0 + ZS_TILE <= m && col0 + ZS_TILE <= k; }
     ZS_DEVICE uint32_t count(uint32_t row0, uint32_t col0) const { return min(ZS_TILE, m - row0) * min(ZS_TILE, k - col0); }
-    // Eight weights from (row, col) on, of a tile that is not whole; 0 where the matrix ends.
-    ZS_DEVICE Vec4 load(uint32_t row, uint32_t col) const {
-        const uint16_t* p = src + row * ld + col;
-        uint32_t v[4];
-#pragma unroll
-        for (uint32_t i = 0; i < 4; i++) {
-            const uint32_t lo = row < m && col + 2 * i < k ? p[2 * i] : 0, hi = row < m && col + 2 * i + 1 < k ? p[2 * i + 1] : 0;
-            v[i] = lo | hi << 16;
-        }
-        return Vec4{v[0], v[1], v[2], v[3]};
+    // Two weights from (row, col) on; 0 where the matrix ends.
+    ZS_DEVICE uint32_t pair(uint32_t row, uint32_t col) const {
+        const uint16_t* const p = src + row * ld + col;
+        const uint32_t lo = row < m && col < k ? p[0] : 0, hi = row < m && col + 1 < k ? p[1] : 0;
+        return lo | hi << 16;
     }
 };
 
@@ -60,40 +62,58 @@ ZS_DEVICE uint32_t row_factor(uint32_t x) {
 // The factors of two columns as bytes: lower halves, upper halves.
 ZS_DEVICE uint32_t column_factors(uint32_t c) { return byte_perm(c * 0x9E3779B1u | 0x10000u, (c + 1) * 0x9E3779B1u | 0x10000u, 0x7362); }
 
-// How often each exponent occurs among the weights of a tile, read once more.
-ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
-    __syncwarp();  // the list of the tile before is written from the same memory
+// Begins to bring a tile to shared memory, by one warp; zeros where the matrix ends. fetched() waits for it.
+ZS_DEVICE void fetch(const Matrix& x, uint32_t row0, uint32_t col0, uint8_t* tile, uint32_t lane) {
+    if (x.aligned) {
+        const uint32_t row = row0 + lane / 8, col = col0 + 8 * (lane % 8), bytes = col < x.k ? min(16u, 2 * (x.k - col)) : 0;
+        const uint16_t* const p = x.src + row * x.ld + col;
+#pragma unroll
+        for (uint32_t i = 0; i < 16; i++) {
+            const uint32_t here = row + 4 * i < x.m ? bytes : 0;
+            cp_async_16_zfill(smem_addr(tile + weight_chunk(4 * i + lane / 8, lane % 8)), here ? p + 4 * i * x.ld : x.src, here);
+        }
+    } else {
+#pragma unroll 8
+        for (uint32_t i = 0; i < ZS_TILE; i++) *(uint32_t*)(tile + weight_chunk(i, lane / 4) + 4 * (lane % 4)) = x.pair(row0 + i, col0 + 2 * lane);
+    }
+    cp_async_commit();
+}
+ZS_DEVICE void fetched() {
+    cp_async_wait<0>();
+    __syncwarp();
+}
+
+// A lane's weights of warp tile w in the order of section 5.
+ZS_DEVICE void read_warp_tile(const uint8_t* tile, uint32_t w, uint32_t lane, uint32_t* d) {
+#pragma unroll
+    for (uint32_t i = 0; i < 4; i++) {
+        const Vec4 v = ld_shared_v4(smem_addr(tile + weight_chunk(16 * w + 8 * (i / 2) + (lane & 7), 4 * (i & 1) + (lane >> 3))));
+        d[4 * i] = v.x, d[4 * i + 1] = v.y, d[4 * i + 2] = v.z, d[4 * i + 3] = v.w;
+    }
+}
+// All of them: pair p of warp tile w at 16 w + p.
+ZS_DEVICE void read_tile(const uint8_t* tile, uint32_t lane, uint32_t (&d)[64]) {
+#pragma unroll
+    for (uint32_t w = 0; w < 4; w++) read_warp_tile(tile, w, lane, d + 16 * w);
+}
+
+// How often each exponent occurs among the weights of a tile.
+ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, const uint8_t* tile, uint32_t* histogram, uint32_t lane) {
+    __syncwarp();  // a list may have been written from the same memory
     for (uint32_t i = lane; i < 256; i += 32) histogram[i] = 0;
     __syncwarp();
     const uint32_t columns = min(ZS_TILE, x.k - col0), all = x.count(row0, col0);
     for (uint32_t i = lane; i < all; i += 32) {
         const uint32_t row = i / columns, col = i % columns;
-        atomicAdd(histogram + (x.src[(row0 + row) * x.ld + col0 + col] >> 7 & 0xFFu), 1u);
+        atomicAdd(histogram + (*(const uint16_t*)(tile + weight_chunk(row, col / 8) + 2 * (col % 8)) >> 7 & 0xFFu), 1u);
     }
 }
 
-// A lane's weights of warp tile w in the order of section 5: pair p at 16 w + p. 0 where the matrix ends.
-ZS_DEVICE void load_warp_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t w, uint32_t lane, uint32_t (&d)[64]) {
+// Where the matrix ends, weights of warp tile w with the exponent of the tile's base: they are no escapes.
+ZS_DEVICE void pad_warp_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t w, uint32_t base, uint32_t lane, uint32_t* d) {
     const uint32_t row = row0 + 16 * w + (lane & 7), col = col0 + 8 * (lane >> 3);
-    const bool whole = x.whole(row0, col0);
-    const uint16_t* const p = x.src + row * x.ld + col;
 #pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        const Vec4 v = whole ? ld_stream_v4(p + 8 * (i / 2) * x.ld + 32 * (i & 1)) : x.load(row + 8 * (i / 2), col + 32 * (i & 1));
-        const uint32_t at = 16 * w + 4 * i;
-        d[at] = v.x, d[at + 1] = v.y, d[at + 2] = v.z, d[at + 3] = v.w;
-    }
-}
-ZS_DEVICE void load_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t lane, uint32_t (&d)[64]) {
-#pragma unroll
-    for (uint32_t w = 0; w < 4; w++) load_warp_tile(x, row0, col0, w, lane, d);
-}
-
-// Where the matrix ends, weights with the exponent of the tile's base: they are no escapes.
-ZS_DEVICE void pad_tile(const Matrix& x, uint32_t row0, uint32_t col0, uint32_t base, uint32_t lane, uint32_t (&d)[64]) {
-    const uint32_t row = row0 + (lane & 7), col = col0 + 8 * (lane >> 3);
-#pragma unroll
-    for (uint32_t i = 0; i < 64; i++) {
+    for (uint32_t i = 0; i < 16; i++) {
         const uint32_t at = col + 32 * (i / 4 & 1) + 2 * (i & 3);
         const uint32_t inside = row + 8 * (i / 8) >= x.m || at >= x.k ? 0 : at + 1 == x.k ? 0xFFFFu : 0xFFFFFFFFu;
         d[i] = select_bits(ZS_HALVES(base << 7), d[i], inside);
@@ -136,12 +156,12 @@ ZS_DEVICE void find_and_sum(const uint32_t (&d)[64], uint32_t row0, uint32_t col
 }
 
 // histogram: ZS_COUNTERS words of shared memory of this warp.
-ZS_DEVICE uint64_t plan_tile(const Matrix& x, const uint32_t (&d)[64], const Found& found, uint32_t row0, uint32_t col0, uint32_t* histogram, uint32_t lane) {
+ZS_DEVICE uint64_t plan_tile(const Matrix& x, const uint32_t (&d)[64], const Found& found, uint32_t row0, uint32_t col0, const uint8_t* tile, uint32_t* histogram, uint32_t lane) {
     const uint32_t most = __reduce_max_sync(0xFFFFFFFFu, max(found.most & 0xFFFFu, found.most >> 16));
     const uint32_t least = __reduce_min_sync(0xFFFFFFFFu, min(found.least & 0xFFFFu, found.least >> 16));
     uint64_t plan;
     if (!choose_by_thresholds(d, most, least, x.count(row0, col0), plan)) {
-        count_exponents(x, row0, col0, histogram, lane);
+        count_exponents(x, row0, col0, tile, histogram, lane);
         plan = choose_by_histogram(histogram, lane);
     }
     return plan;
@@ -168,11 +188,14 @@ zs_compress_sample(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, ui
         // One of each `of` tiles, not always the same one: what repeats in a matrix is not to be taken for all of it.
         const uint32_t tiles = x.tiles(), of = tiles / samples, t = (uint32_t)((uint64_t)s * tiles / samples) + (s * 0x9E3779B1u >> 8) % of;
         const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
+        uint8_t* const tile = smem + 16 * ZS_WARPS + warp * (ZS_RAW + ZS_COUNTS);
+        fetch(x, row0, col0, tile, lane);
+        fetched();
         uint32_t d[64];
-        load_tile(x, row0, col0, lane, d);
+        read_tile(tile, lane, d);
         Found found;
         find(d, found);
-        const uint64_t plan = plan_tile(x, d, found, row0, col0, (uint32_t*)(smem + 16 * ZS_WARPS) + warp * ((ZS_COUNTERS + 3) / 4 * 4), lane);
+        const uint64_t plan = plan_tile(x, d, found, row0, col0, tile, (uint32_t*)(tile + ZS_RAW), lane);
         if (lane == 0) units[warp] = plan_units(plan);
     } else if (lane == 0) {
         units[warp] = 0;
@@ -229,102 +252,134 @@ struct Look {
     }
 };
 
+// What the warps of a block tell each other, of this group and the one before or after it in turn.
+struct Board {
+    uint32_t units[2][ZS_WARPS], starts[2][ZS_WARPS];  // of a tile's list
+    uint32_t numbers[2], checksums[ZS_WARPS];          // of groups
+};
+
 // blob: null: sizes and checksum only. room: the list units that it has room for; lists beyond are not written, and the host sees that by the total.
 // Results: list units, checksum.
-//
-// A block takes groups of ZS_WARPS neighbouring tiles in turn. The number of its next group is under way while it plans this one, the weights of the next
-// while it looks back and writes lists.
-extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, ZS_BLOCKS)
+extern "C" __global__ void __launch_bounds__(32 * (ZS_WARPS + 1), ZS_BLOCKS)
 zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail,
             uint8_t* __restrict__ blob, uint32_t room) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
     const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
     const Look look(scratch, groups);
-    uint8_t *const spread = smem + warp * ZS_WARP_SMEM, *const masks = spread + 4096;
-    uint64_t* const plans = (uint64_t*)(smem + ZS_WARPS * ZS_WARP_SMEM);
-    uint32_t *const checksums = (uint32_t*)(plans + ZS_WARPS), *const told = checksums + ZS_WARPS;  // by warp 0: the next group, where this one's lists start
-    // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
-    uint8_t* const headers = blob + ZS_BLOB_HEADER;
-    uint8_t* const fixed = headers + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127);
-    if (threadIdx.x == 0) told[0] = atomicAdd(look.number, 1u);
+    Board& board = *(Board*)(smem + ZS_WARPS * ZS_WARP_SMEM);
+    // Barriers, one for even and one for odd groups: the units of a group are there; where its lists start, and the number of the second group after it.
+    const uint32_t planned = 1, placed = 3, all = 32 * (ZS_WARPS + 1);
+    if (threadIdx.x == 32 * ZS_WARPS) board.numbers[0] = atomicAdd(look.number, 1u);
     __syncthreads();
-    uint32_t group = __shfl_sync(0xFFFFFFFFu, told[0], 0), checksum = 0;
-    uint32_t d[64];
-    __syncthreads();
-    if (group < groups && group * ZS_WARPS + warp < tiles) load_tile(x, (group * ZS_WARPS + warp) / x.col_tiles * ZS_TILE, (group * ZS_WARPS + warp) % x.col_tiles * ZS_TILE, lane, d);
-    while (group < groups) {
-        const uint32_t t = group * ZS_WARPS + warp;
-        const bool here = t < tiles, writes = blob && here;
-        uint64_t plan = 0;
-        uint32_t next = 0;
-        if (threadIdx.x == 0) next = atomicAdd(look.number, 1u);
-        if (here) {
-            const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
-            Found found;
-            find_and_sum(d, row0, col0, lane, found);
-            checksum += found.checksum;
-            plan = plan_tile(x, d, found, row0, col0, (uint32_t*)spread, lane);
-            if (!x.whole(row0, col0)) pad_tile(x, row0, col0, (uint32_t)(plan >> 48) & 0xFFu, lane, d);
-        }
-        if (lane == 0) plans[warp] = plan;
-        if (threadIdx.x == 0) told[0] = next;
-        __syncthreads();
-        uint32_t before = 0, units = 0;
+    uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
+    if (warp == ZS_WARPS) {
+        uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
+        if (lane == 0) board.numbers[1] = next;
+        __syncwarp();
+        named_barrier_arrive(placed + 1, all);
+        for (uint32_t odd = 0; group < groups; odd ^= 1) {
+            named_barrier_sync(planned + odd, all);
+            const uint32_t own = lane < ZS_WARPS ? board.units[odd][lane] : 0;
+            uint32_t through = own;
 #pragma unroll
-        for (uint32_t i = 0; i < ZS_WARPS; i++) before += i < warp ? plan_units(plans[i]) : 0, units += plan_units(plans[i]);
-        if (threadIdx.x == 0) atomicExch(look.own + group, units + 1);
-        next = __shfl_sync(0xFFFFFFFFu, told[0], 0);
-
-        const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu;
-        const bool dense = hi >> 24 & ZS_FLAG_DENSE;
-        const uint32_t next_t = next * ZS_WARPS + warp, next_row0 = next_t / x.col_tiles * ZS_TILE, next_col0 = next_t % x.col_tiles * ZS_TILE;
-        const bool more = next < groups && next_t < tiles;
-        uint8_t* const words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
-        uint32_t* const planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
-#pragma unroll
-        for (uint32_t w = 0; w < 4; w++) {
-            if (writes) {
-                const uint32_t* const pairs = d + 16 * w;
-                Encoded e;
-                encode32(pairs, ZS_HALVES(base << 7), dense, e);
-                st_stream_v4(words + w * ZS_SIGN_MANTISSA, Vec4{e.words[0], e.words[1], e.words[2], e.words[3]});
-                st_stream_v4(words + w * ZS_SIGN_MANTISSA + 512, Vec4{e.words[4], e.words[5], e.words[6], e.words[7]});
-#pragma unroll
-                for (uint32_t p = 0; p < 3; p++) planes[96 * w + 32 * p] = e.planes[p];
-                const uint32_t escapes = escapes_by_column(e.escapes);
-#pragma unroll
-                for (uint32_t i = 0; i < 4; i++) {
-                    const uint32_t row = w * 16 + 8 * (i / 2) + (lane & 7), chunk = 4 * (i & 1) + (lane >> 3);
-                    masks[8 * row + chunk] = (uint8_t)(escapes >> 8 * i);
-                    *(uint64_t*)(spread + exponent_chunk(row, chunk)) = exponents(pairs + 4 * i);
-                }
+            for (uint32_t d = 1; d < ZS_WARPS; d *= 2) {
+                const uint32_t up = __shfl_up_sync(0xFFFFFFFFu, through, d);
+                if (lane >= d) through += up;
             }
-            if (more) load_warp_tile(x, next_row0, next_col0, w, lane, d);
-        }
-        if (writes && t == 0)  // the bytes between the tile headers and the fixed parts
-            for (uint8_t* gap = headers + tiles * (uint64_t)8 + lane; gap < fixed; gap += 32) *gap = 0;
-        if (warp == 0) {
+            const uint32_t units = __shfl_sync(0xFFFFFFFFu, through, ZS_WARPS - 1);
+            if (lane == 0) atomicExch(look.own + group, units + 1);
             const uint32_t start = look.before(group, lane);
-            if (lane == 0) told[1] = start, atomicExch(look.through + group, start + units + 1);
+            if (lane < ZS_WARPS) board.starts[odd][lane] = start + through - own;
+            if (lane == 0) atomicExch(look.through + group, start + units + 1);
+            group = __shfl_sync(0xFFFFFFFFu, next, 0);
+            if (lane == 0) board.numbers[odd] = next = atomicAdd(look.number, 1u);
+            __syncwarp();
+            named_barrier_arrive(placed + odd, all);
         }
-        __syncthreads();
-        if (writes) {
-            const uint32_t offset = told[1] + before;
-            uint8_t* const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16;
+    } else {
+        // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
+        uint8_t* const headers = blob + ZS_BLOB_HEADER;
+        uint8_t* const fixed = headers + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127);
+        uint8_t *const buffers = smem + warp * ZS_WARP_SMEM, *const masks = buffers + 2 * ZS_RAW;
+        uint16_t* const stage = (uint16_t*)(masks + 2 * 512);
+        const auto begin = [&](uint32_t t, uint32_t odd) {
+            if (t < tiles) fetch(x, t / x.col_tiles * ZS_TILE, t % x.col_tiles * ZS_TILE, buffers + odd * ZS_RAW, lane);
+        };
+        // The header and the list of tile t, which is in buffer `odd`.
+        const auto finish = [&](uint32_t t, uint64_t plan, uint32_t odd) {
+            const uint32_t hi = (uint32_t)(plan >> 32), count = hi & 0xFFFFu, base = hi >> 16 & 0xFFu, offset = board.starts[odd][warp];
+            uint8_t *const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16, *const tile = buffers + odd * ZS_RAW;
             if (lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
             if (offset + plan_units(plan) <= room) {
-                if (count) write_list((const uint32_t*)masks, (uint16_t*)(masks + 512), spread, base, count, (uint32_t)plan >> 16, list, lane);
-                if (dense) write_dense(spread, list, lane);
+                if (count) write_list((const uint32_t*)(masks + odd * 512), stage, tile, base, count, (uint32_t)plan >> 16, list, lane);
+                if (hi >> 24 & ZS_FLAG_DENSE) write_dense(tile, list, lane);
             }
+        };
+        uint32_t checksum = 0, odd = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
+        uint64_t plan_before = 0;
+        begin(group < groups ? t : tiles, 0);
+        for (; group < groups; odd ^= 1) {
+            uint8_t* const tile = buffers + odd * ZS_RAW;
+            const bool here = t < tiles;
+            const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
+            uint64_t plan = 0;
+            fetched();
+            if (here) {
+                uint32_t d[64];
+                read_tile(tile, lane, d);
+                Found found;
+                find_and_sum(d, row0, col0, lane, found);
+                checksum += found.checksum;
+                plan = plan_tile(x, d, found, row0, col0, tile, (uint32_t*)stage, lane);
+            }
+            if (lane == 0) board.units[odd][warp] = plan_units(plan);
+            __syncwarp();
+            named_barrier_arrive(planned + odd, all);
+            named_barrier_sync(placed + (odd ^ 1), all);
+            group = __shfl_sync(0xFFFFFFFFu, board.numbers[odd ^ 1], 0);
+            if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
+            __syncwarp();  // all have read the tile before
+            const uint32_t next = group * ZS_WARPS + warp;
+            begin(group < groups ? next : tiles, odd ^ 1);
+            if (here && blob) {
+                const uint32_t base = (uint32_t)(plan >> 48) & 0xFFu;
+                const bool dense = plan >> 56 & ZS_FLAG_DENSE, whole = x.whole(row0, col0);
+                uint8_t* words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
+                uint32_t* planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
+                uint8_t* mask = masks + odd * 512 + 8 * (lane & 7) + (lane >> 3);
+#pragma unroll 1
+                for (uint32_t w = 0; w < 4; w++, words += ZS_SIGN_MANTISSA, planes += 96, mask += 128) {
+                    uint32_t d[16];
+                    read_warp_tile(tile, w, lane, d);
+                    if (!whole) pad_warp_tile(x, row0, col0, w, base, lane, d);
+                    Encoded e;
+                    encode32(d, ZS_HALVES(base << 7), dense, e);
+                    st_stream_v4(words, Vec4{e.words[0], e.words[1], e.words[2], e.words[3]});
+                    st_stream_v4(words + 512, Vec4{e.words[4], e.words[5], e.words[6], e.words[7]});
+#pragma unroll
+                    for (uint32_t p = 0; p < 3; p++) planes[32 * p] = e.planes[p];
+                    const uint32_t escapes = escapes_by_column(e.escapes);
+#pragma unroll
+                    for (uint32_t i = 0; i < 4; i++) mask[64 * (i / 2) + 4 * (i & 1)] = (uint8_t)(escapes >> 8 * i);
+                }
+                if (t == 0)  // the bytes between the tile headers and the fixed parts
+                    for (uint8_t* gap = headers + tiles * (uint64_t)8 + lane; gap < fixed; gap += 32) *gap = 0;
+            }
+            before = here ? t : tiles, plan_before = plan, t = next;
         }
-        group = next;
+        named_barrier_sync(placed + (odd ^ 1), all);
+        if (before < tiles && blob) {
+            __syncwarp();
+            finish(before, plan_before, odd ^ 1);
+        }
+        checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
+        if (lane == 0) board.checksums[warp] = checksum;
     }
-    checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
-    if (lane == 0) checksums[warp] = checksum;
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (uint32_t i = 1; i < ZS_WARPS; i++) checksum += checksums[i];
+        uint32_t checksum = 0;
+        for (uint32_t i = 0; i < ZS_WARPS; i++) checksum += board.checksums[i];
         const unsigned long long before = atomicAdd(look.done, (unsigned long long)checksum << 32 | 1);
         if ((uint32_t)before == gridDim.x - 1) {
             // All groups' sums were told before their blocks ended; the last one's is still on its way at most.

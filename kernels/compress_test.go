@@ -114,10 +114,10 @@ func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sum
 	tiles := (in.x.m + 63) / 64 * ((in.x.k + 63) / 64)
 	groups, look := (tiles+c.warps-1)/c.warps, c.program.Constant("ZS_LOOK")
 	scratch := &emu.Buffer{Name: "scratch", Data: make([]byte, 32+8*((groups+look-1)/look*look)), Mode: emu.Out}
-	launch := func(kernel, smem string, grid int, more ...any) ([]byte, error) {
+	launch := func(kernel, smem string, grid, warps int, more ...any) ([]byte, error) {
 		mail := &emu.Buffer{Name: "mail", Data: make([]byte, 16), Mode: emu.InOut}
 		_, err := c.program.Run(ctx, emu.Launch{
-			Kernel: kernel, Grid: [3]int{grid}, Block: [3]int{32 * c.warps}, Seed: in.seed, Shared: c.program.Constant(smem),
+			Kernel: kernel, Grid: [3]int{grid}, Block: [3]int{32 * warps}, Seed: in.seed, Shared: c.program.Constant(smem),
 			Args: append([]any{emu.Ptr{Buffer: from, Offset: 2 * in.spare}, in.ld, in.x.m, in.x.k, scratch, mail}, more...),
 		})
 		if err == nil && (!bytes.Equal(mail.Data[:8], scratch.Data[:8]) || le.Uint32(mail.Data[12:]) != 1) {
@@ -130,7 +130,7 @@ func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sum
 		samples = min(samples, in.samples)
 	}
 	sum := &emu.Buffer{Name: "sum", Data: make([]byte, 8), Mode: emu.InOut}
-	told, err := launch("zs_compress_sample", "ZS_SAMPLE_SMEM", (samples+c.warps-1)/c.warps, len(scratch.Data)/16-1, samples, sum)
+	told, err := launch("zs_compress_sample", "ZS_SAMPLE_SMEM", (samples+c.warps-1)/c.warps, c.warps, len(scratch.Data)/16-1, samples, sum)
 	if err != nil {
 		return nil, sums{}, err
 	}
@@ -145,11 +145,11 @@ func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sum
 	}
 	want := encodeTiled(in.x)
 	if in.count {
-		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, nil, 0)
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, nil, 0)
 	} else {
 		out := &emu.Buffer{Name: "blob", Data: make([]byte, len(want)+16*in.room), Mode: emu.Out}
 		fixed := 128 + (8*tiles+127)/128*128 + tiles*5632
-		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, out, (len(out.Data)-fixed)/16)
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, out, (len(out.Data)-fixed)/16)
 		blob = out.Data
 	}
 	if err != nil {

@@ -45,8 +45,8 @@ ZS_DEVICE uint32_t escapes_by_column(uint32_t x) {
     return x ^ t ^ t << 1;
 }
 
-// A tile's exponents lie in shared memory as rows of 64 bytes whose eight-byte chunks are swizzled: eight rows are written at once.
-ZS_DEVICE uint32_t exponent_chunk(uint32_t row, uint32_t chunk) { return row * 64 + ((chunk ^ (row & 6)) << 3); }
+// A tile's weights lie in shared memory as rows of 128 bytes, whose 16-byte chunks are swizzled: a warp reads the same columns of eight rows at once.
+ZS_DEVICE uint32_t weight_chunk(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // The exponents of eight weights, a byte each.
 ZS_DEVICE uint64_t exponents(const uint32_t* d) {
@@ -54,10 +54,9 @@ ZS_DEVICE uint64_t exponents(const uint32_t* d) {
     return (uint64_t)up << 32 | lo;
 }
 
-// Writes one tile's list. masks: a bit for each position; stage: ZS_LIST_STAGE halfwords of shared memory; exponents: the tile's, swizzled (another way to
-// them than shared memory would cost more than all the rest: what was read a moment ago is not in any cache any more). count: its escapes, not 0;
-// literals: how many of them have no symbol.
-ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t* exponents, uint32_t base, uint32_t count, uint32_t literals, uint8_t* list, uint32_t lane) {
+// Writes one tile's list. masks: a bit for each position; stage: ZS_LIST_STAGE halfwords of shared memory; tile: its weights, swizzled. count: its escapes,
+// not 0; literals: how many of them have no symbol.
+ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t* tile, uint32_t base, uint32_t count, uint32_t literals, uint8_t* list, uint32_t lane) {
     // Lane l has positions 128 l .. 128 l + 127.
     const Vec4 mine = ld_shared_v4(smem_addr(masks + 4 * lane));
     uint32_t before = (uint32_t)(__popc(mine.x) + __popc(mine.y) + __popc(mine.z) + __popc(mine.w));
@@ -82,7 +81,7 @@ ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t*
         const uint32_t here = min(count - first, ZS_LIST_STAGE);
         for (uint32_t i = lane; i - lane < here; i += 32) {
             const bool is = i < here;
-            const uint32_t at = is ? stage[i] : 0, e = is ? exponents[exponent_chunk(at / 64, at / 8 % 8) + at % 8] : 0;
+            const uint32_t at = is ? stage[i] : 0, e = is ? *(const uint16_t*)(tile + weight_chunk(at / 64, at / 8 % 8) + 2 * (at % 8)) >> 7 & 0xFFu : 0;
             // Symbols exist for -12 .. -1 and 8 .. 10.
             const uint32_t symbol = e < base ? (base - e <= 12 ? base - 1 - e : 15) : min(e - base + 4, 15u);
             uint32_t entry = first + i;
@@ -101,7 +100,11 @@ ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t*
 }
 
 // The list of a dense tile: all its exponents.
-ZS_DEVICE void write_dense(const uint8_t* exponents, uint8_t* list, uint32_t lane) {
-#pragma unroll
-    for (uint32_t i = lane; i < 512; i += 32) *(uint64_t*)(list + 8 * i) = *(const uint64_t*)(exponents + exponent_chunk(i / 8, i % 8));
+ZS_DEVICE void write_dense(const uint8_t* tile, uint8_t* list, uint32_t lane) {
+#pragma unroll 4
+    for (uint32_t i = lane; i < 512; i += 32) {
+        const Vec4 v = ld_shared_v4(smem_addr(tile + weight_chunk(i / 8, i % 8)));
+        const uint32_t d[4] = {v.x, v.y, v.z, v.w};
+        *(uint64_t*)(list + 8 * i) = exponents(d);
+    }
 }

@@ -189,6 +189,16 @@ ZS_DEVICE void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t
 // ---- asynchronous copies, sm_80 -------------------------------------------------------------------------------------
 
 ZS_DEVICE void cp_async_16(uint32_t dst, const void* src) { asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory"); }
+// Reads src_bytes, 0 to 16, and writes zeros behind them.
+ZS_DEVICE void cp_async_16_zfill(uint32_t dst, const void* src, uint32_t src_bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(src_bytes) : "memory");
+}
+ZS_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until at most N of this thread's groups are under way.
+template <int N>
+ZS_DEVICE void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 // Arrives on the barrier once all of this thread's earlier cp.async are complete; the thread goes on at once.
 ZS_DEVICE void cp_async_mbarrier_arrive(uint32_t bar) { asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(bar) : "memory"); }
 
@@ -336,6 +346,8 @@ ZS_DEVICE void griddep_launch() {}
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
+// The barrier of `threads` threads, for those who wait for the others, and for those who do not.
+ZS_DEVICE void named_barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Ends the kernel as a failed assertion of the device, the error that nn.Embedding gives for such an index.

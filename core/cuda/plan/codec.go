@@ -49,30 +49,30 @@ const (
 
 // compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
 func compressSmem(warps int) (sample, write int) {
-	return warps * (1040 + 16), warps*(4096+512+1024+16) + 16
+	const counts = 1040
+	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts) + 20*warps + 8
 }
 
 // Compress plans the kernels that write a blob.
 func Compress(d Device, m, k uint64) Compression {
 	sampleSmem, writeSmem := compressSmem(compressWarps)
-	samples := min(Tiles(m, k), compressSamples)
-	blocks := uint32(4) // a multiprocessor: 128 registers a thread
-	if d.Capability >= 100 {
-		blocks = 3 // ptxas keeps weights without signs beside the weights there, which takes more registers than a fourth block leaves
+	samples, blocks := min(Tiles(m, k), compressSamples), 3 // a multiprocessor
+	for writeSmem > d.limit(blocks) && blocks > 1 {
+		blocks--
 	}
-	kernel := func(entry string, tiles uint64, smem int) Kernel {
+	kernel := func(entry string, tiles uint64, warps, smem int) Kernel {
 		return Kernel{
 			Source: "compress.cu", Entry: entry,
 			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
-			Grid:    clampGrid(ceilDiv(tiles, compressWarps)), Block: 32 * compressWarps, Smem: uint32(smem),
+			Grid:    clampGrid(ceilDiv(tiles, compressWarps)), Block: uint32(32 * warps), Smem: uint32(smem),
 		}
 	}
 	c := Compression{
-		Sample:  kernel("zs_compress_sample", samples, sampleSmem),
-		Write:   kernel("zs_compress", Tiles(m, k), writeSmem),
+		Sample:  kernel("zs_compress_sample", samples, compressWarps, sampleSmem),
+		Write:   kernel("zs_compress", Tiles(m, k), compressWarps+1, writeSmem), // the last warp looks back
 		Samples: uint32(samples),
 	}
-	c.Write.PerSM = blocks // which stay and take tiles in order
+	c.Write.PerSM = uint32(blocks) // which stay and take tiles in order
 	return c
 }
 
