@@ -3,7 +3,7 @@
 //
 //   zs_compress_sample  plans some tiles and tells the host what their lists take, so that it can allocate the blob; clears the scratch memory.
 //   zs_compress         a warp for a tile: reads it, chooses its window, writes the fixed part and, a tile later, when its block knows where it goes, its
-//                       list. Tells the host the size and the checksum; the host writes the header (section 2), which needs both.
+//                       list. The last block to end writes the header (section 2), which needs the size and the checksum, and tells them to the host.
 //
 // A block takes groups of ZS_WARPS neighbouring tiles in turn, by a counter. Its last warp has no tile: it tells the other blocks the units of a group's
 // lists as soon as they are known, finds out where they start by looking back at what others have told, and takes the numbers of groups, all of it while
@@ -176,7 +176,7 @@ ZS_DEVICE void send(uint32_t* results, uint32_t* mail, uint32_t a, uint32_t b) {
 
 // samples: at most 1024 (and at most all tiles: then each of them), spread evenly. clear: 16-byte pieces of scratch memory behind the results. sum: a word
 // that is 0, and is again when the mail is there. Results: the list units of the samples, and the sum of their squares.
-extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS, 2)
+extern "C" __global__ void __launch_bounds__(32 * ZS_WARPS)
 zs_compress_sample(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail, uint32_t clear,
                    uint32_t samples, unsigned long long* __restrict__ sum) {
     ZS_SMEM(smem);
@@ -256,13 +256,37 @@ struct Look {
 struct Board {
     uint32_t units[2][ZS_WARPS], starts[2][ZS_WARPS];  // of a tile's list
     uint32_t numbers[2], checksums[ZS_WARPS];          // of groups
+    uint32_t last, total, checksum;                    // whether this block ends last; then what it tells
 };
 
-// blob: null: sizes and checksum only. room: the list units that it has room for; lists beyond are not written, and the host sees that by the total.
-// Results: list units, checksum.
+// The header of a blob, section 2.
+struct Header {
+    uint64_t words[16];
+};
+
+// One warp: the header of a blob with that many list units; `header` is that of one without lists whose checksum is 0. The CRC is linear in the bits that
+// differ, bytes 96 to 107: each lane has bit `lane` of three words, and the 124 - 108 bytes behind them.
+ZS_DEVICE void write_header(const Header& header, uint64_t units, uint32_t checksum, uint8_t* blob, uint32_t lane) {
+    const uint32_t words[3] = {(uint32_t)units << 4, (uint32_t)(units >> 28), checksum}, polynomial = 0x82F63B78u;
+    uint32_t crc = 0;
+    for (uint32_t i = 0; i < 3; i++) {
+        if (words[i] >> lane & 1) crc ^= polynomial;
+        const uint32_t bits = i < 2 ? 32 : 31 - lane + 8 * (124 - 108);  // until this lane's next bit, or to the end
+        for (uint32_t b = 0; b < bits; b++) crc = crc >> 1 ^ (crc & 1 ? polynomial : 0);
+    }
+#pragma unroll
+    for (uint32_t d = 16; d > 0; d /= 2) crc ^= __shfl_xor_sync(0xFFFFFFFFu, crc, d);
+    if (lane < 16) {
+        const uint64_t changed = lane == 12 ? units << 4 : lane == 13 ? checksum : lane == 15 ? (uint64_t)crc << 32 : 0;
+        *((uint64_t*)blob + lane) = header.words[lane] ^ changed;
+    }
+}
+
+// blob: null: sizes and checksum only. room: the list units that it has room for; lists beyond are not written, and the host sees that by the total. What
+// is left of it, if not more than `spare` units, is set to 0. Results: list units, checksum.
 extern "C" __global__ void __launch_bounds__(32 * (ZS_WARPS + 1), ZS_BLOCKS)
 zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t k, uint8_t* __restrict__ scratch, uint32_t* __restrict__ mail,
-            uint8_t* __restrict__ blob, uint32_t room) {
+            uint8_t* __restrict__ blob, uint32_t room, uint32_t spare, const Header header) {
     ZS_SMEM(smem);
     const Matrix x(src, ld, m, k);
     const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
@@ -381,12 +405,21 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
         uint32_t checksum = 0;
         for (uint32_t i = 0; i < ZS_WARPS; i++) checksum += board.checksums[i];
         const unsigned long long before = atomicAdd(look.done, (unsigned long long)checksum << 32 | 1);
-        if ((uint32_t)before == gridDim.x - 1) {
+        board.last = (uint32_t)before == gridDim.x - 1;
+        if (board.last) {
             // All groups' sums were told before their blocks ended; the last one's is still on its way at most.
             uint32_t total;
             while ((total = atomicAdd(look.through + groups - 1, 0u)) == 0) {
             }
-            send((uint32_t*)scratch, mail, total - 1, (uint32_t)(before >> 32) + checksum);
+            board.total = total - 1, board.checksum = (uint32_t)(before >> 32) + checksum;
+            send((uint32_t*)scratch, mail, board.total, board.checksum);
         }
+    }
+    __syncthreads();
+    if (!board.last || !blob || board.total > room) return;
+    if (warp == 0) write_header(header, board.total, board.checksum, blob, lane);
+    if (room - board.total <= spare) {
+        uint8_t* const lists = blob + ZS_BLOB_HEADER + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127) + (uint64_t)tiles * ZS_FIXED;
+        for (uint64_t i = (uint64_t)board.total + threadIdx.x; i < room; i += all) *((Vec4*)lists + i) = Vec4{0, 0, 0, 0};
     }
 }

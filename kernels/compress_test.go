@@ -5,6 +5,7 @@ package kernels_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"math/rand/v2"
@@ -89,9 +90,10 @@ func newCompressor(t *testing.T, files fs.FS, warps int) compressor {
 type compressCase struct {
 	x       matrix
 	ld      int
-	spare   int // elements before the matrix's start: 8 keeps it aligned, 1 does not
-	samples int // 0: every tile
-	room    int // list units in the blob beyond those that are needed; negative: too few
+	spare   int  // elements before the matrix's start: 8 keeps it aligned, 1 does not
+	samples int  // 0: every tile
+	room    int  // list units in the blob beyond those that are needed; negative: too few
+	keep    bool // what is left of the room is more than may be cleared
 	count   bool
 	blocks  int // 0: as many as groups of tiles
 	seed    uint64
@@ -144,25 +146,47 @@ func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sum
 		blocks = min(blocks, in.blocks)
 	}
 	want := encodeTiled(in.x)
+	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k)}
+	head := h.Marshal()
+	fields := make([]any, len(head)/8)
+	for i := range fields {
+		fields[i] = le.Uint64(head[8*i:])
+	}
 	if in.count {
-		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, nil, 0)
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, append([]any{nil, 0, 0}, fields...)...)
 	} else {
-		out := &emu.Buffer{Name: "blob", Data: make([]byte, len(want)+16*in.room), Mode: emu.Out}
+		out := &emu.Buffer{Name: "blob", Data: bytes.Repeat([]byte{0xA5}, len(want)+16*in.room), Mode: emu.InOut}
 		fixed := 128 + (8*tiles+127)/128*128 + tiles*5632
-		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, out, (len(out.Data)-fixed)/16)
+		spare := max(0, in.room) // the most that is cleared
+		if in.keep {
+			spare--
+		}
+		told, err = launch("zs_compress", "ZS_COMPRESS_SMEM", blocks, c.warps+1, append([]any{out, (len(out.Data) - fixed) / 16, max(0, spare)}, fields...)...)
 		blob = out.Data
 	}
 	if err != nil {
 		return nil, sampled, err
 	}
-	h := format.Header{DType: format.BF16, Mode: format.Tiled, Shape: []uint64{uint64(in.x.m), uint64(in.x.k)}, M: uint64(in.x.m), K: uint64(in.x.k),
-		EscapeBytes: 16 * uint64(le.Uint32(told)), Checksum: le.Uint32(told[4:])}
-	head := h.Marshal()
+	h.EscapeBytes, h.Checksum = 16*uint64(le.Uint32(told)), le.Uint32(told[4:])
+	head = h.Marshal()
 	if in.count {
 		return head[:], sampled, nil
 	}
-	copy(blob, head[:])
-	return blob[:len(want)+16*min(in.room, 0)], sampled, nil
+	if in.room < 0 { // then nobody needs a header
+		if !bytes.Equal(blob[:128], bytes.Repeat([]byte{0xA5}, 128)) {
+			return nil, sampled, errors.New("a header, although the blob is not complete")
+		}
+		copy(blob, head[:])
+		return blob, sampled, nil
+	}
+	rest := byte(0)
+	if in.keep {
+		rest = 0xA5
+	}
+	if !bytes.Equal(blob[len(want):], bytes.Repeat([]byte{rest}, 16*in.room)) {
+		return nil, sampled, fmt.Errorf("behind the blob are %x, not %x", blob[len(want):], rest)
+	}
+	return blob[:len(want)], sampled, nil
 }
 
 func TestCompress(t *testing.T) {
@@ -221,8 +245,8 @@ func TestCompressRoom(t *testing.T) {
 	require.InDelta(t, float64(all.units)/3, float64(few.units), float64(all.units)/12)
 	require.NotEqual(t, all.units, 3*few.units, "not every third one: the odd tiles would be missed, or the even ones")
 
-	for _, room := range []int{5, -1, -17} {
-		in.room = room
+	for _, room := range []int{5, 200, -1, -17} {
+		in.room, in.keep = room, room == 200
 		got, _, err = c.run(t, in)
 		require.NoError(t, err)
 		end := len(want) + 16*min(room, 0)
@@ -233,7 +257,7 @@ func TestCompressRoom(t *testing.T) {
 		}
 		requireSameBlob(t, want[:begin], got[:begin], fmt.Sprint("room ", room))
 	}
-	in.room, in.count = 0, true
+	in.room, in.keep, in.count = 0, false, true
 	head, _, err := c.run(t, in)
 	require.NoError(t, err)
 	require.Equal(t, want[:128], head, "sizes and checksum only")

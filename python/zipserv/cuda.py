@@ -323,8 +323,7 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
         blob[HEADER_BYTES:].copy_(weight.view(-1).view(torch.uint8))
     elif nbytes < room:
         if _SPARE * (room - nbytes) <= room:
-            blob[nbytes:].zero_()  # a file of torch.save holds the whole storage: nothing that was in this memory before
-            blob = blob[:nbytes]
+            blob = blob[:nbytes]  # the rest is 0 (a file of torch.save holds the whole storage)
         else:
             blob = _copy_of(blob[:nbytes])
     return blob, Header(_bf16, mode == _RAW, shape, m, k, nbytes, checksum)
@@ -340,7 +339,7 @@ def compress_into(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], 
     return 0 if mode == _RAW else nbytes
 
 
-_SPARE = 64  # a result may leave that part of its memory unused
+_SPARE = 64  # a result may leave that part of its memory unused, which cuda_compress_write then clears
 
 
 def eager_compress(weight: torch.Tensor, m: int, k: int) -> tuple[torch.Tensor, Header] | None:

@@ -94,7 +94,7 @@ func (c *Context) ClusterOccupancy(f Function, block, smem, cluster uint32) (int
 // MaxArgs is the largest number of parameters of a kernel.
 const MaxArgs = C.ZS_MAX_ARGS
 
-// Launch describes one kernel launch. Parameters of up to 8 bytes stand in one slot each, little-endian.
+// Launch describes one kernel launch. Parameters of up to 8 bytes stand in one slot each, little-endian; a struct, which comes last, in all from its own on.
 type Launch struct {
 	Function     Function
 	Stream       Stream

@@ -27,7 +27,7 @@ typedef struct {
   int call;
 } zs_result;
 
-#define ZS_MAX_ARGS 24
+#define ZS_MAX_ARGS 25
 #define ZS_MAX_TENSORS 2
 
 typedef struct {
@@ -43,7 +43,7 @@ typedef struct {
     uint32_t rows, columns; // in boxes of 64 columns, in the 128-byte swizzle
     uint64_t data, ld;      // ld: elements from one row to the next
   } tensors[ZS_MAX_TENSORS];
-  uint64_t args[ZS_MAX_ARGS]; // one slot a parameter; narrower ones use the low bytes
+  uint64_t args[ZS_MAX_ARGS]; // one slot a parameter; narrower ones use the low bytes, a struct, which comes last, all the slots from its own on
 } zs_launch_args;
 
 // Opens the library. On failure writes what is wrong to err; *missing is set where the library is there but lacks a symbol.

@@ -32,7 +32,10 @@ type mailbox struct {
 	free []post
 }
 
-const moreMails = 64 // a time
+const (
+	moreMails     = 64 // a time
+	compressSpare = 64 // what is left behind a blob is cleared up to that part of its memory
+)
 
 func (b *mailbox) take(d *Device) (post, error) {
 	b.mu.Lock()
@@ -102,7 +105,7 @@ func (d *Device) CompressScratch(m, k uint64) uint64 {
 	return plan.CompressScratch(m, k)
 }
 
-// exchange launches a kernel that ends with a mail, and waits for its words. more: its arguments behind those that all have; sum: the
+// exchange launches a kernel that tells the host something by mail, and waits for its words. more: its arguments behind those that all have; sum: the
 // post's word behind them.
 func (d *Device) exchange(p *Compression, k *kernel, sum bool, more ...uint64) (a, b uint32, err error) {
 	to, err := d.mails.take(d)
@@ -156,9 +159,10 @@ func (d *Device) CompressPlan(p *Compression) (nbytes uint64, err error) {
 	return nbytes, nil
 }
 
-// CompressWrite reads all weights, writes their blob if it has the room, waits, and fills in the header, whose Sections tell the blob's size. The blob is
-// complete (in the order of the stream) if that is at most room and the mode is tiled. Scratch is as CompressPlan has left it, or 0 throughout. If not, allocate that much; a tiled one takes a CompressPlan and a
-// CompressWrite more, a raw one is CompressRaw and a copy of the matrix. No blob (0, room 0): only the header is filled in.
+// CompressWrite reads all weights, writes their blob if it has the room, waits for its size, and fills in the header, whose Sections tell it. The blob is
+// complete (in the order of the stream) if that is at most room and the mode is tiled; what is left of the room is then set to 0 if it is at most a 64th of
+// it. Scratch is as CompressPlan has left it, or 0 throughout. If not, allocate that much; a tiled one takes a CompressPlan and a CompressWrite more, a raw
+// one is CompressRaw and a copy of the matrix. No blob (0, room 0): only the header is filled in.
 func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64) error {
 	if err := p.check(); err != nil {
 		return err
@@ -179,7 +183,14 @@ func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64)
 	if err != nil {
 		return err
 	}
-	used, checksum, err := d.exchange(p, c.write, false, uint64(blob), units)
+	h.Mode, h.Checksum = format.Tiled, 0
+	head := h.Marshal() // in which the kernel writes the size and the checksum
+	args := [3 + len(head)/8]uint64{uint64(blob), units, room / compressSpare / 16}
+	for i := range head[:len(head)/8] {
+		args[3+i] = binary.LittleEndian.Uint64(head[8*i:])
+	}
+	h.Mode = format.Raw
+	used, checksum, err := d.exchange(p, c.write, false, args[:]...)
 	if err != nil {
 		return err
 	}
@@ -188,9 +199,6 @@ func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64)
 		return nil // as p.check has left it
 	}
 	h.Mode, h.EscapeBytes = format.Tiled, 16*uint64(used)
-	if blob != 0 && uint64(used) <= units {
-		return d.writeHeader(p, blob)
-	}
 	return nil
 }
 
@@ -200,10 +208,6 @@ func (d *Device) CompressRaw(p *Compression, blob driver.Pointer) error {
 		return err
 	}
 	d.Changed(blob)
-	return d.writeHeader(p, blob)
-}
-
-func (d *Device) writeHeader(p *Compression, blob driver.Pointer) error {
 	head := p.Header.Marshal()
 	return d.ctx.Write(p.Stream, blob, head[:])
 }

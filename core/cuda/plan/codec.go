@@ -42,7 +42,8 @@ type Compression struct {
 }
 
 const (
-	compressWarps   = 4 // a tile each
+	compressWarps   = 4  // of a block have a tile
+	manyWarps       = 12 // the same for large matrices
 	compressSamples = 1024
 	compressLook    = 128 // ZS_LOOK of compress.cu
 )
@@ -50,26 +51,32 @@ const (
 // compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
 func compressSmem(warps int) (sample, write int) {
 	const counts = 1040
-	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts) + 20*warps + 8
+	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts+20) + 20
 }
 
-// Compress plans the kernels that write a blob.
+// Compress plans the kernels that write a blob. As many warps as have room stay on a multiprocessor. One block of them takes twelve tiles at a time, which stand
+// side by side, so its reads are longer; smaller blocks end more evenly.
 func Compress(d Device, m, k uint64) Compression {
-	sampleSmem, writeSmem := compressSmem(compressWarps)
-	samples, blocks := min(Tiles(m, k), compressSamples), 3 // a multiprocessor
+	tiles, warps := Tiles(m, k), uint64(compressWarps)
+	if _, smem := compressSmem(manyWarps); smem <= d.limit(1) && tiles >= 16*manyWarps*uint64(d.SMs) {
+		warps = manyWarps
+	}
+	sampleSmem, writeSmem := compressSmem(int(warps))
+	blocks := manyWarps / int(warps) // a multiprocessor
 	for writeSmem > d.limit(blocks) && blocks > 1 {
 		blocks--
 	}
-	kernel := func(entry string, tiles uint64, warps, smem int) Kernel {
+	samples := min(tiles, compressSamples)
+	kernel := func(entry string, tiles, threads uint64, smem int) Kernel {
 		return Kernel{
 			Source: "compress.cu", Entry: entry,
-			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", compressWarps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
-			Grid:    clampGrid(ceilDiv(tiles, compressWarps)), Block: uint32(32 * warps), Smem: uint32(smem),
+			Defines: []string{fmt.Sprintf("ZS_WARPS=%d", warps), fmt.Sprintf("ZS_BLOCKS=%d", blocks)},
+			Grid:    clampGrid(ceilDiv(tiles, warps)), Block: uint32(threads), Smem: uint32(smem),
 		}
 	}
 	c := Compression{
-		Sample:  kernel("zs_compress_sample", samples, compressWarps, sampleSmem),
-		Write:   kernel("zs_compress", Tiles(m, k), compressWarps+1, writeSmem), // the last warp looks back
+		Sample:  kernel("zs_compress_sample", samples, 32*warps, sampleSmem),
+		Write:   kernel("zs_compress", tiles, 32*(warps+1), writeSmem), // the last warp looks back
 		Samples: uint32(samples),
 	}
 	c.Write.PerSM = uint32(blocks) // which stay and take tiles in order

@@ -83,7 +83,7 @@ func TestEveryPlanFitsItsDevice(t *testing.T) {
 			assert.Equal(t, uint32(min(plan.Tiles(mk[0], mk[1]), 1024)), c.Samples)
 			assert.Less(t, c.Sample.Grid, uint32(1<<12), "the sums of the samples are packed")
 			assert.GreaterOrEqual(t, plan.CompressScratch(mk[0], mk[1]), 32+8*uint64(c.Write.Grid))
-			assert.Less(t, uint64(c.Write.Grid-1)*uint64(c.Write.Block/32), plan.Tiles(mk[0], mk[1]), "no block without work")
+			assert.Less(t, uint64(c.Write.Grid-1)*uint64(c.Write.Block/32-1), plan.Tiles(mk[0], mk[1]), "no block without work")
 		}
 	}
 }
@@ -250,6 +250,17 @@ func TestTooSmallAGPU(t *testing.T) {
 	assert.ErrorContains(t, err, "16384 bytes of shared memory")
 	_, err = plan.ForLinear(devices["H200"], plan.Problem{M: 64, K: 0, N: 1})
 	assert.ErrorContains(t, err, "at least 1")
+}
+
+func TestBlocksOfCompression(t *testing.T) {
+	for _, c := range []struct {
+		device       string
+		m            uint64
+		block, perSM uint32
+	}{{"H200", 4096, 160, 3}, {"H200", 25344, 416, 1}, {"H200", 25280, 160, 3}, {"L40S", 131072, 160, 1}} {
+		k := plan.Compress(devices[c.device], c.m, 4096).Write
+		assert.Equal(t, [2]uint32{c.block, c.perSM}, [2]uint32{k.Block, k.PerSM}, "%s, %d x 4096", c.device, c.m)
+	}
 }
 
 func TestRoomForLists(t *testing.T) {

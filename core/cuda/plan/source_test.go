@@ -33,8 +33,8 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 	}))
 	seen := map[string]bool{}
 	for name, d := range devices {
-		c := plan.Compress(d, 4096, 4096)
-		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, plan.Gather(d, false), plan.Gather(d, true), plan.Route(d), plan.Combine(d)}
+		c, many := plan.Compress(d, 4096, 4096), plan.Compress(d, 131072, 4096)
+		plans := []plan.Kernel{plan.Decompress(d, 4096, 4096), c.Sample, c.Write, many.Sample, many.Write, plan.Gather(d, false), plan.Gather(d, true), plan.Route(d), plan.Combine(d)}
 		for _, tile := range plan.GroupedTiles {
 			g, err := plan.Grouped(d, 4096, 4096, tile, tile == 16, tile == 8)
 			require.NoError(t, err)
@@ -79,7 +79,7 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 				case "zs_compress_sample":
 					smem, threads = "ZS_SAMPLE_SMEM", "32 * ZS_WARPS"
 				case "zs_compress":
-					smem, threads = "ZS_COMPRESS_SMEM", "32 * ZS_WARPS"
+					smem, threads = "ZS_COMPRESS_SMEM", "32 * (ZS_WARPS + 1)"
 				}
 				got := constants(t, lib, files, k, d.Capability, smem, threads)
 				assert.Equal(t, []int{int(k.Smem), int(k.Block)}, got, "shared memory and threads")

@@ -1,29 +1,28 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registers a kernel under its name and unpacks its parameters, whatever their types (8 bytes at most each).
+// Registers a kernel under its name and unpacks its parameters, whatever their types: each has a slot of 8 bytes, a struct as many as it is long.
 #pragma once
 #include <cstring>
-#include <utility>
+#include <tuple>
 #include "api.h"
 
 namespace zsemu {
 template <class T>
-inline T unpack(uint64_t slot) {
-  static_assert(sizeof(T) <= 8, "kernel parameters are scalars and pointers");
+constexpr size_t slots = (sizeof(T) + 7) / 8;
+template <class T>
+inline T unpack(const uint64_t*& a) {
   T t;
-  memcpy(&t, &slot, sizeof t);
+  memcpy(&t, a, sizeof t);
+  a += slots<T>;
   return t;
-}
-template <class... P, size_t... I>
-inline void call_kernel(void (*f)(P...), const uint64_t* a, std::index_sequence<I...>) {
-  f(unpack<P>(a[I])...);
 }
 template <class... P>
 inline void call_kernel(void (*f)(P...), const uint64_t* a) {
-  call_kernel(f, a, std::index_sequence_for<P...>{});
+  const std::tuple<P...> in{unpack<P>(a)...};  // braces: from left to right
+  std::apply(f, in);
 }
 template <class... P>
 constexpr int count_params(void (*)(P...)) {
-  return int(sizeof...(P));
+  return int((slots<P> + ... + 0));
 }
 }  // namespace zsemu
 
