@@ -264,21 +264,31 @@ struct Header {
     uint64_t words[16];
 };
 
-// One warp: the header of a blob with that many list units; `header` is that of one without lists whose checksum is 0. The CRC is linear in the bits that
-// differ, bytes 96 to 107: each lane has bit `lane` of three words, and the 124 - 108 bytes behind them.
-ZS_DEVICE void write_header(const Header& header, uint64_t units, uint32_t checksum, uint8_t* blob, uint32_t lane) {
-    const uint32_t words[3] = {(uint32_t)units << 4, (uint32_t)(units >> 28), checksum}, polynomial = 0x82F63B78u;
+// What a bit of the size and of the checksum, bytes 96 to 107, adds to the CRC, which is linear: bit `lane` of each of three words. It takes some
+// microseconds to find out.
+ZS_DEVICE void crc_parts(uint32_t lane, uint32_t (&parts)[3]) {
+    uint32_t crc = 0x82F63B78u;
+    const auto pass = [&](uint32_t bits) {
+#pragma unroll 1
+        for (uint32_t b = 0; b < bits; b++) crc = crc >> 1 ^ (crc & 1 ? 0x82F63B78u : 0);
+    };
+    pass(31 - lane + 8 * (124 - 108));
+    parts[2] = crc, pass(32);
+    parts[1] = crc, pass(32);
+    parts[0] = crc;
+}
+
+// One warp: the header of a blob with that many list units; `header` is that of one without lists whose checksum is 0.
+ZS_DEVICE void write_header(const Header& header, const uint32_t (&parts)[3], uint64_t units, uint32_t checksum, uint8_t* blob, uint32_t lane) {
+    const uint32_t words[3] = {(uint32_t)units << 4, (uint32_t)(units >> 28), checksum};
     uint32_t crc = 0;
-    for (uint32_t i = 0; i < 3; i++) {
-        if (words[i] >> lane & 1) crc ^= polynomial;
-        const uint32_t bits = i < 2 ? 32 : 31 - lane + 8 * (124 - 108);  // until this lane's next bit, or to the end
-        for (uint32_t b = 0; b < bits; b++) crc = crc >> 1 ^ (crc & 1 ? polynomial : 0);
-    }
 #pragma unroll
-    for (uint32_t d = 16; d > 0; d /= 2) crc ^= __shfl_xor_sync(0xFFFFFFFFu, crc, d);
-    if (lane < 16) {
-        const uint64_t changed = lane == 12 ? units << 4 : lane == 13 ? checksum : lane == 15 ? (uint64_t)crc << 32 : 0;
-        *((uint64_t*)blob + lane) = header.words[lane] ^ changed;
+    for (uint32_t i = 0; i < 3; i++) crc ^= words[i] >> lane & 1 ? parts[i] : 0;
+    crc = __reduce_xor_sync(0xFFFFFFFFu, crc);
+#pragma unroll
+    for (uint32_t i = 0; i < 16; i++) {
+        const uint64_t changed = i == 12 ? units << 4 : i == 13 ? checksum : i == 15 ? (uint64_t)crc << 32 : 0;
+        if (lane == i) *((uint64_t*)blob + i) = header.words[i] ^ changed;
     }
 }
 
@@ -297,11 +307,13 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     if (threadIdx.x == 32 * ZS_WARPS) board.numbers[0] = atomicAdd(look.number, 1u);
     __syncthreads();
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
+    uint32_t parts[3] = {0, 0, 0};  // known to the warp that writes the header
     if (warp == ZS_WARPS) {
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
         if (lane == 0) board.numbers[1] = next;
         __syncwarp();
         named_barrier_arrive(placed + 1, all);
+        crc_parts(lane, parts);  // while the first tiles come
         for (uint32_t odd = 0; group < groups; odd ^= 1) {
             named_barrier_sync(planned + odd, all);
             const uint32_t own = lane < ZS_WARPS ? board.units[odd][lane] : 0;
@@ -417,7 +429,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     }
     __syncthreads();
     if (!board.last || !blob || board.total > room) return;
-    if (warp == 0) write_header(header, board.total, board.checksum, blob, lane);
+    if (warp == ZS_WARPS) write_header(header, parts, board.total, board.checksum, blob, lane);
     if (room - board.total <= spare) {
         uint8_t* const lists = blob + ZS_BLOB_HEADER + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127) + (uint64_t)tiles * ZS_FIXED;
         for (uint64_t i = (uint64_t)board.total + threadIdx.x; i < room; i += all) *((Vec4*)lists + i) = Vec4{0, 0, 0, 0};

@@ -247,7 +247,7 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
   // A driver knows how many parameters a kernel has; this one knows it of some, and logs four of the others.
-  static const struct { const char *name; size_t count; } known[] = {{"zs_moe_route", 7}, {"zs_moe_combine", 8}, {"zs_zipgemm_grouped", 10}, {"zs_zipgemm_relay", 14}, {"zs_zipgemm_pair", 12}};
+  static const struct { const char *name; size_t count; } known[] = {{"zs_moe_route", 7}, {"zs_moe_combine", 8}, {"zs_zipgemm_grouped", 10}, {"zs_zipgemm_relay", 14}, {"zs_zipgemm_pair", 12}, {"zs_compress", 25}};
   size_t count = 4;
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)
     if (strcmp(fn->name, known[i].name) == 0) count = known[i].count;
