@@ -99,7 +99,6 @@ ZS_DEVICE void read_tile(const uint8_t* tile, uint32_t lane, uint32_t (&d)[64]) 
 
 // How often each exponent occurs among the weights of a tile.
 ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, const uint8_t* tile, uint32_t* histogram, uint32_t lane) {
-    __syncwarp();  // a list may have been written from the same memory
     for (uint32_t i = lane; i < 256; i += 32) histogram[i] = 0;
     __syncwarp();
     const uint32_t columns = min(ZS_TILE, x.k - col0), all = x.count(row0, col0);

@@ -285,13 +285,12 @@ func TestCompressMistakesAreCaught(t *testing.T) {
 		"literals above forgotten":          {"tally.cuh", "E > base + 10 ? beyond : 0", "0"},
 		"thresholds for any exponent":       {"tally.cuh", "E < 112 || E > 247", "E > 300"},
 		"one symbol too few":                {"encode.cuh", "base - e <= 12", "base - e <= 11"},
-		"a dropped wait before the list":    {"compress.cu", "        __syncthreads();\n        if (writes) {\n            const uint32_t offset", "        if (writes) {\n            const uint32_t offset"},
 		"a dropped wait in the list":        {"encode.cuh", "        __syncwarp();\n        const uint32_t here", "        const uint32_t here"},
 		"factors of the first row of tiles": {"compress.cu", "row_factor(row0 + ", "row_factor("},
 		"a weight forgotten":                {"compress.cu", "x.count(row0, col0), plan", "x.count(row0, col0) - 1, plan"},
-		"offsets not advanced":              {"compress.cu", "before += i < warp", "before += i < 0"},
-		"padding left as it was read":       {"compress.cu", "if (!x.whole(row0, col0)) pad_tile", "if (false) pad_tile"},
-		"a dense list's chunks in turn":     {"encode.cuh", "exponent_chunk(i / 8, i % 8)", "8 * i"},
+		"offsets not advanced":              {"compress.cu", "start + through - own", "start"},
+		"padding left as it was read":       {"compress.cu", "if (!whole) pad_warp_tile", "if (false) pad_warp_tile"},
+		"a dense list's chunks in turn":     {"encode.cuh", "weight_chunk(i / 8, i % 8)", "16 * i"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

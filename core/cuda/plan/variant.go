@@ -69,8 +69,13 @@ type roles struct {
 // rolesOf is what measured best: as many decoders as the consumers' sums leave registers for, and eight columns of activations.
 func rolesOf(v variant, tokens uint64) roles {
 	r := roles{decoders: 11, stages: 16, xstages: 8 / v.kw} // a ring that is hardly longer than there are decoders makes them wait for each other
-	if tokens > 64 {                                        // the activations leave no room for that, and the L1 cache too little for the first loads of all decoders
-		r.stages, r.spread = 12, 48
+	if tokens > 64 {                                        // what is left of the L1 cache is too little for the first loads of all decoders at once
+		r.spread = 48
+		if v.mw == 2 { // the runs are long: fewer activations for it
+			r.xstages = 6
+		} else {
+			r.stages = 12
+		}
 	}
 	return r
 }
