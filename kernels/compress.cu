@@ -253,6 +253,7 @@ struct Look {
 
 // What the warps of a block tell each other, of this group and the one before or after it in turn.
 struct Board {
+    uint64_t planned[2], placed[2];  // mbarriers: the units of a group are there; where its lists start, and the number of the second group after it
     uint32_t units[2][ZS_WARPS], starts[2][ZS_WARPS];  // of a tile's list
     uint32_t numbers[2], checksums[ZS_WARPS];          // of groups
     uint32_t total, checksum, last;                    // what the last block to end tells, and whether it is this one
@@ -301,20 +302,21 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
     const Look look(scratch, groups);
     Board& board = *(Board*)(smem + ZS_WARPS * ZS_WARP_SMEM);
-    // Barriers, one for even and one for odd groups: the units of a group are there; where its lists start, and the number of the second group after it.
-    const uint32_t planned = 1, placed = 3, all = 32 * (ZS_WARPS + 1);
+    const uint32_t planned = smem_addr(board.planned), placed = smem_addr(board.placed);
+    if (threadIdx.x == 0) {
+        for (uint32_t i = 0; i < 2; i++) mbarrier_init(planned + 8 * i, ZS_WARPS), mbarrier_init(placed + 8 * i, 1);
+    }
     if (threadIdx.x == 32 * ZS_WARPS) board.numbers[0] = atomicAdd(look.number, 1u);
     __syncthreads();
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
     uint32_t parts[3] = {0, 0, 0};  // known to the warp that writes the header
     if (warp == ZS_WARPS) {
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
-        if (lane == 0) board.numbers[1] = next;
-        __syncwarp();
-        named_barrier_arrive(placed + 1, all);
+        if (lane == 0) board.numbers[1] = next, mbarrier_arrive(placed + 8);
         crc_parts(lane, parts);  // while the first tiles come
-        for (uint32_t odd = 0; group < groups; odd ^= 1) {
-            named_barrier_sync(planned + odd, all);
+        __syncwarp();            // all have read the first number
+        for (uint32_t odd = 0, parity = 0; group < groups; parity ^= odd, odd ^= 1) {
+            mbarrier_wait(planned + 8 * odd, parity);
             const uint32_t own = lane < ZS_WARPS ? board.units[odd][lane] : 0;
             uint32_t through = own;
 #pragma unroll
@@ -330,7 +332,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             group = __shfl_sync(0xFFFFFFFFu, next, 0);
             if (lane == 0) board.numbers[odd] = next = atomicAdd(look.number, 1u);
             __syncwarp();
-            named_barrier_arrive(placed + odd, all);
+            if (lane == 0) mbarrier_arrive(placed + 8 * odd);
         }
     } else {
         // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
@@ -351,10 +353,10 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 if (hi >> 24 & ZS_FLAG_DENSE) write_dense(tile, list, lane);
             }
         };
-        uint32_t checksum = 0, odd = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
+        uint32_t checksum = 0, odd = 0, parity = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
         uint64_t plan_before = 0;
         begin(group < groups ? t : tiles, 0);
-        for (; group < groups; odd ^= 1) {
+        for (; group < groups; parity ^= odd, odd ^= 1) {
             uint8_t* const tile = buffers + odd * ZS_RAW;
             const bool here = t < tiles;
             const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
@@ -368,10 +370,8 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 checksum += found.checksum;
                 plan = plan_tile(x, d, found, row0, col0, tile, (uint32_t*)stage, lane);
             }
-            if (lane == 0) board.units[odd][warp] = plan_units(plan);
-            __syncwarp();
-            named_barrier_arrive(planned + odd, all);
-            named_barrier_sync(placed + (odd ^ 1), all);
+            if (lane == 0) board.units[odd][warp] = plan_units(plan), mbarrier_arrive(planned + 8 * odd);
+            mbarrier_wait(placed + 8 * (odd ^ 1), parity);
             group = __shfl_sync(0xFFFFFFFFu, board.numbers[odd ^ 1], 0);
             if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
             __syncwarp();  // all have read the tile before
@@ -403,7 +403,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             }
             before = here ? t : tiles, plan_before = plan, t = next;
         }
-        named_barrier_sync(placed + (odd ^ 1), all);
+        mbarrier_wait(placed + 8 * (odd ^ 1), parity);
         if (before < tiles && blob) {
             __syncwarp();
             finish(before, plan_before, odd ^ 1);
@@ -427,6 +427,6 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     if (board.last && warp == ZS_WARPS) write_header(header, parts, total, board.checksum, blob, lane);
     if (room - total <= spare) {  // by all blocks: for one it takes 30 us at half a billion weights
         Vec4* const lists = (Vec4*)(blob + ZS_BLOB_HEADER + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127) + (uint64_t)tiles * ZS_FIXED);
-        for (uint64_t i = (uint64_t)total + blockIdx.x * all + threadIdx.x; i < room; i += gridDim.x * all) lists[i] = Vec4{0, 0, 0, 0};
+        for (uint64_t i = (uint64_t)total + blockIdx.x * blockDim.x + threadIdx.x; i < room; i += gridDim.x * blockDim.x) lists[i] = Vec4{0, 0, 0, 0};
     }
 }

@@ -51,7 +51,8 @@ const (
 // compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
 func compressSmem(warps int) (sample, write int) {
 	const counts = 1040
-	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts+20) + 20
+	board := (20*warps + 52 + 7) / 8 * 8
+	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts) + board
 }
 
 // Compress plans the kernels that write a blob. As many warps as have room stay on a multiprocessor. One block of them takes twelve tiles at a time, which stand
