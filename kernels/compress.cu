@@ -253,10 +253,8 @@ struct Look {
 
 // What the warps of a block tell each other, of this group and the one before or after it in turn.
 struct Board {
-    uint64_t planned[2], placed[2];  // mbarriers: the units of a group are there; where its lists start, and the number of the second group after it
     uint32_t units[2][ZS_WARPS], starts[2][ZS_WARPS];  // of a tile's list
     uint32_t numbers[2], checksums[ZS_WARPS];          // of groups
-    uint32_t total, checksum, last;                    // what the last block to end tells, and whether it is this one
 };
 
 // The header of a blob, section 2.
@@ -302,21 +300,20 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
     const Look look(scratch, groups);
     Board& board = *(Board*)(smem + ZS_WARPS * ZS_WARP_SMEM);
-    const uint32_t planned = smem_addr(board.planned), placed = smem_addr(board.placed);
-    if (threadIdx.x == 0) {
-        for (uint32_t i = 0; i < 2; i++) mbarrier_init(planned + 8 * i, ZS_WARPS), mbarrier_init(placed + 8 * i, 1);
-    }
+    // Barriers, one for even and one for odd groups: the units of a group are there; where its lists start, and the number of the second group after it.
+    const uint32_t planned = 1, placed = 3, all = 32 * (ZS_WARPS + 1);
     if (threadIdx.x == 32 * ZS_WARPS) board.numbers[0] = atomicAdd(look.number, 1u);
     __syncthreads();
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
     uint32_t parts[3] = {0, 0, 0};  // known to the warp that writes the header
     if (warp == ZS_WARPS) {
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
-        if (lane == 0) board.numbers[1] = next, mbarrier_arrive(placed + 8);
+        if (lane == 0) board.numbers[1] = next;
+        __syncwarp();
+        named_barrier_arrive(placed + 1, all);
         crc_parts(lane, parts);  // while the first tiles come
-        __syncwarp();            // all have read the first number
-        for (uint32_t odd = 0, parity = 0; group < groups; parity ^= odd, odd ^= 1) {
-            mbarrier_wait(planned + 8 * odd, parity);
+        for (uint32_t odd = 0; group < groups; odd ^= 1) {
+            named_barrier_sync(planned + odd, all);
             const uint32_t own = lane < ZS_WARPS ? board.units[odd][lane] : 0;
             uint32_t through = own;
 #pragma unroll
@@ -332,7 +329,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             group = __shfl_sync(0xFFFFFFFFu, next, 0);
             if (lane == 0) board.numbers[odd] = next = atomicAdd(look.number, 1u);
             __syncwarp();
-            if (lane == 0) mbarrier_arrive(placed + 8 * odd);
+            named_barrier_arrive(placed + odd, all);
         }
     } else {
         // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
@@ -353,10 +350,10 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 if (hi >> 24 & ZS_FLAG_DENSE) write_dense(tile, list, lane);
             }
         };
-        uint32_t checksum = 0, odd = 0, parity = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
+        uint32_t checksum = 0, odd = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
         uint64_t plan_before = 0;
         begin(group < groups ? t : tiles, 0);
-        for (; group < groups; parity ^= odd, odd ^= 1) {
+        for (; group < groups; odd ^= 1) {
             uint8_t* const tile = buffers + odd * ZS_RAW;
             const bool here = t < tiles;
             const uint32_t row0 = t / x.col_tiles * ZS_TILE, col0 = t % x.col_tiles * ZS_TILE;
@@ -370,8 +367,10 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 checksum += found.checksum;
                 plan = plan_tile(x, d, found, row0, col0, tile, (uint32_t*)stage, lane);
             }
-            if (lane == 0) board.units[odd][warp] = plan_units(plan), mbarrier_arrive(planned + 8 * odd);
-            mbarrier_wait(placed + 8 * (odd ^ 1), parity);
+            if (lane == 0) board.units[odd][warp] = plan_units(plan);
+            __syncwarp();
+            named_barrier_arrive(planned + odd, all);
+            named_barrier_sync(placed + (odd ^ 1), all);
             group = __shfl_sync(0xFFFFFFFFu, board.numbers[odd ^ 1], 0);
             if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
             __syncwarp();  // all have read the tile before
@@ -403,7 +402,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             }
             before = here ? t : tiles, plan_before = plan, t = next;
         }
-        mbarrier_wait(placed + 8 * (odd ^ 1), parity);
+        named_barrier_sync(placed + (odd ^ 1), all);
         if (before < tiles && blob) {
             __syncwarp();
             finish(before, plan_before, odd ^ 1);
@@ -412,21 +411,24 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
         if (lane == 0) board.checksums[warp] = checksum;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t checksum = 0, total;
-        for (uint32_t i = 0; i < ZS_WARPS; i++) checksum += board.checksums[i];
-        // All groups are taken when a block has none, so the last one's sum is on its way.
+    // All groups are taken when a block has none, so the last one's sum is on its way.
+    uint32_t total = 0;
+    if (lane == 0)
         while ((total = atomicAdd(look.through + groups - 1, 0u)) == 0) __nanosleep(100);
-        const unsigned long long before = atomicAdd(look.done, (unsigned long long)checksum << 32 | 1);
-        board.total = total - 1, board.checksum = (uint32_t)(before >> 32) + checksum, board.last = (uint32_t)before == gridDim.x - 1;
-        if (board.last) send((uint32_t*)scratch, mail, board.total, board.checksum);
+    total = __shfl_sync(0xFFFFFFFFu, total, 0) - 1;
+    const bool complete = blob && total <= room;
+    if (warp == ZS_WARPS) {
+        const uint32_t checksum = __reduce_add_sync(0xFFFFFFFFu, lane < ZS_WARPS ? board.checksums[lane] : 0);
+        unsigned long long before = lane == 0 ? atomicAdd(look.done, (unsigned long long)checksum << 32 | 1) : 0;
+        before = __shfl_sync(0xFFFFFFFFu, before, 0);
+        if ((uint32_t)before == gridDim.x - 1) {  // the last block to end
+            const uint32_t sum = (uint32_t)(before >> 32) + checksum;
+            if (lane == 0) send((uint32_t*)scratch, mail, total, sum);
+            if (complete) write_header(header, parts, total, sum, blob, lane);
+        }
     }
-    __syncthreads();
-    const uint32_t total = board.total;
-    if (!blob || total > room) return;
-    if (board.last && warp == ZS_WARPS) write_header(header, parts, total, board.checksum, blob, lane);
-    if (room - total <= spare) {  // by all blocks: for one it takes 30 us at half a billion weights
+    if (complete && room - total <= spare) {  // by all blocks: for one it takes 30 us at half a billion weights
         Vec4* const lists = (Vec4*)(blob + ZS_BLOB_HEADER + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127) + (uint64_t)tiles * ZS_FIXED);
-        for (uint64_t i = (uint64_t)total + blockIdx.x * blockDim.x + threadIdx.x; i < room; i += gridDim.x * blockDim.x) lists[i] = Vec4{0, 0, 0, 0};
+        for (uint64_t i = (uint64_t)total + blockIdx.x * all + threadIdx.x; i < room; i += gridDim.x * all) lists[i] = Vec4{0, 0, 0, 0};
     }
 }

@@ -51,7 +51,7 @@ const (
 // compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
 func compressSmem(warps int) (sample, write int) {
 	const counts = 1040
-	board := (20*warps + 52 + 7) / 8 * 8
+	board := 20*warps + 8
 	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts) + board
 }
 
