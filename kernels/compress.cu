@@ -6,7 +6,7 @@
 //                       list. The last block to end writes the header (section 2), which needs the size and the checksum, and tells them to the host.
 //
 // A block takes groups of ZS_WARPS neighbouring tiles in turn, by a counter. Its last warp has no tile: it tells the other blocks the units of a group's
-// lists as soon as they are known, finds out where they start by looking back at what others have told, and takes the numbers of groups, all of it while
+// lists as soon as they are known, finds out where they start by looking back at what others have told, and takes the number of a later group, all of it while
 // the others work on the next tile. Weights come by asynchronous copies into two buffers for each warp: those of the next tile are under way while this
 // one is written out.
 //
@@ -300,20 +300,20 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     const uint32_t lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), tiles = x.tiles(), groups = (tiles + ZS_WARPS - 1) / ZS_WARPS;
     const Look look(scratch, groups);
     Board& board = *(Board*)(smem + ZS_WARPS * ZS_WARP_SMEM);
-    // Barriers, one for even and one for odd groups: the units of a group are there; where its lists start, and the number of the second group after it.
-    const uint32_t planned = 1, placed = 3, all = 32 * (ZS_WARPS + 1);
+    // A group's barrier: its units are there; so is where the lists of the group before it start, and the number of the group after it.
+    const uint32_t barrier = 1, all = 32 * (ZS_WARPS + 1);
     if (threadIdx.x == 32 * ZS_WARPS) board.numbers[0] = atomicAdd(look.number, 1u);
     __syncthreads();
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
-    uint32_t parts[3] = {0, 0, 0};  // known to the warp that writes the header
-    if (warp == ZS_WARPS) {
+    uint32_t parts[3] = {0, 0, 0}, checksum = 0;
+    if (warp == ZS_WARPS) crc_parts(lane, parts);  // by the warp that writes the header, while the first tiles come
+    if (group >= groups) {
+        // nothing to do
+    } else if (warp == ZS_WARPS) {
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
         if (lane == 0) board.numbers[1] = next;
-        __syncwarp();
-        named_barrier_arrive(placed + 1, all);
-        crc_parts(lane, parts);  // while the first tiles come
         for (uint32_t odd = 0; group < groups; odd ^= 1) {
-            named_barrier_sync(planned + odd, all);
+            named_barrier_sync(barrier, all);
             const uint32_t own = lane < ZS_WARPS ? board.units[odd][lane] : 0;
             uint32_t through = own;
 #pragma unroll
@@ -328,9 +328,8 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             if (lane == 0) atomicExch(look.through + group, start + units + 1);
             group = __shfl_sync(0xFFFFFFFFu, next, 0);
             if (lane == 0) board.numbers[odd] = next = atomicAdd(look.number, 1u);
-            __syncwarp();
-            named_barrier_arrive(placed + odd, all);
         }
+        named_barrier_sync(barrier, all);
     } else {
         // Section 1. (Blob of format.cuh keeps its pointers from the compiler, which would then not know that they are to global memory.)
         uint8_t* const headers = blob + ZS_BLOB_HEADER;
@@ -350,9 +349,9 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 if (hi >> 24 & ZS_FLAG_DENSE) write_dense(tile, list, lane);
             }
         };
-        uint32_t checksum = 0, odd = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
+        uint32_t odd = 0, t = group * ZS_WARPS + warp, before = tiles;  // before: the tile whose list is to be written
         uint64_t plan_before = 0;
-        begin(group < groups ? t : tiles, 0);
+        begin(t, 0);
         for (; group < groups; odd ^= 1) {
             uint8_t* const tile = buffers + odd * ZS_RAW;
             const bool here = t < tiles;
@@ -368,9 +367,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
                 plan = plan_tile(x, d, found, row0, col0, tile, (uint32_t*)stage, lane);
             }
             if (lane == 0) board.units[odd][warp] = plan_units(plan);
-            __syncwarp();
-            named_barrier_arrive(planned + odd, all);
-            named_barrier_sync(placed + (odd ^ 1), all);
+            named_barrier_sync(barrier, all);
             group = __shfl_sync(0xFFFFFFFFu, board.numbers[odd ^ 1], 0);
             if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
             __syncwarp();  // all have read the tile before
@@ -402,14 +399,14 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             }
             before = here ? t : tiles, plan_before = plan, t = next;
         }
-        named_barrier_sync(placed + (odd ^ 1), all);
+        named_barrier_sync(barrier, all);
         if (before < tiles && blob) {
             __syncwarp();
             finish(before, plan_before, odd ^ 1);
         }
-        checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
-        if (lane == 0) board.checksums[warp] = checksum;
     }
+    checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
+    if (lane == 0 && warp < ZS_WARPS) board.checksums[warp] = checksum;
     __syncthreads();
     // All groups are taken when a block has none, so the last one's sum is on its way.
     uint32_t total = 0;
@@ -418,7 +415,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     total = __shfl_sync(0xFFFFFFFFu, total, 0) - 1;
     const bool complete = blob && total <= room;
     if (warp == ZS_WARPS) {
-        const uint32_t checksum = __reduce_add_sync(0xFFFFFFFFu, lane < ZS_WARPS ? board.checksums[lane] : 0);
+        checksum = __reduce_add_sync(0xFFFFFFFFu, lane < ZS_WARPS ? board.checksums[lane] : 0);
         unsigned long long before = lane == 0 ? atomicAdd(look.done, (unsigned long long)checksum << 32 | 1) : 0;
         before = __shfl_sync(0xFFFFFFFFu, before, 0);
         if ((uint32_t)before == gridDim.x - 1) {  // the last block to end

@@ -346,8 +346,6 @@ ZS_DEVICE void griddep_launch() {}
 // ---- barriers -------------------------------------------------------------------------------------------------------
 
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
-// The barrier of `threads` threads, for those who wait for the others, and for those who do not.
-ZS_DEVICE void named_barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Ends the kernel as a failed assertion of the device, the error that nn.Embedding gives for such an index.
