@@ -7,8 +7,8 @@
 //
 // A block takes groups of ZS_WARPS neighbouring tiles in turn, by a counter. Its last warp has no tile: it tells the other blocks the units of a group's
 // lists as soon as they are known, finds out where they start by looking back at what others have told, and takes the number of a later group, all of it while
-// the others work on the next tile. Weights come by asynchronous copies into two buffers for each warp: those of the next tile are under way while this
-// one is written out.
+// the others write the lists of the group before and the fixed parts of this one. Weights come by asynchronous copies into two buffers for each warp: the
+// next tile is under way while this one is written.
 //
 // What blocks tell: the units of a group, and the sum up to and with it as soon as it is known where it starts; both are words that are their own flags
 // (0: not there yet), so nothing has to be in order. A block waits for groups only that are lower than one whose tiles it has planned, and plans its
