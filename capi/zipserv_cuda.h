@@ -116,9 +116,10 @@ ZS_API int32_t zs_cuda_warm_grouped(int32_t device, uint64_t m, uint64_t k, int3
 
 /* A compression: the caller allocates zs_cuda_compress_scratch bytes of device memory. zs_cuda_compress_plan reads some of the weights, waits and
  * tells in nbytes what to allocate for the blob (16-byte aligned): nearly always enough, and about 1 % more than it takes at most; 0: nothing yet.
- * zs_cuda_compress_write reads all weights and writes the blob, if it is not 0 and `room` bytes are enough, waits, and sets mode, checksum, escape_bytes and
- * nbytes, which is now exact. If mode is ZS_TILED and nbytes <= room, the first nbytes bytes are the blob, in the order of the stream, and the rest of the room,
- * if that is at most a 64th of it, is set to 0 in whole 16-byte pieces. Else allocate nbytes; a tiled blob then takes both calls again; of a raw one zs_cuda_compress_raw writes the header, and the caller copies the matrix behind it.
+ * zs_cuda_compress_write reads all weights and writes the blob, if it is not 0 and `room` bytes are enough, waits, and sets mode, checksum, escape_bytes
+ * and nbytes, which is now exact. If mode is ZS_TILED and nbytes <= room, the first nbytes bytes are the blob, in the order of the stream, and the rest
+ * of the room, if that is at most a 64th of it, is set to 0 in whole 16-byte pieces; else the room holds anything. Then allocate nbytes; a tiled blob
+ * takes both calls again; of a raw one zs_cuda_compress_raw writes the header, and the caller copies the matrix behind it.
  * The bytes are those that zs_plan_encode writes. */
 typedef struct zs_cuda_compress_t {
     uint64_t stream;

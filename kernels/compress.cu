@@ -12,11 +12,12 @@
 //
 // What blocks tell: the units of a group, and the sum up to and with it as soon as it is known where it starts; both are words that are their own flags
 // (0: not there yet), so nothing has to be in order. A block waits for groups only that are lower than one whose tiles it has planned, and plans its
-// groups in order: of those that are not done the lowest one's block waits for nothing, however few blocks fit on the GPU.
+// groups in order, and for the last group only when it has no other to do: of those that are not done the lowest one's block waits for nothing, however few
+// blocks fit on the GPU.
 //
 // Launch: dynamic shared memory ZS_SAMPLE_SMEM, block 32 * ZS_WARPS, grid: a warp for each sample; ZS_COMPRESS_SMEM, block 32 * (ZS_WARPS + 1), any grid.
 // scratch: 16 bytes of results, for a host that gets no mail | Look (below), which zs_compress_sample clears.
-// mail: where the host waits, in its own memory: three words, then a last word of 1 when they are there.
+// mail: where the host waits, in its own memory: two words of results, and a fourth word of 1 when they are there.
 #include "encode.cuh"
 #include "tally.cuh"
 
@@ -27,7 +28,7 @@
 #define ZS_BLOCKS 3  // blocks a multiprocessor
 #endif
 #define ZS_COUNTS ((ZS_COUNTERS * 4 + 15) / 16 * 16)            // a histogram, or positions of escapes
-#define ZS_WARP_SMEM (2 * ZS_RAW + 2 * 512 + ZS_COUNTS)         // tiles; a bit for each of their positions; ZS_COUNTS
+#define ZS_WARP_SMEM (2 * ZS_RAW + 512 + ZS_COUNTS)             // two tiles; a bit for each position of one; ZS_COUNTS
 #define ZS_COMPRESS_SMEM (ZS_WARPS * ZS_WARP_SMEM + sizeof(Board))
 #define ZS_SAMPLE_SMEM (ZS_WARPS * (ZS_RAW + ZS_COUNTS + 16))
 #define ZS_RAW 8192u    // bytes of a tile's weights
@@ -254,7 +255,8 @@ struct Look {
 // What the warps of a block tell each other, of this group and the one before or after it in turn.
 struct Board {
     uint32_t units[2][ZS_WARPS], starts[2][ZS_WARPS];  // of a tile's list
-    uint32_t numbers[2], checksums[ZS_WARPS];          // of groups
+    uint32_t numbers[2];                               // of groups
+    uint32_t checksums[ZS_WARPS], total;               // list units of the matrix
 };
 
 // The header of a blob, section 2.
@@ -307,9 +309,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
     uint32_t parts[3] = {0, 0, 0}, checksum = 0;
     if (warp == ZS_WARPS) crc_parts(lane, parts);  // by the warp that writes the header, while the first tiles come
-    if (group >= groups) {
-        // nothing to do
-    } else if (warp == ZS_WARPS) {
+    if (warp == ZS_WARPS) {
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
         if (lane == 0) board.numbers[1] = next;
         for (uint32_t odd = 0; group < groups; odd ^= 1) {
@@ -335,7 +335,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
         uint8_t* const headers = blob + ZS_BLOB_HEADER;
         uint8_t* const fixed = headers + ((tiles * (uint64_t)8 + 127) & ~(uint64_t)127);
         uint8_t *const buffers = smem + warp * ZS_WARP_SMEM, *const masks = buffers + 2 * ZS_RAW;
-        uint16_t* const stage = (uint16_t*)(masks + 2 * 512);
+        uint16_t* const stage = (uint16_t*)(masks + 512);
         const auto begin = [&](uint32_t t, uint32_t odd) {
             if (t < tiles) fetch(x, t / x.col_tiles * ZS_TILE, t % x.col_tiles * ZS_TILE, buffers + odd * ZS_RAW, lane);
         };
@@ -345,7 +345,7 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             uint8_t *const list = fixed + (uint64_t)tiles * ZS_FIXED + (uint64_t)offset * 16, *const tile = buffers + odd * ZS_RAW;
             if (lane == 0) *(uint64_t*)(headers + (uint64_t)t * 8) = plan & 0xFFFFFFFF00000000ull | offset;
             if (offset + plan_units(plan) <= room) {
-                if (count) write_list((const uint32_t*)(masks + odd * 512), stage, tile, base, count, (uint32_t)plan >> 16, list, lane);
+                if (count) write_list((const uint32_t*)masks, stage, tile, base, count, (uint32_t)plan >> 16, list, lane);
                 if (hi >> 24 & ZS_FLAG_DENSE) write_dense(tile, list, lane);
             }
         };
@@ -370,15 +370,15 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             named_barrier_sync(barrier, all);
             group = __shfl_sync(0xFFFFFFFFu, board.numbers[odd ^ 1], 0);
             if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
-            __syncwarp();  // all have read the tile before
+            __syncwarp();  // all have read the tile before, and its masks
             const uint32_t next = group * ZS_WARPS + warp;
-            begin(group < groups ? next : tiles, odd ^ 1);
+            begin(next, odd ^ 1);
             if (here && blob) {
                 const uint32_t base = (uint32_t)(plan >> 48) & 0xFFu;
                 const bool dense = plan >> 56 & ZS_FLAG_DENSE, whole = x.whole(row0, col0);
                 uint8_t* words = fixed + (uint64_t)t * ZS_FIXED + lane * 16;
                 uint32_t* planes = (uint32_t*)(fixed + (uint64_t)t * ZS_FIXED + ZS_BITMAPS) + lane;
-                uint8_t* mask = masks + odd * 512 + 8 * (lane & 7) + (lane >> 3);
+                uint8_t* mask = masks + 8 * (lane & 7) + (lane >> 3);
 #pragma unroll 1
                 for (uint32_t w = 0; w < 4; w++, words += ZS_SIGN_MANTISSA, planes += 96, mask += 128) {
                     uint32_t d[16];
@@ -400,19 +400,18 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
             before = here ? t : tiles, plan_before = plan, t = next;
         }
         named_barrier_sync(barrier, all);
-        if (before < tiles && blob) {
-            __syncwarp();
-            finish(before, plan_before, odd ^ 1);
-        }
+        if (before < tiles && blob) finish(before, plan_before, odd ^ 1);
     }
     checksum = __reduce_add_sync(0xFFFFFFFFu, checksum);
     if (lane == 0 && warp < ZS_WARPS) board.checksums[warp] = checksum;
+    if (threadIdx.x == 32 * ZS_WARPS) {
+        // A block waits for others only when all its groups are done, and all groups are taken: the last one's sum is on its way.
+        uint32_t through;
+        while ((through = atomicAdd(look.through + groups - 1, 0u)) == 0) __nanosleep(100);
+        board.total = through - 1;
+    }
     __syncthreads();
-    // All groups are taken when a block has none, so the last one's sum is on its way.
-    uint32_t total = 0;
-    if (lane == 0)
-        while ((total = atomicAdd(look.through + groups - 1, 0u)) == 0) __nanosleep(100);
-    total = __shfl_sync(0xFFFFFFFFu, total, 0) - 1;
+    const uint32_t total = board.total;
     const bool complete = blob && total <= room;
     if (warp == ZS_WARPS) {
         checksum = __reduce_add_sync(0xFFFFFFFFu, lane < ZS_WARPS ? board.checksums[lane] : 0);

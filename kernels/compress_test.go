@@ -190,7 +190,7 @@ func (c compressor) run(t *testing.T, in compressCase) (blob []byte, sampled sum
 }
 
 func TestCompress(t *testing.T) {
-	for _, warps := range []int{1, 2} {
+	for _, warps := range []int{1, 2, 3} {
 		t.Run(fmt.Sprintf("warps=%d", warps), func(t *testing.T) {
 			t.Parallel()
 			c := newCompressor(t, kernels.Sources, warps)

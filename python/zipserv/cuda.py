@@ -331,7 +331,8 @@ def compress(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...]) -> tu
 
 def compress_into(weight: torch.Tensor, m: int, k: int, shape: tuple[int, ...], blob: torch.Tensor) -> int:
     """Compress a contiguous BF16 tensor into memory that is there, 16-byte aligned, and return the bytes of its blob. It is complete if these are not
-    more than there are. 0: the blob is a raw one, of which nothing is written. Waits for the device once, for the size."""
+    more than there are; a rest of up to a 64th is then set to 0. Else, and where the blob is a raw one (0), the memory holds anything. Waits for the
+    device once, for the size."""
     index = weight.get_device()
     scratch = torch.zeros(_zipserv.cuda_compress_scratch(index, m, k), dtype=torch.uint8, device=weight.device)
     job = (index, _stream(index), weight.data_ptr(), k, m, k, shape, scratch.data_ptr())

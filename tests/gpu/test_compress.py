@@ -52,6 +52,26 @@ def test_ways_to_the_size(make: Callable[[int, int], torch.Tensor], shape: tuple
     there.verify()
 
 
+@pytest.mark.parametrize("make", [gaussian, trained])
+def test_blocks_of_twelve_tiles(make: Callable[[int, int], torch.Tensor]) -> None:
+    """A matrix that is large enough for them on any GPU of up to 148 multiprocessors, and ragged: the bytes are the codec's."""
+    w = make(7200, 16392)
+    there = zipserv.compress(w.cuda())
+    assert torch.equal(there.blob.cpu(), zipserv.compress(w).blob)
+
+
+def test_nothing_of_others_behind_a_result() -> None:
+    """The memory behind a blob holds zeros, not what was there before."""
+    w = trained(4096, 4096).cuda()
+    zipserv.compress(w)
+    torch.full((1 << 28,), 0xA5, dtype=torch.uint8, device="cuda")
+    z = zipserv.compress(w)
+    storage = torch.empty(0, dtype=torch.uint8, device="cuda").set_(z.blob.untyped_storage())
+    rest = storage[z.nbytes :]
+    assert z.blob.data_ptr() == storage.data_ptr() and rest.numel() > 0
+    assert not rest.any()
+
+
 def test_a_result_in_larger_memory_is_saved_and_loaded() -> None:
     w = trained(4096, 4096).cuda()
     z = zipserv.compress(w)

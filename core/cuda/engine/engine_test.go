@@ -481,7 +481,13 @@ func TestCompress(t *testing.T) {
 			given.Mode, given.EscapeBytes, given.Checksum = format.Tiled, 0, 0
 			want := given.Marshal()
 			_, args, _ := strings.Cut(launches(f)[1], " args ")
-			fields := strings.Fields(args)[9:]
+			fields := strings.Fields(args)
+			units := (room - fixed) / 16
+			if to == 0 {
+				units = 0
+			}
+			assert.Equal(t, fmt.Sprintf("%x %x %x", to, units, room/64/16), strings.Join(fields[6:9], " "), "blob, room, what is cleared behind it")
+			fields = fields[9:]
 			require.Len(t, fields, len(want)/8)
 			var got []byte
 			for _, field := range fields {

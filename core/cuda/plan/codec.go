@@ -51,12 +51,12 @@ const (
 // compressSmem mirrors ZS_SAMPLE_SMEM and ZS_COMPRESS_SMEM of compress.cu.
 func compressSmem(warps int) (sample, write int) {
 	const counts = 1040
-	board := 20*warps + 8
-	return warps * (tileData + counts + 16), warps*(2*tileData+2*512+counts) + board
+	board := 20*warps + 12 // what its warps tell each other
+	return warps * (tileData + counts + 16), warps*(2*tileData+512+counts) + board
 }
 
-// Compress plans the kernels that write a blob. As many warps as have room stay on a multiprocessor. One block of them takes twelve tiles at a time, which stand
-// side by side, so its reads are longer; smaller blocks end more evenly.
+// Compress plans the kernels that write a blob. Blocks of four warps with tiles stay, up to three on a multiprocessor, or one of twelve, whose tiles stand side
+// by side, so that its reads are longer: that takes large matrices, as smaller blocks end more evenly.
 func Compress(d Device, m, k uint64) Compression {
 	tiles, warps := Tiles(m, k), uint64(compressWarps)
 	if _, smem := compressSmem(manyWarps); smem <= d.limit(1) && tiles >= 16*manyWarps*uint64(d.SMs) {
