@@ -71,11 +71,11 @@ ZS_DEVICE void fetch(const Matrix& x, uint32_t row0, uint32_t col0, uint8_t* til
 #pragma unroll
         for (uint32_t i = 0; i < 16; i++) {
             const uint32_t here = row + 4 * i < x.m ? bytes : 0;
-            cp_async_16_zfill(smem_addr(tile + weight_chunk(4 * i + lane / 8, lane % 8)), here ? p + 4 * i * x.ld : x.src, here);
+            cp_async_16_zfill(smem_addr(tile + swizzle_chunk(4 * i + lane / 8, lane % 8)), here ? p + 4 * i * x.ld : x.src, here);
         }
     } else {
 #pragma unroll 8
-        for (uint32_t i = 0; i < ZS_TILE; i++) *(uint32_t*)(tile + weight_chunk(i, lane / 4) + 4 * (lane % 4)) = x.pair(row0 + i, col0 + 2 * lane);
+        for (uint32_t i = 0; i < ZS_TILE; i++) *(uint32_t*)(tile + swizzle_chunk(i, lane / 4) + 4 * (lane % 4)) = x.pair(row0 + i, col0 + 2 * lane);
     }
     cp_async_commit();
 }
@@ -88,7 +88,7 @@ ZS_DEVICE void fetched() {
 ZS_DEVICE void read_warp_tile(const uint8_t* tile, uint32_t w, uint32_t lane, uint32_t* d) {
 #pragma unroll
     for (uint32_t i = 0; i < 4; i++) {
-        const Vec4 v = ld_shared_v4(smem_addr(tile + weight_chunk(16 * w + 8 * (i / 2) + (lane & 7), 4 * (i & 1) + (lane >> 3))));
+        const Vec4 v = ld_shared_v4(smem_addr(tile + swizzle_chunk(16 * w + 8 * (i / 2) + (lane & 7), 4 * (i & 1) + (lane >> 3))));
         d[4 * i] = v.x, d[4 * i + 1] = v.y, d[4 * i + 2] = v.z, d[4 * i + 3] = v.w;
     }
 }
@@ -105,7 +105,7 @@ ZS_DEVICE void count_exponents(const Matrix& x, uint32_t row0, uint32_t col0, co
     const uint32_t columns = min(ZS_TILE, x.k - col0), all = x.count(row0, col0);
     for (uint32_t i = lane; i < all; i += 32) {
         const uint32_t row = i / columns, col = i % columns;
-        atomicAdd(histogram + (*(const uint16_t*)(tile + weight_chunk(row, col / 8) + 2 * (col % 8)) >> 7 & 0xFFu), 1u);
+        atomicAdd(histogram + (*(const uint16_t*)(tile + swizzle_chunk(row, col / 8) + 2 * (col % 8)) >> 7 & 0xFFu), 1u);
     }
 }
 
@@ -308,8 +308,8 @@ zs_compress(const uint16_t* __restrict__ src, uint64_t ld, uint32_t m, uint32_t 
     __syncthreads();
     uint32_t group = __shfl_sync(0xFFFFFFFFu, board.numbers[0], 0);
     uint32_t parts[3] = {0, 0, 0}, checksum = 0;
-    if (warp == ZS_WARPS) crc_parts(lane, parts);  // by the warp that writes the header, while the first tiles come
     if (warp == ZS_WARPS) {
+        crc_parts(lane, parts);  // while the first tiles come
         uint32_t next = lane == 0 ? atomicAdd(look.number, 1u) : 0;
         if (lane == 0) board.numbers[1] = next;
         for (uint32_t odd = 0; group < groups; odd ^= 1) {

@@ -290,7 +290,7 @@ func TestCompressMistakesAreCaught(t *testing.T) {
 		"a weight forgotten":                {"compress.cu", "x.count(row0, col0), plan", "x.count(row0, col0) - 1, plan"},
 		"offsets not advanced":              {"compress.cu", "start + through - own", "start"},
 		"padding left as it was read":       {"compress.cu", "if (!whole) pad_warp_tile", "if (false) pad_warp_tile"},
-		"a dense list's chunks in turn":     {"encode.cuh", "weight_chunk(i / 8, i % 8)", "16 * i"},
+		"a dense list's chunks in turn":     {"encode.cuh", "swizzle_chunk(i / 8, i % 8)", "16 * i"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -45,16 +45,13 @@ ZS_DEVICE uint32_t escapes_by_column(uint32_t x) {
     return x ^ t ^ t << 1;
 }
 
-// A tile's weights lie in shared memory as rows of 128 bytes, whose 16-byte chunks are swizzled: a warp reads the same columns of eight rows at once.
-ZS_DEVICE uint32_t weight_chunk(uint32_t row, uint32_t chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
-
 // The exponents of eight weights, a byte each.
 ZS_DEVICE uint64_t exponents(const uint32_t* d) {
     const uint32_t lo = byte_perm(d[0] << 1, d[1] << 1, 0x7531), up = byte_perm(d[2] << 1, d[3] << 1, 0x7531);
     return (uint64_t)up << 32 | lo;
 }
 
-// Writes one tile's list. masks: a bit for each position; stage: ZS_LIST_STAGE halfwords of shared memory; tile: its weights, swizzled. count: its escapes,
+// Writes one tile's list. masks: a bit for each position; stage: ZS_LIST_STAGE halfwords of shared memory; tile: its weights, as swizzle_chunk places them. count: its escapes,
 // not 0; literals: how many of them have no symbol.
 ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t* tile, uint32_t base, uint32_t count, uint32_t literals, uint8_t* list, uint32_t lane) {
     // Lane l has positions 128 l .. 128 l + 127.
@@ -81,7 +78,7 @@ ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t*
         const uint32_t here = min(count - first, ZS_LIST_STAGE);
         for (uint32_t i = lane; i - lane < here; i += 32) {
             const bool is = i < here;
-            const uint32_t at = is ? stage[i] : 0, e = is ? *(const uint16_t*)(tile + weight_chunk(at / 64, at / 8 % 8) + 2 * (at % 8)) >> 7 & 0xFFu : 0;
+            const uint32_t at = is ? stage[i] : 0, e = is ? *(const uint16_t*)(tile + swizzle_chunk(at / 64, at / 8 % 8) + 2 * (at % 8)) >> 7 & 0xFFu : 0;
             // Symbols exist for -12 .. -1 and 8 .. 10.
             const uint32_t symbol = e < base ? (base - e <= 12 ? base - 1 - e : 15) : min(e - base + 4, 15u);
             uint32_t entry = first + i;
@@ -103,7 +100,7 @@ ZS_DEVICE void write_list(const uint32_t* masks, uint16_t* stage, const uint8_t*
 ZS_DEVICE void write_dense(const uint8_t* tile, uint8_t* list, uint32_t lane) {
 #pragma unroll 4
     for (uint32_t i = lane; i < 512; i += 32) {
-        const Vec4 v = ld_shared_v4(smem_addr(tile + weight_chunk(i / 8, i % 8)));
+        const Vec4 v = ld_shared_v4(smem_addr(tile + swizzle_chunk(i / 8, i % 8)));
         const uint32_t d[4] = {v.x, v.y, v.z, v.w};
         *(uint64_t*)(list + 8 * i) = exponents(d);
     }

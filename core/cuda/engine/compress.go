@@ -183,19 +183,19 @@ func (d *Device) CompressWrite(p *Compression, blob driver.Pointer, room uint64)
 	if err != nil {
 		return err
 	}
-	h.Mode, h.Checksum = format.Tiled, 0
-	head := h.Marshal() // in which the kernel writes the size and the checksum
+	tiled := *h
+	tiled.Mode, tiled.Checksum = format.Tiled, 0
+	head := tiled.Marshal() // in which the kernel writes the size and the checksum
 	args := [3 + len(head)/8]uint64{uint64(blob), units, room / compressSpare / 16}
 	for i := range head[:len(head)/8] {
 		args[3+i] = binary.LittleEndian.Uint64(head[8*i:])
 	}
-	h.Mode = format.Raw
 	used, checksum, err := d.exchange(p, c.write, false, args[:]...)
 	if err != nil {
 		return err
 	}
 	h.Checksum = checksum
-	if tiled := format.TiledSections(h.DType, h.M, h.K, 16*uint64(used)).Total; tiled >= format.RawSize(h.M, h.K) {
+	if format.TiledSections(h.DType, h.M, h.K, 16*uint64(used)).Total >= format.RawSize(h.M, h.K) {
 		return nil // as p.check has left it
 	}
 	h.Mode, h.EscapeBytes = format.Tiled, 16*uint64(used)

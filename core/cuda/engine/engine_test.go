@@ -496,8 +496,15 @@ func TestCompress(t *testing.T) {
 				got = binary.LittleEndian.AppendUint64(got, word)
 			}
 			assert.Equal(t, want[:], got)
+			head := make([]byte, format.HeaderSize)
+			require.NoError(t, ctx.Read(0, head, blob))
+			assert.Equal(t, make([]byte, format.HeaderSize), head, "no header by the host, of a blob that may not be there")
+			if c.mode == format.Tiled && nbytes > room {
+				require.NoError(t, d.CompressWrite(&p, blob, nbytes))
+				assert.Equal(t, c.mode, p.Header.Mode)
+				assert.Equal(t, nbytes, p.Header.Sections().Total)
+			}
 			if c.mode == format.Raw {
-				head := make([]byte, format.HeaderSize)
 				require.NoError(t, d.CompressRaw(&p, blob))
 				require.NoError(t, ctx.Read(0, head, blob))
 				h, err := format.ParseHeader(head)

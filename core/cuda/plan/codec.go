@@ -19,10 +19,8 @@ func decompressSmem(warps int) int { return warps * (tileData + spareBytes) }
 // matrices, 3.3 against 3.9 TB/s on an H200: what they write drifts apart.) Where the GPU would be full less than twice, the blocks of the second time would leave it
 // nearly empty: there blocks stay.
 func Decompress(d Device, rows, k uint64) Kernel {
-	smem, blocks := decompressSmem(decompressWarps), decompressBlocks
-	for smem > d.limit(blocks) && blocks > 1 {
-		blocks--
-	}
+	smem := decompressSmem(decompressWarps)
+	blocks := d.blocks(smem, decompressBlocks)
 	grid, full := ceilDiv(Tiles(rows, k), decompressWarps), uint64(d.SMs*blocks)
 	if grid < 2*full {
 		grid = min(grid, full)
@@ -63,10 +61,7 @@ func Compress(d Device, m, k uint64) Compression {
 		warps = manyWarps
 	}
 	sampleSmem, writeSmem := compressSmem(int(warps))
-	blocks := manyWarps / int(warps) // a multiprocessor
-	for writeSmem > d.limit(blocks) && blocks > 1 {
-		blocks--
-	}
+	blocks := d.blocks(writeSmem, manyWarps/int(warps))
 	samples := min(tiles, compressSamples)
 	kernel := func(entry string, tiles, threads uint64, smem int) Kernel {
 		return Kernel{

@@ -86,6 +86,14 @@ func (d Device) limit(blocks int) int {
 	return min(d.SmemBlock, d.SmemSM/blocks-reserved)
 }
 
+// blocks is how many blocks with that much shared memory an SM has room for: one at least, `most` at most.
+func (d Device) blocks(smem, most int) int {
+	for smem > d.limit(most) && most > 1 {
+		most--
+	}
+	return most
+}
+
 func (f family) fits(d Device, v variant, tokens uint64) bool {
 	return f.smem(v, tokens) <= d.limit(blocksPerSM)
 }
