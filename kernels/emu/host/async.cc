@@ -124,7 +124,6 @@ void cp_async_then_arrive(uint32_t mbar_off) {
   c->gid = cur->gid;
   c->clock = cur->clock;
   c->pc = cur->pc;
-  c->knowledge.assign(view_size(), 0);
   release_into(c->knowledge, cur);
   for (CopyGroup& group : cur->groups)
     for (auto& before : group.copies)

@@ -64,11 +64,11 @@ void try_complete(Block* b, Mbarrier& m) {
 void barrier_sync(uint32_t id, uint32_t threads) {
   ZS_ENTER();
   if (!threads) threads = g.threads;
-  cur->waits = format("barrier %u for %u threads", id, threads);
+  cur->waits = {"barrier", " %llu for %llu threads", {id, threads}};
   if (!arrive_at(id, threads, true)) {
     suspend();
   } else {
-    cur->waits.clear();
+    cur->waits = {};
     yield();
   }
 }
@@ -85,9 +85,9 @@ uint32_t barrier_reduce(Vote kind, bool pred) {
   Barrier& b = cur->block->barriers[0];
   if (!b.arrived) b.votes_count = 0;
   b.votes_count += pred;
-  cur->waits = "a reducing block barrier";
+  cur->waits = {"a reducing block barrier"};
   if (arrive_at(0, g.threads, true)) {
-    cur->waits.clear();
+    cur->waits = {};
     yield();
   } else {
     suspend();
@@ -151,7 +151,7 @@ void arrive_in(Block& b, uint32_t off, uint32_t count) {
 void arrive_for(Block* b, uint32_t off, const Gathered& knowledge) {
   Mbarrier& m = b->mbars[off];
   if (!m.pending) fault("mbarrier", "an arrival too many at shared address %u: its count is %u, phase %u", off, m.count, m.phase);
-  if (g.opt.races) join(m.gathered, knowledge);
+  if (g.opt.races) m.gathered.join(knowledge);
   m.pending--;
   try_complete(b, m);
 }
@@ -162,10 +162,7 @@ void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t 
   Mbarrier& m = it->second;
   m.tx -= bytes;
   if (m.tx <= -(1 << 20)) fault("mbarrier", "the transaction count at shared address %u passes -2^20", off);
-  if (g.opt.races) {
-    if (m.gathered.empty()) m.gathered.assign(view_size(), 0);
-    m.gathered[gid] = std::max(m.gathered[gid], clock);
-  }
+  if (g.opt.races) m.gathered.raise(kKnown, gid, clock);
   try_complete(b, m);
 }
 
@@ -197,8 +194,8 @@ void mbarrier_wait(uint32_t addr, uint32_t parity) {
   yield();
   if ((m.phase & 1) == parity) {
     m.waiters.push_back(cur);
-    cur->waits = format("mbarrier at shared address %u, parity %u (in phase %u, %u of %u arrivals and %lld bytes missing)", addr - kSharedOrigin, parity, m.phase, m.pending,
-                        m.count, (long long)m.tx);
+    cur->waits = {"mbarrier", " at shared address %llu, parity %llu (in phase %llu, %llu of %llu arrivals and %lld bytes missing)",
+                  {addr - kSharedOrigin, parity, m.phase, m.pending, m.count, (unsigned long long)m.tx}};
     suspend();
   }
   if (g.opt.races) acquire(cur, m.released);

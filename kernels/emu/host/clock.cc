@@ -5,31 +5,118 @@
 
 namespace zsemu {
 
-void join(Gathered& into, const std::vector<uint32_t>& other) {
-  if (into.empty()) {
-    into = other;
+namespace {
+struct Layout {
+  uint32_t stride = 1, slots = 1, parts = 2;   // gids of a slot; slots, with the preceding kernel's
+  uint64_t inverse = 0;
+} layout;
+size_t piece_size() { return size_t(layout.parts) * layout.stride; }
+
+void raise_all(uint32_t* a, const uint32_t* b, size_t n) {
+  for (size_t i = 0; i < n; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+}
+// Whether some of a are below those of b.
+bool below(const uint32_t* a, const uint32_t* b, size_t n) {
+  for (size_t i = 0; i < n;) {
+    uint32_t any = 0;
+    for (const size_t end = std::min(n, i + 256); i < end; i++) any |= uint32_t(a[i] < b[i]);
+    if (any) return true;
+  }
+  return false;
+}
+}  // namespace
+
+void lay_out_gids(uint32_t resident, uint32_t threads, uint32_t mbarriers, bool clusters) {
+  layout = {threads + mbarriers, resident + 1, clusters ? 4u : 2u, 0};
+  layout.inverse = ((1ull << 32) + layout.stride - 1) / layout.stride;   // exact for gids of 16 bits
+}
+uint32_t gid_in_slot(uint32_t slot, uint32_t place) { return slot * layout.stride + place; }
+uint32_t slot_of(uint32_t gid) { return uint32_t(gid * layout.inverse >> 32); }
+uint32_t place_in_slot(uint32_t gid) { return gid - slot_of(gid) * layout.stride; }
+
+void Clocks::start() {
+  if (pieces.empty()) pieces.resize(layout.slots);
+}
+
+void Clocks::changed() {
+  static uint64_t last;
+  stamp = ++last;
+}
+
+uint32_t* Clocks::own(Piece& p) {
+  if (!p) {
+    p = Piece(new uint32_t[piece_size()]());
+  } else if (p.use_count() > 1) {
+    Piece copy(new uint32_t[piece_size()]);
+    std::copy_n(p.get(), piece_size(), copy.get());
+    p = copy;
+  }
+  return p.get();
+}
+
+uint32_t Clocks::at(Part part, uint32_t gid) const {
+  if (pieces.empty()) return 0;
+  const uint32_t slot = slot_of(gid);
+  const Piece& p = pieces[slot];
+  return p ? p[part * layout.stride + gid - slot * layout.stride] : 0;
+}
+
+void Clocks::raise(Part part, uint32_t gid, uint32_t clock) {
+  start();
+  const uint32_t slot = slot_of(gid);
+  uint32_t& c = own(pieces[slot])[part * layout.stride + gid - slot * layout.stride];
+  c = std::max(c, clock);
+  changed();
+}
+
+void Clocks::join(const Clocks& other) {
+  if (other.empty()) return;
+  if (empty()) {
+    *this = other;
     return;
   }
-  uint32_t* a = into.data();
-  const uint32_t* b = other.data();
-  for (size_t i = 0, n = std::min(into.size(), other.size()); i < n; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
+  for (size_t s = 0; s < pieces.size(); s++) {
+    Piece& mine = pieces[s];
+    const Piece& theirs = other.pieces[s];
+    if (!theirs || mine == theirs || (mine && !below(mine.get(), theirs.get(), piece_size()))) continue;
+    if (!mine || !below(theirs.get(), mine.get(), piece_size()))
+      mine = theirs;
+    else
+      raise_all(own(mine), theirs.get(), piece_size());
+  }
+  changed();
+}
+
+void Clocks::join_as_over(const Clocks& other) {
+  start();
+  const size_t half = piece_size() / 2;   // known and fenced; over and fenced when over
+  for (size_t s = 0; s < other.pieces.size(); s++)
+    if (other.pieces[s]) {
+      uint32_t* over = own(pieces[s]) + half;
+      raise_all(over, other.pieces[s].get(), half);
+      raise_all(over, other.pieces[s].get() + half, half);
+    }
+  changed();
+}
+
+void Clocks::fence() {
+  for (Piece& p : pieces)
+    if (p && below(p.get() + layout.stride, p.get(), layout.stride)) {
+      uint32_t* c = own(p);
+      raise_all(c + layout.stride, c, layout.stride);
+    }
+  changed();
 }
 
 void release_into(Gathered& into, Fiber* f) {
-  join(into, f->view->c);
-  into[f->gid] = std::max(into[f->gid], f->clock);
+  into.join(*f->view);
+  into.raise(kKnown, f->gid, f->clock);
   f->clock++;
 }
 
 void release_reads_into(Gathered& into, Fiber* f) {
-  const std::vector<uint32_t>& c = f->view->c;
-  const size_t n = g.gids;
-  if (into.empty()) into.assign(view_size(), 0);
-  for (size_t i = 0; i < n; i++) {
-    into[2 * n + i] = std::max({into[2 * n + i], c[i], c[2 * n + i]});
-    into[3 * n + i] = std::max({into[3 * n + i], c[n + i], c[3 * n + i]});
-  }
-  into[2 * n + f->gid] = std::max(into[2 * n + f->gid], f->clock);
+  into.join_as_over(*f->view);
+  into.raise(kOver, f->gid, f->clock);
   f->clock++;
 }
 
@@ -38,20 +125,20 @@ void acquire(Fiber* f, const Gathered& from) {
   // Lanes of a warp mostly hold the same view and wait for the same thing: remember the last few results.
   struct Memo {
     ViewRef before, after;
-    Gathered from;
+    uint64_t from;
   };
   static Memo memo[4];
   static unsigned turn;
   for (Memo& m : memo)
-    if (m.before == f->view && m.from == from) {
+    if (m.before == f->view && m.from == from.content()) {
       f->view = m.after;
       return;
     }
   auto v = std::make_shared<View>(*f->view);
-  join(v->c, from);
+  v->join(from);
   Memo& m = memo[turn++ % 4];
   m.before = f->view;
-  m.from = from;
+  m.from = from.content();
   m.after = f->view = v;
 }
 
@@ -62,11 +149,11 @@ void sync_group(const std::vector<Fiber*>& fibers, const Gathered* more) {
   for (Fiber* f : fibers) {
     if (f->view.get() != last && f->view != fibers[0]->view) {
       last = f->view.get();
-      join(v->c, last->c);
+      v->join(*last);
     }
   }
-  if (more && !more->empty()) join(v->c, *more);
-  for (Fiber* f : fibers) v->c[f->gid] = std::max(v->c[f->gid], f->clock);
+  if (more) v->join(*more);
+  for (Fiber* f : fibers) v->raise(kKnown, f->gid, f->clock);
   for (Fiber* f : fibers) {
     f->view = v;
     f->clock++;
@@ -75,17 +162,16 @@ void sync_group(const std::vector<Fiber*>& fibers, const Gathered* more) {
 
 void note_proxy_fence(Fiber* f) {
   auto v = std::make_shared<View>(*f->view);
-  size_t n = g.gids;
-  for (size_t i = 0; i < n; i++) v->c[n + i] = std::max(v->c[n + i], v->c[i]);
-  v->c[n + f->gid] = f->clock++;
+  v->fence();
+  v->raise(kFenced, f->gid, f->clock++);
   f->view = v;
 }
 
-bool knows(const View* v, uint32_t self, uint32_t gid, uint32_t clock) { return gid == self || v->c[gid] >= clock; }
+bool knows(const View* v, uint32_t self, uint32_t gid, uint32_t clock) { return gid == self || v->at(kKnown, gid) >= clock; }
 bool is_over(const View* v, uint32_t self, uint32_t gid, uint32_t clock) {
-  return knows(v, self, gid, clock) || (g.opt.cluster > 1 && v->c[2 * size_t(g.gids) + gid] >= clock);
+  return knows(v, self, gid, clock) || (g.opt.cluster > 1 && v->at(kOver, gid) >= clock);
 }
-bool fenced(const View* v, uint32_t gid, uint32_t clock) { return v->c[g.gids + gid] >= clock; }
-bool read_fenced(const View* v, uint32_t gid, uint32_t clock) { return fenced(v, gid, clock) || (g.opt.cluster > 1 && v->c[3 * size_t(g.gids) + gid] >= clock); }
+bool fenced(const View* v, uint32_t gid, uint32_t clock) { return v->at(kFenced, gid) >= clock; }
+bool read_fenced(const View* v, uint32_t gid, uint32_t clock) { return fenced(v, gid, clock) || (g.opt.cluster > 1 && v->at(kOverFenced, gid) >= clock); }
 
 }  // namespace zsemu

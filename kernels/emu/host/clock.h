@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Happens-before, by vector clocks. Every thread (gid) counts its releases; a View says up to which count of every gid somebody
-// has synchronised. A second part of the view says the same of writes that a proxy fence has made visible to the async proxy; a third, with clusters,
-// of what is over without being published: reads, which arrivals at another block's mbarriers tell of, but not of writes; a fourth, which of these reads a
-// proxy fence came behind, in their own block.
-// Threads that leave a barrier together share one immutable view, which is what makes this affordable.
+// Happens-before, by vector clocks. Every thread (gid) counts its releases; Clocks say up to which count of every gid somebody has synchronised, in four parts:
+// what is known; which writes a proxy fence has made visible to the async proxy; with clusters, what is over without being published (reads, which arrivals at
+// another block's mbarriers tell of, but not of writes); and which of these reads a proxy fence came behind, in their own block.
+// The clocks of one block slot are a piece. Copies share pieces until one of them learns something, since blocks mostly know nothing of each other, and threads
+// that leave a barrier together share one immutable view: both together make this affordable.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -11,17 +11,38 @@
 
 namespace zsemu {
 
-struct View {
-  std::vector<uint32_t> c;   // 2 or 4 * gids
-  explicit View(size_t n) : c(n, 0) {}
-  View(const View&) = default;
+enum Part : uint32_t { kKnown, kFenced, kOver, kOverFenced };
+
+class Clocks {
+ public:
+  bool empty() const { return pieces.empty(); }   // nothing was ever learnt
+  void clear() { pieces.clear(); }
+  uint32_t at(Part part, uint32_t gid) const;
+  void raise(Part part, uint32_t gid, uint32_t clock);   // to at least that
+  void join(const Clocks& other);
+  void join_as_over(const Clocks& other);   // only that it is over: with clusters
+  void fence();                             // all that is known is visible to the async proxy
+  uint64_t content() const { return stamp; }   // the same only where the content is
+
+ private:
+  using Piece = std::shared_ptr<uint32_t[]>;   // null: all zero
+  std::vector<Piece> pieces;                   // by slot; the last is the preceding kernel's
+  uint64_t stamp = 0;
+  void start();
+  void changed();
+  uint32_t* own(Piece& p);   // for writing
 };
+using View = Clocks;
 using ViewRef = std::shared_ptr<const View>;
+using Gathered = Clocks;
+
+// What a gid is: in each slot the threads come first, then the engines of its mbarriers. The slot after the last is the preceding kernel.
+void lay_out_gids(uint32_t resident, uint32_t threads, uint32_t mbarriers, bool clusters);
+uint32_t gid_in_slot(uint32_t slot, uint32_t place);
+uint32_t slot_of(uint32_t gid);
+uint32_t place_in_slot(uint32_t gid);
 
 struct Fiber;
-using Gathered = std::vector<uint32_t>;
-
-void join(Gathered& into, const std::vector<uint32_t>& other);
 void release_into(Gathered& into, Fiber* f);              // f's knowledge goes in, and f's clock ticks
 void release_reads_into(Gathered& into, Fiber* f);        // only that it is over: with clusters
 void acquire(Fiber* f, const Gathered& from);             // f learns it

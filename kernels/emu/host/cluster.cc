@@ -34,7 +34,7 @@ void wait() {
   if (!cur->at_cluster) fault("barrier", "a cluster_wait with no arrival before it");
   if (c.phase == cur->cluster_phase) {
     c.waiting.push_back(cur);
-    cur->waits = format("the barrier of the cluster, %u threads", c.live);
+    cur->waits = {"the barrier of the cluster", ", %llu threads", {c.live}};
     suspend();
   }
   cur->at_cluster = false;

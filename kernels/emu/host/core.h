@@ -21,6 +21,7 @@ constexpr uint8_t kPoison = 0xFF;          // NaN as BF16, FP16 and FP32; an abs
 struct Block;
 struct Warp;
 struct Fiber;
+std::string format(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- what one byte of checked memory remembers (clock.h explains gid and clock)
 struct Cell {
@@ -108,7 +109,7 @@ struct Mbarrier {
   int64_t tx = 0;
   bool fenced = false;   // the initialisation is visible to the async proxy
   Actor init{};
-  std::vector<uint32_t> gathered, released;   // what arrivals of the current / last completed phase knew
+  Gathered gathered, released;   // what arrivals of the current / last completed phase knew
   std::vector<Fiber*> waiters;
 };
 void fence_own_mbarriers();
@@ -119,7 +120,7 @@ void complete_tx(Block* b, uint32_t off, uint32_t bytes, uint32_t gid, uint32_t 
 struct Barrier {
   uint32_t arrived = 0, expected = 0;
   std::vector<Fiber*> waiting;
-  std::vector<uint32_t> gathered;
+  Gathered gathered;
   uint32_t votes_count = 0;
 };
 
@@ -153,6 +154,13 @@ struct Warp {
 struct CopyGroup {
   std::vector<CopyRef> copies;
 };
+// What a thread waits for, written out only if a deadlock is to be reported.
+struct Waiting {
+  const char* what = nullptr;      // null: nothing
+  const char* details = "";        // a format of `numbers`
+  unsigned long long numbers[6] = {};
+  std::string text() const { return what + format(details, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]); }
+};
 struct Fiber {
   void* sp = nullptr;
   uint8_t* stack = nullptr;
@@ -167,7 +175,7 @@ struct Fiber {
   bool done = false, wgmma_fenced = false;
   bool at_cluster = false;    // has arrived at the cluster's barrier, in this phase, and not waited yet
   uint32_t cluster_phase = 0;
-  std::string waits;          // for the deadlock report
+  Waiting waits;
   std::vector<CopyGroup> groups;
   CopyGroup open;
   std::vector<StoreRef> stores;   // oldest first
@@ -214,19 +222,23 @@ struct Launch {
   Options opt;
   Entry* entry = nullptr;
   std::vector<uint64_t> args;
-  uint32_t threads = 0, resident = 0, gids = 0;
+  uint32_t threads = 0, resident = 0;   // threads of a block; blocks alive at once
   uint64_t switches = 0, collectives = 0, copies = 0, bulk_bytes = 0, matrices = 0, conflicts = 0;
 };
 extern Launch g;
 extern Fiber* cur;
-inline uint32_t mbar_gid(const Block* b, uint32_t index) { return g.resident * g.threads + b->slot * kMaxMbarriers + index; }
-inline uint32_t previous_grid_gid() { return g.gids - 1; }
-inline bool is_engine(uint32_t gid) { return gid >= g.resident * g.threads && gid != previous_grid_gid(); }
+inline uint32_t mbar_gid(const Block* b, uint32_t index) { return gid_in_slot(b->slot, g.threads + index); }
+inline uint32_t previous_grid_gid() { return gid_in_slot(g.resident, 0); }
+inline bool is_thread(uint32_t gid) { return gid != previous_grid_gid() && place_in_slot(gid) < g.threads; }
+inline bool is_engine(uint32_t gid) { return place_in_slot(gid) >= g.threads; }
+inline void learn_previous_grid(Clocks& c) {
+  c.raise(kKnown, previous_grid_gid(), 1);
+  c.raise(kFenced, previous_grid_gid(), 1);
+}
 Block& block_of_cluster(uint32_t rank, const char* what);   // a fault where there is none
 void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what);
 void cluster_thread_ended(Fiber& f);
 void leave_cluster(Block& b);   // with the checks of what others did to it
-inline size_t view_size() { return (g.opt.cluster > 1 ? 4 : 2) * size_t(g.gids); }
 bool knows_init(const View* v, uint32_t self, const Mbarrier& m);
 inline Actor here() { return Actor{cur->gid, cur->clock, cur->view.get(), cur->pc}; }
 std::string thread_name(uint32_t gid);
@@ -241,7 +253,6 @@ void progress();       // something happened that a poller may see
 uint64_t rnd();
 inline bool chance(uint32_t one_in) { return one_in && rnd() % one_in == 0; }
 [[noreturn]] void fault(const char* kind, const char* fmt, ...) __attribute__((format(printf, 2, 3)));
-std::string format(const char* fmt, ...) __attribute__((format(printf, 1, 2)));
 
 // Code addresses are kept relative to the program's start, as addr2line wants them.
 #define ZS_ENTER() (::zsemu::cur->pc = uint32_t(uintptr_t(__builtin_return_address(0)) - uintptr_t(&__executable_start)))

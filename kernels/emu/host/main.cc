@@ -116,7 +116,9 @@ int main(int argc, char** argv) {
   if (!threads || threads > 1024 || !blocks) usage("a block has 1 .. 1024 threads, a grid at least one block");
   size_t alive = o.resident && o.resident < blocks ? o.resident : blocks;
   if (alive * (threads + kMaxMbarriers) + 1 >= kNobody) usage("too many threads alive at once: set resident");
-  g.gids = uint32_t(alive * (threads + kMaxMbarriers) + 1);
+  g.threads = uint32_t(threads);
+  g.resident = uint32_t(alive);
+  lay_out_gids(g.resident, g.threads, kMaxMbarriers, o.cluster > 1);
 
   for (auto& b : buffers) {
     Region& r = *b.region;
@@ -124,10 +126,10 @@ int main(int argc, char** argv) {
       if (fread(r.base, 1, r.size, stdin) != r.size) usage("the data of buffer " + r.name + " is cut short");
       if (!r.writable) continue;
       bool previous = r.dependent && o.pdl;
-      mark_written(r, 0, r.size, previous ? g.gids - 1 : kNobody, previous, 0, kInit);
+      mark_written(r, 0, r.size, previous ? previous_grid_gid() : kNobody, previous, 0, kInit);
     } else {
       memset(r.base, kPoison, r.size);
-      if (r.dependent && o.pdl) mark_written(r, 0, r.size, g.gids - 1, 1, 0, 0);
+      if (r.dependent && o.pdl) mark_written(r, 0, r.size, previous_grid_gid(), 1, 0, 0);
     }
   }
   run_launch();

@@ -18,22 +18,21 @@ std::vector<Region*> regions;
 struct Reader {
   uint16_t gid;
   bool plain;   // not by the async proxy
-  uint32_t clock, pc;
+  uint32_t clock, pc, warp;
 };
 std::vector<std::vector<Reader>> read_sets(1);
 std::vector<uint32_t> free_sets;
 constexpr size_t kMaxReaders = 24;
 
-uint32_t warp_of(uint32_t gid) { return gid < g.resident * g.threads ? gid / g.threads * 64 + gid % g.threads / 32 : 1u << 20 | gid; }
+uint32_t warp_of(uint32_t gid) { return is_thread(gid) ? slot_of(gid) * 64 + place_in_slot(gid) / 32 : 1u << 20 | gid; }
 
 // Of a warp's reads of one kind the last is remembered.
-void add_reader(Cell& c, uint32_t gid, uint32_t clock, uint32_t pc, bool plain) {
-  const Reader reader{uint16_t(gid), plain, clock, pc};
-  if (c.rgid == kNobody || (warp_of(c.rgid) == warp_of(gid) && !(c.flags & kPlainRead) == !plain)) {
+void add_reader(Cell& c, const Reader& reader) {
+  if (c.rgid == kNobody || (!(c.flags & kPlainRead) == !reader.plain && (c.rgid == reader.gid || warp_of(c.rgid) == reader.warp))) {
     c.rgid = reader.gid;
-    c.rclk = clock;
-    c.rpc = pc;
-    c.flags = uint8_t(plain ? c.flags | kPlainRead : c.flags & ~kPlainRead);
+    c.rclk = reader.clock;
+    c.rpc = reader.pc;
+    c.flags = uint8_t(reader.plain ? c.flags | kPlainRead : c.flags & ~kPlainRead);
     return;
   }
   if (!c.more) {
@@ -47,7 +46,7 @@ void add_reader(Cell& c, uint32_t gid, uint32_t clock, uint32_t pc, bool plain) 
   }
   auto& set = read_sets[c.more];
   for (Reader& r : set)
-    if (warp_of(r.gid) == warp_of(gid) && r.plain == plain) {
+    if (r.warp == reader.warp && r.plain == reader.plain) {
       r = reader;
       return;
     }
@@ -84,9 +83,9 @@ void check_state(const Actor& who, const Region& r, size_t off, size_t n, const 
 bool unknown_to_copies(const Actor& who, const Region& r, const Cell& c) {
   if (c.wgid == kNobody) return false;
   if (r.shared) return !(c.flags & kAsync) && !fenced(who.view, c.wgid, c.wclk);
-  if (c.wgid == previous_grid_gid() || (c.flags & kAsync && c.wgid / g.threads == who.gid / g.threads)) return false;
+  if (c.wgid == previous_grid_gid() || (c.flags & kAsync && slot_of(c.wgid) == slot_of(who.gid))) return false;
   if (!cur->global_fence) return true;
-  return (c.wgid == who.gid ? cur->global_fence_clock : cur->global_fence->c[c.wgid]) < c.wclk;
+  return (c.wgid == who.gid ? cur->global_fence_clock : cur->global_fence->at(kKnown, c.wgid)) < c.wclk;
 }
 
 [[noreturn]] void across_proxies(const Actor& who, const Region& r, size_t off, size_t n, const Cell& c, const char* what) {
@@ -146,6 +145,8 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
     if (r.dependent && g.opt.pdl && !knows(who.view, who.gid, previous_grid_gid(), 1)) race(who, r, off, n, "read", "write", previous_grid_gid(), 0);
     return;
   }
+  const Reader reader{uint16_t(who.gid), kind == Access::plain, who.clock, who.pc, warp_of(who.gid)};
+  uint32_t known_gid = kNobody, known_clock = 0;   // the bytes before this one had been written by whom and when: neighbours mostly are alike
   for (size_t i = off; i < off + n; i++) {
     Cell& c = r.cells[i];
     if (c.flags & kScratch) continue;
@@ -156,17 +157,22 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
     }
     if (!g.opt.races) continue;
     bool both_atomic = kind == Access::atomic && (c.flags & kAtomic);
-    if (c.wgid != kNobody && !both_atomic && !knows(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "read", "write", c.wgid, c.wpc);
+    if (c.wgid != kNobody && !both_atomic && !(c.wgid == known_gid && c.wclk == known_clock)) {
+      if (!knows(who.view, who.gid, c.wgid, c.wclk)) race(who, r, i, n, "read", "write", c.wgid, c.wpc);
+      known_gid = c.wgid;
+      known_clock = c.wclk;
+    }
     if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "reads");
-    if (kind != Access::atomic) add_reader(c, who.gid, who.clock, who.pc, kind == Access::plain);
+    if (kind != Access::atomic) add_reader(c, reader);
   }
 }
 
 void check_read_later(const Actor& who, Region& r, size_t off, size_t n, uint32_t gid, uint32_t clock) {
   check_read(who, r, off, n, Access::async);
   if (!g.opt.races) return;
+  const Reader reader{uint16_t(gid), false, clock, who.pc, warp_of(gid)};
   for (size_t i = off; i < off + n; i++)
-    if (!(r.cells[i].flags & kScratch)) add_reader(r.cells[i], gid, clock, who.pc, false);
+    if (!(r.cells[i].flags & kScratch)) add_reader(r.cells[i], reader);
 }
 
 void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind) {
@@ -188,7 +194,7 @@ void check_write(const Actor& who, Region& r, size_t off, size_t n, Access kind)
       if (!(copies || is_engine(rd.gid) ? is_over : knows)(who.view, who.gid, rd.gid, rd.clock)) race(who, r, i, n, "write", "read", rd.gid, rd.pc);
       if (copies && rd.plain && !read_fenced(who.view, rd.gid, rd.clock)) over_loads(who, r, i, n, rd);
     };
-    if (c.rgid != kNobody) after_read({c.rgid, (c.flags & kPlainRead) != 0, c.rclk, c.rpc});
+    if (c.rgid != kNobody) after_read({c.rgid, (c.flags & kPlainRead) != 0, c.rclk, c.rpc, 0});
     if (c.more)
       for (const Reader& rd : read_sets[c.more]) after_read(rd);
     if (kind == Access::async && unknown_to_copies(who, r, c)) across_proxies(who, r, i, n, c, "overwrites");

@@ -57,14 +57,14 @@ uint64_t atomic(Atomic op, Order order, void* p, uint32_t size, uint64_t a, uint
       if (order == Order::acquire || order == Order::acq_rel)
         acquire(cur, pub);
       else
-        join(cur->acquire_pending, pub);
+        cur->acquire_pending.join(pub);
     }
     if (writes) {
       if (op == Atomic::store) pub.clear();
       if (order == Order::release || order == Order::acq_rel)
         release_into(pub, cur);
       else if (!cur->release_fence.empty())
-        join(pub, cur->release_fence);
+        pub.join(cur->release_fence);
     }
   }
   if (writes && now != old) progress();
@@ -122,8 +122,8 @@ void fence_proxy_async_global() {
 void griddep_wait() {
   ZS_ENTER();
   if (g.opt.races) {
-    Gathered v(view_size(), 0);
-    v[previous_grid_gid()] = v[g.gids + previous_grid_gid()] = 1;
+    Gathered v;
+    learn_previous_grid(v);
     acquire(cur, v);
   }
   yield();

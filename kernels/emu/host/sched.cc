@@ -89,7 +89,7 @@ Block* start_block(size_t slot, uint32_t n) {
     f.lane = t % 32;
     f.tid = t;
     f.idx = {t % bd.x, t / bd.x % bd.y, t / (bd.x * bd.y)};
-    f.gid = uint32_t(slot) * g.threads + t;
+    f.gid = gid_in_slot(uint32_t(slot), t);
     f.clock = ++clocks[slot][t];
     f.view = root;
     f.stack = take_stack();
@@ -149,7 +149,7 @@ void end_block(Block* b) {
     for (Warp& w : b->warps) {
       std::map<std::string, uint32_t> by;
       for (int l = 0; l < 32; l++)
-        if (w.lane[l] && !w.lane[l]->done) by[w.lane[l]->waits.empty() ? "polls memory" : w.lane[l]->waits] |= 1u << l;
+        if (w.lane[l] && !w.lane[l]->done) by[w.lane[l]->waits.what ? w.lane[l]->waits.text() : "polls memory"] |= 1u << l;
       for (auto& [why, mask] : by) {
         if (++lines > 100) continue;
         text += format("\n  block (%u,%u,%u) warp %u lanes %08x: %s [pc %x]", b->idx.x, b->idx.y, b->idx.z, w.id, mask, why.c_str(),
@@ -252,7 +252,7 @@ void suspend() {
 }
 
 void resume(Fiber* f) {
-  f->waits.clear();
+  f->waits = {};
   set_ready(f);
 }
 
@@ -264,11 +264,8 @@ void wake(Fiber* f) {
 void run_launch() {
   const Options& o = g.opt;
   uint32_t total = o.grid.x * o.grid.y * o.grid.z;
-  g.threads = o.block.x * o.block.y * o.block.z;
-  g.resident = o.resident ? std::min(o.resident, total) : total;
-  g.gids = g.resident * (g.threads + kMaxMbarriers) + 1;
-  auto v = std::make_shared<View>(view_size());
-  if (!o.pdl) v->c[previous_grid_gid()] = v->c[g.gids + previous_grid_gid()] = 1;
+  auto v = std::make_shared<View>();
+  if (!o.pdl) learn_previous_grid(*v);
   root = v;
   draw_policy();
   blocks.assign(g.resident, nullptr);
@@ -295,10 +292,9 @@ void run_launch() {
 
 std::string thread_name(uint32_t gid) {
   if (gid == kNobody) return "nobody";
-  uint32_t threads = g.resident * g.threads;
   if (gid == previous_grid_gid()) return "the preceding kernel";
-  if (gid >= threads) return format("an asynchronous copy of block slot %u", (gid - threads) / kMaxMbarriers);
-  uint32_t slot = gid / g.threads, tid = gid % g.threads;
+  const uint32_t slot = slot_of(gid), tid = place_in_slot(gid);
+  if (is_engine(gid)) return format("an asynchronous copy of block slot %u", slot);
   Block* b = blocks[slot];
   if (!b) return format("thread %u of an ended block", tid);
   return format("thread %u (warp %u lane %u) of block (%u,%u,%u)", tid, tid / 32, tid % 32, b->idx.x, b->idx.y, b->idx.z);

@@ -26,7 +26,7 @@ void meet(Meeting kind, uint32_t mask, void* data, Work work, bool whole_warp) {
             s.mask, w.lane[l]->pc);
   }
   if (here != (mask & w.live)) {
-    f->waits = format("%s, mask %08x, lanes %08x missing", names[kind], mask, mask & w.live & ~here);
+    f->waits = {names[kind], ", mask %08llx, lanes %08llx missing", {mask, mask & w.live & ~here}};
     suspend();
     return;
   }
