@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Block barriers (bar.sync, bar.arrive, bar.red) and mbarriers.
-#include <algorithm>
-#include <cstring>
+#include <utility>
 #include "core.h"
 
 namespace zsemu {

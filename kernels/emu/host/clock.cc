@@ -1,21 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "clock.h"
 #include <algorithm>
+#include <utility>
 #include "core.h"
 
 namespace zsemu {
 
 namespace {
 struct Layout {
-  uint32_t stride = 1, slots = 1, parts = 2;   // gids of a slot; slots, with the preceding kernel's
-  uint64_t inverse = 0;
+  uint32_t stride, slots, parts;   // gids of a slot; slots, with the preceding kernel's
+  uint64_t inverse;                // of the stride: exact for gids of 16 bits
 } layout;
+size_t index(Part part, uint32_t gid) { return part * layout.stride + place_in_slot(gid); }
 size_t piece_size() { return size_t(layout.parts) * layout.stride; }
 
 void raise_all(uint32_t* a, const uint32_t* b, size_t n) {
   for (size_t i = 0; i < n; i++) a[i] = a[i] > b[i] ? a[i] : b[i];
 }
-// Whether some of a are below those of b.
+// Whether any a[i] < b[i].
 bool below(const uint32_t* a, const uint32_t* b, size_t n) {
   for (size_t i = 0; i < n;) {
     uint32_t any = 0;
@@ -27,8 +29,8 @@ bool below(const uint32_t* a, const uint32_t* b, size_t n) {
 }  // namespace
 
 void lay_out_gids(uint32_t resident, uint32_t threads, uint32_t mbarriers, bool clusters) {
-  layout = {threads + mbarriers, resident + 1, clusters ? 4u : 2u, 0};
-  layout.inverse = ((1ull << 32) + layout.stride - 1) / layout.stride;   // exact for gids of 16 bits
+  const uint32_t stride = threads + mbarriers;
+  layout = {stride, resident + 1, clusters ? 4u : 2u, ((1ull << 32) + stride - 1) / stride};
 }
 uint32_t gid_in_slot(uint32_t slot, uint32_t place) { return slot * layout.stride + place; }
 uint32_t slot_of(uint32_t gid) { return uint32_t(gid * layout.inverse >> 32); }
@@ -49,22 +51,20 @@ uint32_t* Clocks::own(Piece& p) {
   } else if (p.use_count() > 1) {
     Piece copy(new uint32_t[piece_size()]);
     std::copy_n(p.get(), piece_size(), copy.get());
-    p = copy;
+    p = std::move(copy);
   }
   return p.get();
 }
 
 uint32_t Clocks::at(Part part, uint32_t gid) const {
   if (pieces.empty()) return 0;
-  const uint32_t slot = slot_of(gid);
-  const Piece& p = pieces[slot];
-  return p ? p[part * layout.stride + gid - slot * layout.stride] : 0;
+  const Piece& p = pieces[slot_of(gid)];
+  return p ? p[ptrdiff_t(index(part, gid))] : 0;
 }
 
 void Clocks::raise(Part part, uint32_t gid, uint32_t clock) {
   start();
-  const uint32_t slot = slot_of(gid);
-  uint32_t& c = own(pieces[slot])[part * layout.stride + gid - slot * layout.stride];
+  uint32_t& c = own(pieces[slot_of(gid)])[index(part, gid)];
   c = std::max(c, clock);
   changed();
 }
@@ -108,6 +108,16 @@ void Clocks::fence() {
   changed();
 }
 
+const Clocks& previous_grid() {
+  static const Clocks clocks = [] {
+    Clocks c;
+    c.raise(kKnown, previous_grid_gid(), 1);
+    c.raise(kFenced, previous_grid_gid(), 1);
+    return c;
+  }();
+  return clocks;
+}
+
 void release_into(Gathered& into, Fiber* f) {
   into.join(*f->view);
   into.raise(kKnown, f->gid, f->clock);
@@ -130,7 +140,7 @@ void acquire(Fiber* f, const Gathered& from) {
   static Memo memo[4];
   static unsigned turn;
   for (Memo& m : memo)
-    if (m.before == f->view && m.from == from.content()) {
+    if (m.before == f->view && m.from == from.version()) {
       f->view = m.after;
       return;
     }
@@ -138,7 +148,7 @@ void acquire(Fiber* f, const Gathered& from) {
   v->join(from);
   Memo& m = memo[turn++ % 4];
   m.before = f->view;
-  m.from = from.content();
+  m.from = from.version();
   m.after = f->view = v;
 }
 

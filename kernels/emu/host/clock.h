@@ -15,14 +15,14 @@ enum Part : uint32_t { kKnown, kFenced, kOver, kOverFenced };
 
 class Clocks {
  public:
-  bool empty() const { return pieces.empty(); }   // nothing was ever learnt
-  void clear() { pieces.clear(); }
+  bool empty() const { return pieces.empty(); }   // nothing was learnt, or since clear()
+  void clear() { *this = {}; }
   uint32_t at(Part part, uint32_t gid) const;
   void raise(Part part, uint32_t gid, uint32_t clock);   // to at least that
   void join(const Clocks& other);
-  void join_as_over(const Clocks& other);   // only that it is over: with clusters
+  void join_as_over(const Clocks& other);   // only that it is over: with clusters, whose clocks have all four parts
   void fence();                             // all that is known is visible to the async proxy
-  uint64_t content() const { return stamp; }   // the same only where the content is
+  uint64_t version() const { return stamp; }   // of two that have the same the content is the same; not the other way round
 
  private:
   using Piece = std::shared_ptr<uint32_t[]>;   // null: all zero
@@ -30,7 +30,7 @@ class Clocks {
   uint64_t stamp = 0;
   void start();
   void changed();
-  uint32_t* own(Piece& p);   // for writing
+  static uint32_t* own(Piece& p);   // for writing
 };
 using View = Clocks;
 using ViewRef = std::shared_ptr<const View>;

@@ -154,10 +154,10 @@ struct Warp {
 struct CopyGroup {
   std::vector<CopyRef> copies;
 };
-// What a thread waits for, written out only if a deadlock is to be reported.
+// What a thread waits for, written out only if a deadlock is to be reported. The texts are literals.
 struct Waiting {
   const char* what = nullptr;      // null: nothing
-  const char* details = "";        // a format of `numbers`
+  const char* details = "";        // a format of `numbers`: nothing but %ll
   unsigned long long numbers[6] = {};
   std::string text() const { return what + format(details, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]); }
 };
@@ -229,12 +229,8 @@ extern Launch g;
 extern Fiber* cur;
 inline uint32_t mbar_gid(const Block* b, uint32_t index) { return gid_in_slot(b->slot, g.threads + index); }
 inline uint32_t previous_grid_gid() { return gid_in_slot(g.resident, 0); }
-inline bool is_thread(uint32_t gid) { return gid != previous_grid_gid() && place_in_slot(gid) < g.threads; }
 inline bool is_engine(uint32_t gid) { return place_in_slot(gid) >= g.threads; }
-inline void learn_previous_grid(Clocks& c) {
-  c.raise(kKnown, previous_grid_gid(), 1);
-  c.raise(kFenced, previous_grid_gid(), 1);
-}
+const Clocks& previous_grid();   // that the preceding kernel is over
 Block& block_of_cluster(uint32_t rank, const char* what);   // a fault where there is none
 void note_foreign(Block& b, uint32_t gid, uint32_t clock, const char* what);
 void cluster_thread_ended(Fiber& f);

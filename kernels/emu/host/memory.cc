@@ -24,7 +24,7 @@ std::vector<std::vector<Reader>> read_sets(1);
 std::vector<uint32_t> free_sets;
 constexpr size_t kMaxReaders = 24;
 
-uint32_t warp_of(uint32_t gid) { return is_thread(gid) ? slot_of(gid) * 64 + place_in_slot(gid) / 32 : 1u << 20 | gid; }
+uint32_t warp_of(uint32_t gid) { return is_engine(gid) ? 1u << 20 | gid : slot_of(gid) * 64 + place_in_slot(gid) / 32; }
 
 // Of a warp's reads of one kind the last is remembered.
 void add_reader(Cell& c, const Reader& reader) {
@@ -146,7 +146,7 @@ void check_read(const Actor& who, Region& r, size_t off, size_t n, Access kind) 
     return;
   }
   const Reader reader{uint16_t(who.gid), kind == Access::plain, who.clock, who.pc, warp_of(who.gid)};
-  uint32_t known_gid = kNobody, known_clock = 0;   // the bytes before this one had been written by whom and when: neighbours mostly are alike
+  uint32_t known_gid = kNobody, known_clock = 0;   // the last write that turned out to be known: neighbouring bytes mostly have the same
   for (size_t i = off; i < off + n; i++) {
     Cell& c = r.cells[i];
     if (c.flags & kScratch) continue;

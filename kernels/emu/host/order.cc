@@ -121,11 +121,7 @@ void fence_proxy_async_global() {
 
 void griddep_wait() {
   ZS_ENTER();
-  if (g.opt.races) {
-    Gathered v;
-    learn_previous_grid(v);
-    acquire(cur, v);
-  }
+  if (g.opt.races) acquire(cur, previous_grid());
   yield();
 }
 

@@ -264,9 +264,7 @@ void wake(Fiber* f) {
 void run_launch() {
   const Options& o = g.opt;
   uint32_t total = o.grid.x * o.grid.y * o.grid.z;
-  auto v = std::make_shared<View>();
-  if (!o.pdl) learn_previous_grid(*v);
-  root = v;
+  root = std::make_shared<View>(o.pdl ? View() : previous_grid());
   draw_policy();
   blocks.assign(g.resident, nullptr);
   clocks.assign(g.resident, std::vector<uint32_t>(g.threads, 0));
