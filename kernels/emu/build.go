@@ -58,6 +58,7 @@ var kernelFlags = []string{
 }
 var kernelFlagsGCC = []string{"-fno-tree-vectorize", "-fno-store-merging", "-fno-tree-loop-distribute-patterns", "-fno-ipa-icf"}
 var kernelFlagsClang = []string{"-fno-vectorize", "-fno-slp-vectorize", "-fno-builtin", "-fno-sanitize=undefined"}
+
 // -O3, since GCC 12 and older vectorise the clocks' loops at no lower level.
 var hostFlags = []string{"-std=c++17", "-O3", "-g1", "-fno-omit-frame-pointer", "-fPIE", "-fno-exceptions", "-Wall", "-Wextra", "-Werror"}
 
