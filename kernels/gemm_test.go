@@ -99,6 +99,7 @@ type product struct {
 	grid     int
 	ldx, ldy int // 0: k and m
 	misalign bool
+	parts    int // matrices that the results go to, of as many rows of w each; 0: one
 	seed     uint64
 	state    *relayState // nil: as before the first launch
 	above    int         // w is a part of a blob: so many strips lie above it, and some rows below
@@ -119,8 +120,10 @@ func (g gemm) run(p product) ([]uint16, error) {
 	if p.ldx == 0 {
 		p.ldx = p.w.k
 	}
+	p.parts = max(p.parts, 1)
+	rows := p.w.m / p.parts
 	if p.ldy == 0 {
-		p.ldy = p.w.m
+		p.ldy = rows
 	}
 	alignX, alignY := 16, 16
 	if p.misalign {
@@ -159,7 +162,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 		}
 		args[2] = &emu.Buffer{Name: "bias", Data: halves(b), Mode: emu.In, Align: 2}
 	}
-	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.n-1)*p.ldy+p.w.m)), Mode: emu.Out, Align: alignY, Dependent: true}
+	y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((p.parts*p.n-1)*p.ldy+rows)), Mode: emu.Out, Align: alignY, Dependent: true}
 	// Every word of the workspace is empty (all bits set) before and after each launch.
 	restored := []*emu.Buffer{allSet("workspace", 4*grid*g.mw*64*g.n)}
 	args[3] = y
@@ -172,6 +175,7 @@ func (g gemm) run(p product) ([]uint16, error) {
 	}
 	args[8] = restored[0]
 	if g.relay || g.pair {
+		args = slices.Insert(args, 6, any(rows))
 		s, skip := format.TiledSections(format.BF16, uint64(whole.m), uint64(whole.k), 0), p.above*((p.w.k+63)/64)
 		args = slices.Concat([]any{
 			emu.Ptr{Buffer: blob, Offset: int(s.TileHeaders) + skip*format.TileHeaderSize}, emu.Ptr{Buffer: blob, Offset: int(s.Fixed) + skip*format.FixedBF16},
@@ -201,10 +205,10 @@ func (g gemm) run(p product) ([]uint16, error) {
 		}
 	}
 	all := fromHalves(y.Data)
-	out := make([]uint16, 0, p.n*p.w.m)
-	for r := range p.n {
-		out = append(out, all[r*p.ldy:r*p.ldy+p.w.m]...)
-		for _, v := range all[r*p.ldy+p.w.m : min(len(all), (r+1)*p.ldy)] {
+	out := make([]uint16, p.n*p.w.m)
+	for r := range p.parts * p.n {
+		copy(out[r%p.n*p.w.m+r/p.n*rows:], all[r*p.ldy:r*p.ldy+rows])
+		for _, v := range all[r*p.ldy+rows : min(len(all), (r+1)*p.ldy)] {
 			if v != 0xFFFF {
 				return nil, fmt.Errorf("the kernel wrote between rows %d and %d of y", r, r+1)
 			}

@@ -110,6 +110,8 @@ var mutations = []struct {
 	{"stage of a pair's results loaded while they are read", "pair", "zipgemm_pair.cu", `bulk_copies_read\(\);`, 0, "", "in-flight"},
 	{"stage of a pair's results handed back by one arrival", "pair", "zipgemm_pair.cu", `mbarrier_arrive\(sent \+ 8, 4\)`, 0, "mbarrier_arrive(sent + 8)", "deadlock"},
 	{"a pair's last results not waited for", "pair", "zipgemm_pair.cu", `if \(tid == 0\) bulk_copies_read\(\);`, -1, "", "in-flight"},
+	{"a part's results sent to the first", "pair", "tiles.cuh", `token0, part, at`, 0, "token0, 0, at", "wrong in-flight race"},
+	{"a part's results stored behind the first's columns", "pair", "tiles.cuh", `row0 / part_rows \* \(n \* ldy - part_rows\)`, 0, "0", "wrong bounds in-flight race"},
 	{"a pair's results with no proxy fence", "pair", "tiles.cuh", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"one barrier for the results of both warpgroups", "pair", "zipgemm_pair.cu", `turn\.token, 2 \+ g, tid`, 0, "turn.token, 2, tid", "race uninitialised proxy in-flight"},
 	{"a block that leaves while the other writes to it", "pair", "zipgemm_pair.cu", `cluster_sync\(\);`, 0, "", "cluster"},
@@ -158,7 +160,7 @@ var mutations = []struct {
 	{"the last results not waited for", "relay", "zipgemm_relay.cu", `if \(tid == 0\) bulk_copies_read(?:<[^>]*>)?\(\);`, -1, "", "in-flight"},
 	{"round of the results not told of", "relay", "zipgemm_relay.cu", `, mbarrier_arrive\(full\);`, 0, ";", "deadlock mbarrier in-flight race"},
 	{"round of the results told of too early", "relay", "zipgemm_relay.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\), `, 0, "", "mbarrier in-flight race"},
-	{"the last stage of results handed back to a block that has not come to it", "relay", "zipgemm_relay.cu", `if \(tid == 0\) bulk_copies_read(?:<[^>]*>)?\(\);  // nothing`, 0, "results.hand_back(tid);  // ", "mbarrier race deadlock"},
+	{"the last stage of results handed back to a block that has not come to it", "relay", "zipgemm_relay.cu", `if \(tid == 0\) bulk_copies_read(?:<[^>]*>)?\(\);  // nothing`, 0, "outbox.hand_back(tid);  // ", "mbarrier race deadlock"},
 	{"no stages for the results in the loader's ring", "relay", "zipgemm_relay.cu", `g < ZS_GROUPS; g\+\+, stage\.advance\(1, ZS_STAGES\)`, 0, "g < ZS_GROUPS; g++", "deadlock mbarrier in-flight race uninitialised"},
 	{"no stages for the results in the consumers' ring", "relay", "zipgemm_relay.cu", `stage\.advance\(ZS_GROUPS - g, ZS_STAGES\);`, 0, "", "deadlock mbarrier in-flight race uninitialised"},
 	{"columns loaded over those that are being read", "relay", "zipgemm_relay.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race in-flight mbarrier"},
@@ -306,15 +308,17 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	if kernel == "pair" || kernel == "solo" {
 		// A tile in three parts, of which the second block has no tokens; in four; turns, and tiles in two parts; tiles for fewer clusters than there are; two turns that
 		// go round the rings; turns of one column; runs that begin anywhere.
-		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {130, 64, 130, 4}, {600, 460, 12, 18}}[seed%7]
+		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {256, 64, 130, 4}, {640, 460, 12, 18}}[seed%7]
 		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed, p.ldy = s.grid*v.cluster/2, seed, (s.m+7)/8*8
+		p.grid, p.seed, p.parts = s.grid*v.cluster/2, seed, partsOf(s.m)
+		p.ldy = (s.m/p.parts + 7) / 8 * 8
 	}
 	if kernel == "relay" {
 		// A cluster with ten turns of three columns; one tile in three parts, of which none has as many columns as another; in four; turns and two parts; one turn that goes round the ring.
-		s := []struct{ m, k, n, grid int }{{250, 130, 150, 2}, {200, 200, 9, 6}, {70, 600, 12, 8}, {400, 260, 40, 8}, {100, 400, 16, 2}}[seed%5]
+		s := []struct{ m, k, n, grid int }{{250, 130, 150, 2}, {200, 200, 9, 6}, {70, 600, 12, 8}, {384, 260, 40, 8}, {100, 400, 16, 2}}[seed%5]
 		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed, p.ldy = s.grid, seed, (s.m+7)/8*8
+		p.grid, p.seed, p.parts = s.grid, seed, partsOf(s.m)
+		p.ldy = (s.m/p.parts + 7) / 8 * 8
 	}
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)

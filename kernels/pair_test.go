@@ -46,6 +46,8 @@ var pairShapes = []shape{
 	{600, 1024, 1, 0, 18}, // five for nine, without leads: a tile in three pieces, the middle one a whole run
 	{890, 2050, 2, 3, 10}, // two for five behind a whole turn, with leads
 	{250, 2050, 2, 1, 10}, // two for five
+	{384, 72, 3, 5, 4},    // three layers' rows
+	{384, 64, 3, 5, 4},    // the same in turns of one column
 	{384, 1530, 1, 5, 4},  // the same four for clusters of one block, with half as many
 	{600, 1024, 1, 0, 9},
 	{890, 2050, 1, 3, 5},
@@ -64,6 +66,16 @@ func tokensOf(g gemm, tiles, last int) int {
 		return (tiles-1)*g.n + last
 	}
 	return tiles * g.n
+}
+
+// partsOf says how many layers' rows, of whole strips, m are taken for where they can be: two, or three, whose strips are then not those of blocks.
+func partsOf(m int) int {
+	for _, parts := range []int{3, 2} {
+		if m%(64*parts) == 0 {
+			return parts
+		}
+	}
+	return 1
 }
 
 // underSchedules runs a product under two schedules, a large layout under one: right, and the same bits.
@@ -102,7 +114,8 @@ func shapesRight(t *testing.T, kernel string, variants []variant, shapes []shape
 						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seeds(t, 1)[0])
 						p.grid, p.above = s.grid, []int{0, 1, 3}[i%3] // as they are in a blob of their own, and in one with others
 						// Results go out by copies where y and ldy are multiples of 16 bytes.
-						p.ldy = (s.m + 7) / 8 * 8
+						p.parts = partsOf(s.m)
+						p.ldy = (s.m/p.parts + 7) / 8 * 8
 						switch i % of {
 						case 1:
 							p.ldx, p.ldy = s.k+16, p.ldy+8

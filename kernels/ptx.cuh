@@ -269,7 +269,8 @@ struct TensorRows {
     const uint16_t* data;
     uint64_t ld;  // elements from one row to the next
     uint32_t rows, columns;
-    uint32_t box;  // rows of a copy
+    uint32_t box;           // rows of a copy
+    uint32_t matrices = 1;  // such ones, one behind the other
 };
 // Brings a map to where the copy engine looks for it.
 ZS_DEVICE void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
@@ -279,9 +280,11 @@ ZS_DEVICE void tensor_copy(uint32_t dst, const TensorMap& map, const TensorRows&
                  "r"(bar)
                  : "memory");
 }
-// The other way: what lies within the matrix. One of this thread's copies to global memory (bulk_copies_done).
-ZS_DEVICE void tensor_store(const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t src) {
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\ncp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(src) : "memory");
+// The other way, into one of several such matrices: what lies within it, if there is this one. One of this thread's copies to global memory (bulk_copies_done).
+ZS_DEVICE void tensor_store(const TensorMap& map, const TensorRows&, uint32_t column, uint32_t row, uint32_t matrix, uint32_t src) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\ncp.async.bulk.commit_group;" ::"l"(&map), "r"(column), "r"(row), "r"(matrix),
+                 "r"(src)
+                 : "memory");
 }
 // ---- thread-block clusters: shared addresses are of the block's own memory, and name the same place in every block of its cluster ----
 

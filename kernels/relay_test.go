@@ -35,6 +35,7 @@ var relayShapes = []shape{
 	{1, 1, 1, 1, 2},        // one weight; the other block of the cluster is below the matrix
 	{256, 192, 4, 0, 4},    // whole turns alone
 	{250, 72, 4, 3, 4},     // ragged ends
+	{384, 72, 3, 5, 4},     // three layers' rows
 	{256, 320, 1, 0, 4},    // one output tile in two parts, which are not alike
 	{200, 460, 1, 7, 6},    // in three
 	{130, 460, 1, 16, 8},   // in four; a last strip that has no fellow, and a column of one

@@ -65,9 +65,27 @@ ZS_DEVICE void publish_sums(const float (&acc)[ZS_N / 2], float* slot) {
         put_sum(slot + blockIdx.x * ((uint64_t)ZS_MW * (ZS_N / 2) * 128) + q * 512, {acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]});
 }
 
-// Writes a strip's results by the copy engine: through 128 * ZS_N bytes of shared memory at `at`, 1024-byte aligned, to 64 rows from row0 and ZS_N tokens from token0 on. A copy
+// The results of several layers' rows in one product: for so many rows of w each, a multiple of 64, a matrix of all tokens, one behind the other. (Or all rows in one.)
+struct Results : Output {
+    uint32_t part_rows;
+    // Those of one strip, as if all parts' rows lay side by side.
+    ZS_DEVICE Output of(uint32_t row0) const {
+        Output part = *this;
+        part.y += row0 / part_rows * (n * ldy - part_rows);
+        return part;
+    }
+};
+
+// Writes a strip's results from registers: to 64 rows from row0 and ZS_N tokens from token0 on.
+ZS_DEVICE void store_strip(const float (&acc)[ZS_N / 2], const Results& out, uint32_t row0, uint32_t token0, uint32_t tid) {
+    const Output part = out.of(row0);
+#pragma unroll
+    for (uint32_t q = 0; q < ZS_N / 8; q++) part.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0 + tid / 32 * 16, token0 + q * 8, tid % 32);
+}
+
+// The same by the copy engine, through 128 * ZS_N bytes of shared memory at `at`, 1024-byte aligned. A copy
 // to global memory of thread 0's (bulk_copies_read); `barrier` is a named one of the warpgroup.
-ZS_DEVICE void send_strip(const float (&acc)[ZS_N / 2], const Output& out, const TensorMap& y_map, uint32_t row0, uint32_t token0, uint32_t barrier, uint32_t tid, uint32_t at) {
+ZS_DEVICE void send_strip(const float (&acc)[ZS_N / 2], const Results& out, const TensorMap& y_map, uint32_t row0, uint32_t token0, uint32_t barrier, uint32_t tid, uint32_t at) {
     const uint32_t lane = tid % 32, warp = tid / 32, row = row0 + warp * 16 + lane / 4;
     const float b0 = out.bias && row < out.m ? as_float((uint32_t)out.bias[row] << 16) : 0.0f, b1 = out.bias && row + 8 < out.m ? as_float((uint32_t)out.bias[row + 8] << 16) : 0.0f;
     // Of 16 tokens at a time four matrices: rows 0 to 7 and 8 to 15 of the first eight, of the others. Lanes 8 i .. 8 i + 7 have the addresses of matrix i.
@@ -79,5 +97,6 @@ ZS_DEVICE void send_strip(const float (&acc)[ZS_N / 2], const Output& out, const
     }
     fence_proxy_async();
     named_barrier_sync(barrier, 128);
-    if (tid == 0) tensor_store(y_map, TensorRows{out.y, out.ldy, out.n, out.m, ZS_N}, row0, token0, at);
+    const uint32_t part = row0 / out.part_rows;
+    if (tid == 0) tensor_store(y_map, TensorRows{out.y, out.ldy, out.n, out.part_rows, ZS_N, out.m / out.part_rows}, row0 - part * out.part_rows, token0, part, at);
 }

@@ -8,8 +8,9 @@
 //
 // Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid of whole clusters <= blocks resident at once. Dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * 2 * 64 * ZS_N floats. Its bytes are 0xFF before the first launch, and every launch leaves them so. x_map: x as n rows of k columns, boxes of
-// ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y_map: y as n
-// rows of m columns, boxes of ZS_N rows, where y and ldy are such that it can be made (Output::by_copies).
+// ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y: for each
+// part_rows of the m rows a matrix of n rows, which ldy says the distance of, one behind the other. y_map: these matrices of part_rows columns, boxes of ZS_N rows of one of
+// them, where y and ldy are such that it can be made (Output::by_copies).
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -187,9 +188,9 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
 
 // A warpgroup's results leave by the copy engine, while the tensor cores work on the next tile: a strip's 64 rows by ZS_N tokens take the place of a column of
 // activations.
-struct Results {
+struct Outbox {
     uint32_t sent;  // barriers of the stage that is being read; 0: none
-    ZS_DEVICE Results() : sent(0) {}
+    ZS_DEVICE Outbox() : sent(0) {}
     // The stage may be loaded again once the copy has read it.
     ZS_DEVICE void hand_back(uint32_t tid) {
         if (sent && tid == 0) {
@@ -202,10 +203,10 @@ struct Results {
 };
 
 // Warpgroup g multiplies its strip of every column.
-ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     const bool signals = tid % 32 == 0;
     Stage stage(0), xstage(0);
-    Results results;
+    Outbox outbox;
     griddep_wait();
     for (Turns turn(plan); turn.next(plan);) {
         // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one.
@@ -227,7 +228,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
             mbarrier_wait(full, stage.parity);
             if (ZS_CLUSTER == 1) fence_proxy_async();  // ordinary stores wrote the tile
             wgmma_tile<ZS_N>(acc, a, b);
-            results.hand_back(tid);
+            outbox.hand_back(tid);
             wgmma_wait<1>();
             release(sends && g == 0 && column == turn.begin);
             busy = full, xbusy = xfull;
@@ -242,10 +243,9 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
             named_barrier_sync(1, ZS_CONSUMERS);  // the other one has read these stages, too
             const uint32_t back = 2 - g, kept = xstage.index < back ? xstage.index + ZS_XSTAGES - back : xstage.index - back;
             send_strip(acc, out, y_map, row0, turn.token, 2 + g, tid, smem + kept * ZS_XBYTES);
-            results.sent = smem + ZS_XBARRIERS + kept * 16;
+            outbox.sent = smem + ZS_XBARRIERS + kept * 16;
         } else {
-#pragma unroll
-            for (uint32_t q = 0; q < ZS_N / 8; q++) out.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0 + tid / 32 * 16, turn.token + q * 8, tid % 32);
+            store_strip(acc, out, row0, turn.token, tid);
         }
     }
     if (tid == 0) bulk_copies_read();  // nothing is loaded there again
@@ -254,7 +254,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Output& out, const TensorM
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
 zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes,
                 const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
-                uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
+                uint32_t m, uint32_t part_rows, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), smem = smem_addr(smem_ptr);
     const Blob blob(headers, fixed, escapes, m, k);
@@ -277,7 +277,7 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
     cluster_wait();
     if (warp < ZS_CONSUMERS / 32) {
         setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
-        multiply_tiles(plan, Output{bias, y, ldy, m, n}, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
+        multiply_tiles(plan, Results{{bias, y, ldy, m, n}, part_rows}, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
     } else {
         setmaxnreg_dec<ZS_DECODER_REGISTERS>();
         decode_tiles(blob, x_map, x, ldx, n, k, plan, warp - ZS_CONSUMERS / 32, threadIdx.x % 32, smem);

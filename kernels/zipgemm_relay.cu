@@ -184,10 +184,10 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Plan& plan, uint8_t* decoded
 
 // A warpgroup's results leave by the copy engine, while the tensor cores work on the next tile: through the ring, where a strip's 64 rows by ZS_N tokens take
 // the place of a column.
-struct Results {
+struct Outbox {
     uint32_t sent;  // barriers of the stage that is being read; 0: none
-    ZS_DEVICE Results() : sent(0) {}
-    ZS_DEVICE void send(const float (&acc)[ZS_N / 2], const Output& out, const TensorMap& y_map, const Turns& turn, uint32_t g, uint32_t tid, uint32_t smem, const Stage& stage) {
+    ZS_DEVICE Outbox() : sent(0) {}
+    ZS_DEVICE void send(const float (&acc)[ZS_N / 2], const Results& out, const TensorMap& y_map, const Turns& turn, uint32_t g, uint32_t tid, uint32_t smem, const Stage& stage) {
         const uint32_t bars = smem + ZS_BARRIERS + stage.index * 16;
         mbarrier_wait(bars + 8, stage.parity ^ 1);
         send_strip(acc, out, y_map, ((uint32_t)turn.strip + g) * ZS_TILE, turn.token, 1 + g, tid, smem + stage.index * ZS_STAGE_BYTES);
@@ -205,10 +205,10 @@ struct Results {
 };
 
 // Warpgroup g multiplies its strip of every column.
-ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+ZS_DEVICE void multiply_columns(const Plan& plan, const Results& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     const bool signals = tid % 32 == 0;
     Stage stage(0);
-    Results results;
+    Outbox outbox;
     griddep_wait();
     for (Turns turn(plan); turn.next(plan);) {
         float acc[ZS_N / 2];
@@ -224,7 +224,7 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
             const uint32_t a = wgmma_start(at + g * 8192), b = wgmma_start(at + ZS_ABYTES);
             mbarrier_wait(full, stage.parity);
             wgmma_tile<ZS_N>(acc, a, b);
-            results.hand_back(tid);
+            outbox.hand_back(tid);
             wgmma_wait<1>();
             release();
             busy = full;
@@ -236,12 +236,10 @@ ZS_DEVICE void multiply_columns(const Plan& plan, const Output& out, const Tenso
         if (!add_up(acc, plan, turn, g, tid, workspace)) continue;
         if (out.by_copies()) {
             stage.advance(g, ZS_STAGES);
-            results.send(acc, out, y_map, turn, g, tid, smem, stage);
+            outbox.send(acc, out, y_map, turn, g, tid, smem, stage);
             stage.advance(ZS_GROUPS - g, ZS_STAGES);
         } else {
-#pragma unroll
-            for (uint32_t q = 0; q < ZS_N / 8; q++)
-                out.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, ((uint32_t)turn.strip + g) * ZS_TILE + tid / 32 * 16, turn.token + q * 8, tid % 32);
+            store_strip(acc, out, ((uint32_t)turn.strip + g) * ZS_TILE, turn.token, tid);
         }
     }
     if (tid == 0) bulk_copies_read();  // nothing is loaded there again: the other block may not even have come to that round
@@ -262,7 +260,7 @@ ZS_DEVICE void restore_flags(const Blob& blob, uint32_t* flags, uint32_t told, u
 extern "C" __global__ void __launch_bounds__(ZS_THREADS, 1)
 zs_zipgemm_relay(const uint8_t* __restrict__ headers, const uint8_t* __restrict__ fixed, const uint8_t* __restrict__ escapes,
                  const uint16_t* __restrict__ x, uint64_t ldx, const uint16_t* __restrict__ bias, uint16_t* __restrict__ y, uint64_t ldy,
-                 uint32_t m, uint32_t k, uint32_t n, float* __restrict__ workspace, uint32_t* flags, uint8_t* decoded, const __grid_constant__ TensorMap x_map,
+                 uint32_t m, uint32_t part_rows, uint32_t k, uint32_t n, float* __restrict__ workspace, uint32_t* flags, uint8_t* decoded, const __grid_constant__ TensorMap x_map,
                  const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), lane = threadIdx.x % 32, smem = smem_addr(smem_ptr);
@@ -276,7 +274,7 @@ zs_zipgemm_relay(const uint8_t* __restrict__ headers, const uint8_t* __restrict_
         fence_mbarrier_init();
     }
     __syncwarp();
-    const Output out{bias, y, ldy, m, n};
+    const Results out{{bias, y, ldy, m, n}, part_rows};
     const uint32_t helper = warp - ZS_CONSUMERS / 32;
     // Nobody's copies or arrivals come before the barriers are there.
 #if ZS_CLUSTER > 1

@@ -145,6 +145,7 @@ struct TensorRows {
   const uint16_t* data;
   uint64_t ld;
   uint32_t rows, columns, box;
+  uint32_t matrices = 1;
 };
 inline void prefetch_map(const TensorMap&) {}
 inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar) {
@@ -153,8 +154,8 @@ inline void tensor_copy(uint32_t dst, const TensorMap&, const TensorRows& m, uin
 inline void tensor_copy_multicast(uint32_t dst, const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t bar, uint16_t mask) {
   zsemu::tensor_multicast(dst, m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, bar, mask);
 }
-inline void tensor_store(const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t src) {
-  zsemu::tensor_s2g((void*)m.data, m.ld * 2, m.rows, m.columns, row, column, m.box, src);
+inline void tensor_store(const TensorMap&, const TensorRows& m, uint32_t column, uint32_t row, uint32_t matrix, uint32_t src) {
+  zsemu::tensor_s2g((void*)(m.data + matrix * (m.rows * m.ld)), m.ld * 2, matrix < m.matrices ? m.rows : 0, m.columns, row, column, m.box, src);
 }
 
 // ---- barriers

@@ -32,20 +32,20 @@ func TestBulkStores(t *testing.T) {
 	}
 }
 
-// What stands over the ends of the matrix, or lies between its rows, is left alone.
+// What stands over the ends of a matrix, or lies between its rows, is left alone.
 func TestTensorStores(t *testing.T) {
 	t.Parallel()
 	p := program(t, "stores.cu")
-	for _, s := range []struct{ rows, columns, ld int }{{16, 64, 64}, {33, 129, 144}, {1, 1, 8}, {17, 71, 72}} {
-		in, _ := bf16s(s.rows*s.columns, 3)
-		boxes := (s.rows + 15) / 16 * ((s.columns + 63) / 64)
+	for _, s := range []struct{ rows, columns, ld, matrices int }{{16, 64, 64, 1}, {33, 129, 144, 1}, {1, 1, 8, 3}, {17, 71, 72, 2}} {
+		in, _ := bf16s(s.matrices*s.rows*s.columns, 3)
+		boxes := (s.matrices + 1) * ((s.rows + 15) / 16) * ((s.columns + 63) / 64)
 		run(t, p, func() emu.Launch {
-			y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((s.rows-1)*s.ld+s.columns)), Mode: emu.Out}
+			y := &emu.Buffer{Name: "y", Data: make([]byte, 2*((s.matrices*s.rows-1)*s.ld+s.columns)), Mode: emu.Out}
 			return emu.Launch{Kernel: "tensor_stores", Block: [3]int{32 * boxes}, Shared: 2048 * boxes,
-				Args: []any{&emu.Buffer{Name: "in", Data: in, Mode: emu.In, Align: 2}, y, s.ld, s.rows, s.columns}}
+				Args: []any{&emu.Buffer{Name: "in", Data: in, Mode: emu.In, Align: 2}, y, s.ld, s.rows, s.columns, s.matrices}}
 		}, func(l emu.Launch) {
 			want := bytes.Repeat([]byte{0xFF}, len(data(l, 1)))
-			for r := range s.rows {
+			for r := range s.matrices * s.rows {
 				copy(want[2*r*s.ld:], in[2*r*s.columns:2*(r+1)*s.columns])
 			}
 			require.Equal(t, want, data(l, 1))

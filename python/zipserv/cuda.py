@@ -19,8 +19,8 @@ from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
 __all__ = [
-    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "moe_combine",
-    "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
+    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "linear_parts",
+    "moe_combine", "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
 ]
 
 _BF16 = 1
@@ -75,9 +75,29 @@ def linear(
 ) -> torch.Tensor:
     """``x @ W.T + bias`` for a compressed weight ``W (m, k)``; ``x (..., k)`` must not be empty. With ``rows`` (first, a multiple of 64, and the one
     behind the last) for these rows of it alone."""
+    y = _native(x, blob, m, k, dtype_code, bias, rows)
+    return _linear_expanded(x, blob, m, k, dtype_code, bias, rows) if y is None else y
+
+
+def linear_parts(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, parts: int
+) -> tuple[torch.Tensor, ...]:
+    """:func:`linear` for the rows of several layers in one blob, ``m / parts`` each, a multiple of 64: each one's result, ``(..., m / parts)``."""
+    y = _native(x, blob, m, k, dtype_code, bias, None, parts)
+    if y is not None:
+        return y.unbind()
+    ranges = [(row, row + m // parts) for row in range(0, m, m // parts)]
+    return tuple(linear(x, blob, m, k, dtype_code, None if bias is None else bias[slice(*rows)], rows) for rows in ranges)
+
+
+def _native(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, rows: tuple[int, int] | None, parts: int = 1
+) -> torch.Tensor | None:
+    """By the engine; None where the weight is to be decompressed for the product. With ``parts``: ``(parts, ..., m / parts)``."""
     if dtype_code != _BF16 or blob.numel() == HEADER_BYTES + 2 * m * k:
-        return _linear_expanded(x, blob, m, k, dtype_code, bias, rows)
-    out, part = (m, ()) if rows is None else (rows[1] - rows[0], (rows[0], rows[1] - rows[0]))
+        return None
+    out = m if rows is None else rows[1] - rows[0]
+    part = () if rows is None and parts == 1 else (rows[0] if rows else 0, out, out // parts)
     index = blob.get_device()
     shape = x.shape
     if x.dtype is not _bf16 or shape[-1] != k or x.get_device() != index:
@@ -106,13 +126,13 @@ def linear(
         # Nor may they overlap.
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         x_ptr, ldx = tokens.data_ptr(), k
-    y = x.new_empty((*shape[:-1], out))
-    job = (index, _stream(index), address, m, k, x_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), out)
+    y = x.new_empty((*shape[:-1], out) if parts == 1 else (parts, *shape[:-1], out // parts))
+    job = (index, _stream(index), address, m, k, x_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), out // parts)
     needs = _queue(*job, 0, 0, *part)
     while needs > _EXPAND:  # again where the choice has changed in between
         scratch = torch.empty(needs, dtype=torch.uint8, device=blob.device)
         needs = _queue(*job, scratch.data_ptr(), needs, *part)
-    return _linear_expanded(x, blob, m, k, dtype_code, bias, rows) if needs else y
+    return None if needs else y
 
 
 def _queue(*job: int) -> int:
@@ -131,15 +151,25 @@ def eager_linear(
 ) -> torch.Tensor | None:
     """:func:`linear` past torch's dispatcher, which costs more than the call itself. None where something needs the dispatcher: a
     gradient, a transform, a mode, a tensor subclass, an empty batch. Not to be called while torch.compile traces."""
-    if (
+    return linear(x, blob, m, k, dtype_code, bias) if _is_direct(x, bias) else None
+
+
+def eager_parts(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, parts: int
+) -> tuple[torch.Tensor, ...] | None:
+    """:func:`linear_parts`, as :func:`eager_linear`."""
+    return linear_parts(x, blob, m, k, dtype_code, bias, parts) if _is_direct(x, bias) else None
+
+
+def _is_direct(x: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether nothing needs torch's dispatcher."""
+    return not (
         (x.__class__ is not torch.Tensor and x.__class__ is not torch.nn.Parameter)
         or (_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
         or _mode_count()
         or _transform() is not None
         or x.numel() == 0
-    ):
-        return None
-    return linear(x, blob, m, k, dtype_code, bias)
+    )
 
 
 def _linear_expanded(

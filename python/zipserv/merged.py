@@ -25,7 +25,7 @@ from .errors import Error
 from .format import DTYPE_CODES, SUFFIX, TILE, parse_header
 from .layers import ZipLinear, take_over
 from .lazy import LazyWeight
-from .rows import linear_rows
+from .rows import linear_parts, linear_rows
 from .siblings import proven, same_input
 from .stacked import Part, mark_written, stack, take
 from .tensor import ZipTensor, check_blob, compress, linear_blob
@@ -53,11 +53,12 @@ NAMES: tuple[tuple[str, ...], ...] = (
 _CROSS = re.compile(r"cross|enc_?dec|encoder_(attn|attention|decoder)|(^|\.)attn2$", re.IGNORECASE)
 #: Where one product serves all; elsewhere each layer multiplies by its own rows.
 _SHARED_ON = frozenset({"cuda"})
-#: Beyond so many elements of a result (24 MiB, half of an H100's L2) each layer multiplies by its own rows and its result is no view: reading rows
+#: Up to so many tokens a product of all rows gives one wide result, of which each layer has its columns. With more, layers of as many rows each get
+#: results of their own from it.
+_FEW_TOKENS = 128
+#: Layers that have not as many: beyond so many elements of a result (24 MiB, half of an H100's L2) each multiplies by its own rows, as reading rows
 #: that lie apart costs more than one product saves (docs/performance.md).
 _MOST_RESULTS = 12 << 20
-#: Up to so many tokens the engine multiplies by whole matrices only.
-_FEW_TOKENS = 128
 
 Slots = tuple[dict[str, Any], dict[str, Any]]
 
@@ -69,6 +70,7 @@ class _Group:
         self.parts = list(parts)
         self.m = sum(part.rows for part in parts)
         self.k = k
+        self.even = len({part.rows for part in parts}) == 1 and parts[0].rows % TILE == 0
         self.slots: list[Slots] = []  # each layer's own dicts of parameters and buffers
         self.proven = False  # that nothing writes into their input between them, where no counter would tell
         self.step: _Step | None = None
@@ -120,7 +122,7 @@ class _Step:
     def __init__(self) -> None:
         self.thread = get_ident()
         self.x: torch.Tensor | None = None
-        self.y: torch.Tensor | None = None
+        self.y: tuple[torch.Tensor, ...] = ()
         self.blob: torch.Tensor | None = None
         self.biases: list[Any] = []
         self.written: tuple[Any, ...] = ()
@@ -214,7 +216,7 @@ class MergedLinear(ZipLinear):
     # --- products -------------------------------------------------------------------------------------------------
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input (..., in_features)`` -> ``(..., out_features)``; on a GPU perhaps a view into a wider result."""
+        """``input (..., in_features)`` -> ``(..., out_features)``; on a GPU perhaps a view into a wider result, or beside others."""
         blob = self.merged_zipserv
         if blob.device.type not in _SHARED_ON:
             return self._alone(input, blob)
@@ -227,18 +229,16 @@ class MergedLinear(ZipLinear):
             return self._alone(input, blob)  # somebody may write into the input between the layers, and nothing counts it
         if _transform() is not None:
             return self._alone(input, blob)
-        many = input.numel() > _FEW_TOKENS * self.in_features and input.numel() * self._group.m > _MOST_RESULTS * self.in_features
-        if many and not _batch_invariant(blob):
+        step = self._group.step
+        shares = step is not None and step.thread == get_ident()
+        many = input.numel() > _FEW_TOKENS * self.in_features and not _batch_invariant(blob)
+        if many and not (shares and (self._group.even or input.numel() * self._group.m <= _MOST_RESULTS * self.in_features)):
             return self._alone(input, blob)
         own = self._group.slots[self._index][0]
         if own is not self._parameters or own.get("bias") is not bias or self._group.is_sharded():
             return self._alone(input, blob)  # a replica with tensors of its own, a parametrized bias, one in pieces
-        step = self._group.step
-        if step is None or step.thread != get_ident():
-            y, _ = self._whole(input, blob)
-        else:
-            y = self._shared(step, input, blob)
-        part = y.narrow(-1, self._row0, self.out_features)
+        y = self._shared(step, input, blob, many) if step is not None and shares else self._parts(input, blob, many)
+        part = y[self._index]
         # To whoever changes it in place it is a tensor of its own: no view, and with a counter of its own.
         return part.data if part.__class__ is torch.Tensor and not part.is_inference() else part
 
@@ -249,26 +249,35 @@ class MergedLinear(ZipLinear):
         group, row0 = self._group, self._row0
         return linear_rows(x, blob, group.m, group.k, self.weight_dtype, row0, row0 + self.out_features, bias)
 
-    def _whole(self, x: torch.Tensor, blob: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """The product with all rows, and the biases that are in it."""
+    def _whole(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
+        """The product with all rows."""
         group = self._group
-        biases = group.biases()
         bias = group.bias(self.weight_dtype, blob.device, views=not torch.compiler.is_compiling())
-        return linear_blob(x, blob, group.m, group.k, self.weight_dtype, bias), biases
+        return linear_blob(x, blob, group.m, group.k, self.weight_dtype, bias)
 
-    def _shared(self, step: _Step, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
+    def _parts(self, x: torch.Tensor, blob: torch.Tensor, many: bool) -> tuple[torch.Tensor, ...]:
+        """Each layer's result of one product."""
+        group = self._group
+        if many and group.even:
+            y = linear_parts(x, blob, group.m, group.k, self.weight_dtype, group.bias(self.weight_dtype, blob.device, views=True), len(group.parts))
+            if y is not None:
+                return y
+        whole = self._whole(x, blob)
+        return tuple(whole.narrow(-1, part.row0, part.rows) for part in group.parts)
+
+    def _shared(self, step: _Step, x: torch.Tensor, blob: torch.Tensor, many: bool) -> tuple[torch.Tensor, ...]:
         key, bit = _key(x), 1 << self._index
         same = step.x is x and step.blob is blob and step.key == key and not step.taken & bit
         if same and step.biases[self._index] is self.bias and step.written == _written(step.biases):
             y = step.y
-            assert y is not None
             step.taken |= bit
         else:
-            y, step.biases = self._whole(x, blob)
+            step.biases = self._group.biases()
+            y = self._parts(x, blob, many)
             step.written = _written(step.biases)
             step.x, step.y, step.blob, step.key, step.taken = x, y, blob, key, bit
         if step.taken == (1 << len(self._group.parts)) - 1:
-            step.x = step.y = step.blob = None
+            step.x, step.y, step.blob = None, (), None
         return y
 
     def _trace(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
@@ -283,7 +292,7 @@ class MergedLinear(ZipLinear):
         if held is not None and held[0] is x and held[2] == grad and not held[3] & bit:
             y, taken = held[1], held[3] | bit
         else:
-            y, taken = self._whole(x, blob)[0], bit
+            y, taken = self._whole(x, blob), bit
         if held is not None:
             group.traced = _OPEN if taken == (1 << len(group.parts)) - 1 else (x, y, grad, taken)
         return y[..., self._row0 : self._row0 + self.out_features]
@@ -327,7 +336,7 @@ class MergedLinear(ZipLinear):
         new, parts = stack(blobs)
         group.parts[:] = parts
         if group.step is not None:
-            group.step.x = group.step.y = group.step.blob = None  # of the weights before
+            group.step.x, group.step.y, group.step.blob = None, (), None  # of the weights before
         if new.numel() == old.numel():
             with torch.no_grad():
                 old.copy_(new)  # captured CUDA graphs stay valid

@@ -22,6 +22,7 @@ from .format import DTYPE_CODES
 #: Up to this many tokens a GPU multiplies by all rows.
 FEW_TOKENS = 64
 
+_tracing_state: Any = torch._C._get_tracing_state
 _library: Any = torch.library.Library  # untyped in torch
 _LIB = _library("zipserv", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -46,6 +47,17 @@ def linear_rows(
     if x.device != blob.device:
         raise ValueError(f"x is on {x.device}, the compressed weight on {blob.device}: move one with .to(device)")
     y: torch.Tensor = torch.ops.zipserv.linear_rows(x, blob, m, k, DTYPE_CODES[dtype], row0, row1, bias)
+    return y
+
+
+def linear_parts(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None, parts: int
+) -> tuple[torch.Tensor, ...] | None:
+    """The results of ``parts`` layers in one blob, of as many rows each (a multiple of 64), by one product on a GPU: each ``(..., m / parts)``.
+    None where that needs torch's dispatcher, or on the CPU, where a product of all rows saves nothing."""
+    if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
+        return None
+    y: tuple[torch.Tensor, ...] | None = ops.cuda_module().eager_parts(x, blob, m, k, DTYPE_CODES[dtype], bias, parts)
     return y
 
 

@@ -8,7 +8,7 @@ import torch
 from gpu_cases import assert_like_cublas, gaussian, islands, on_gpu, same_bits, trained
 
 import zipserv
-from zipserv import choices, tune
+from zipserv import choices, cuda, tune
 from zipserv.choices import Problem
 from zipserv.rows import linear_rows
 
@@ -148,6 +148,25 @@ def test_some_rows_of_a_matrix(part: tuple[int, int, int, int], n: int) -> None:
     y = linear_rows(x, on_gpu(w).blob, m, k, w.dtype, first, end, bias)
     assert same_bits(y, zipserv.linear(x, on_gpu(w[first:end]), bias)) or not HOPPER or n <= 128
     assert_like_cublas(y, x, w[first:end].cuda(), bias)
+
+
+@pytest.mark.parametrize("n", [129, 300, 512, 700, 2100])
+@pytest.mark.parametrize("m, k, parts", [(384, 520, 3), (384, 520, 2), (1280, 2048, 2), (64 * 5, 72, 5), (28672, 512, 2)])
+def test_results_of_several_layers(m: int, k: int, parts: int, n: int) -> None:
+    """A matrix for each of several layers' rows: what a product of all rows gives, bit for bit where it is the same kernel's."""
+    w = trained(m, k)
+    z, x = on_gpu(w), torch.randn(3, n, k, device="cuda").bfloat16()[1]
+    bias = torch.randn(m, device="cuda").bfloat16() if n % 2 else None
+    problem = Problem(m, k, tune.bucket(n))
+    for choice in choices.candidates(0, problem):
+        with choices.chosen(0, problem, choice):
+            whole = zipserv.linear(x, z, bias)
+            made = cuda.linear_parts(x, z.blob, m, k, 1, bias, parts)
+            assert len(made) == parts and all(y.is_contiguous() and y.shape == (n, m // parts) for y in made)
+            if choice.kernel in ("pair", "solo", "relay"):
+                assert same_bits(torch.cat(made, -1), whole), choice
+            else:
+                assert_like_cublas(torch.cat(made, -1), x, w.cuda(), bias)
 
 
 @pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")

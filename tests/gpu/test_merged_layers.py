@@ -75,6 +75,36 @@ def test_one_launch_a_group(blocks: tuple[nn.Module, nn.Module, nn.Module], monk
         assert bias is not None and bias.data_ptr() == address.data_ptr(), "after .to('cuda') biases lie together again"
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(1024, 1472), nn.Linear(1024, 1472)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.gate_proj(x), self.up_proj(x)
+
+
+@torch.no_grad()
+def test_many_tokens_give_each_layer_a_result_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many rows in each: one product, and no result is a part of a wide one. Like a product of all rows to the bit, on Hopper."""
+    plain = nn.Sequential(Gated()).to("cuda", torch.bfloat16)
+    made = copy.deepcopy(plain)
+    zipserv.compress_model(made)
+    calls = []
+    monkeypatch.setattr(merged, "linear_parts", lambda *arguments: calls.append(1) or zipserv.rows.linear_parts(*arguments))
+    for n in (129, 512, 1000, 5000):
+        x = torch.randn(2, n, 1024, device="cuda").bfloat16()
+        for y, want in zip(made(x), plain(x), strict=True):
+            assert y.is_contiguous() and y.shape == want.shape and near(y, want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = made(x)
+        eager = [y.clone() for y in made(x)]
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(result, eager, strict=True))
+    assert len(calls) == 12
+
+
 @torch.no_grad()
 def test_graphs_follow_their_inputs(blocks: tuple[nn.Module, nn.Module, nn.Module]) -> None:
     plain, _, made = blocks

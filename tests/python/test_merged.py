@@ -288,21 +288,51 @@ def test_one_product_a_group(shared: Counter) -> None:
 @torch.no_grad()
 def test_large_results_are_of_the_own_rows(shared: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
     single, made = pair()
-    sizes = sorted({module._group.m for module in made.modules() if isinstance(module, MergedLinear)})
-    assert len(sizes) == 2, sizes
-    monkeypatch.setattr(merged, "_MOST_RESULTS", 200 * sizes[0])
+    single, made = single.attention, made.attention
+    assert not made.q_proj._group.even
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 200 * made.q_proj._group.m)
     x = torch.randn(201, 128).bfloat16()
     assert torch.equal(made(x), single(x)) and not shared
     made(x[:200])
-    assert len(shared) == 1, "the smaller group"
-    shared.clear()
-    monkeypatch.setattr(merged, "_MOST_RESULTS", 200 * sizes[1])
-    made(x[:200])
-    assert len(shared) == 2
-    shared.clear()
+    assert len(shared) == 1
     monkeypatch.setattr(merged, "_MOST_RESULTS", 0)
     made(x[:128])
     assert len(shared) == 2, "few tokens"
+    shared.clear()
+    made.q_proj(x)
+    assert not shared, "outside of a call of the holder the others' rows would be for nothing"
+
+
+@torch.no_grad()
+def test_layers_of_as_many_rows_have_results_of_their_own(shared: Counter, monkeypatch: pytest.MonkeyPatch) -> None:
+    single, made = pair()
+    single, made = single.mlp, made.mlp
+    assert made.gate_proj._group.even
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 0)
+    calls: list[tuple[int, ...]] = []
+
+    def parts(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        calls.append((*x.shape, m, count))
+        y = zipserv.tensor.linear_blob(x, blob, m, k, dtype, bias)
+        return torch.stack(y.split(m // count, -1)).unbind()
+
+    monkeypatch.setattr(merged, "linear_parts", parts)
+    x = torch.randn(3, 43, 128).bfloat16()
+    assert torch.allclose(made(x).float(), single(x).float(), rtol=2e-2, atol=2e-2)
+    assert calls == [(3, 43, 128, 384, 2)] and not shared, "one product"
+    seen: list[torch.Tensor] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(made, "forward", lambda x: seen.extend((made.up_proj(x), made.gate_proj(x))), raising=False)
+        made(x)
+    assert all(y.is_contiguous() and y._base is None for y in seen) and torch.equal(seen[0], single.up_proj(x))
+    made(x[:, :42])
+    assert len(calls) == 2 and len(shared) == 1, "few tokens: columns of a wide result"
+    monkeypatch.setattr(merged, "_batch_invariant", lambda blob: True)
+    made(x)
+    assert len(calls) == 2 and len(shared) == 2
+    monkeypatch.undo()
+    monkeypatch.setattr(merged, "_SHARED_ON", frozenset({"cpu"}))
+    assert torch.allclose(made(x).float(), single(x).float(), rtol=2e-2, atol=2e-2), "where there is no such product: columns of a wide one"
 
 
 @pytest.mark.parametrize("work", [merge_layers, split_layers])

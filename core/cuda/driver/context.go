@@ -109,11 +109,12 @@ type Launch struct {
 }
 
 // Tensor describes a BF16 matrix that a kernel reads or writes by tensor copies of Box rows of 64 columns in the 128-byte swizzle; the maps are the kernel's last
-// parameters, after Args. Data is a multiple of 16 bytes, Ld (elements from one row to the next) of 8. Box 0: none.
+// parameters, after Args. Data is a multiple of 16 bytes, Ld (elements from one row to the next) of 8. Box 0: none. Matrices not 0: the map has a third dimension, of so
+// many matrices, one behind the other.
 type Tensor struct {
-	Data               Pointer
-	Ld                 uint64
-	Rows, Columns, Box uint32
+	Data                         Pointer
+	Ld                           uint64
+	Rows, Columns, Box, Matrices uint32
 }
 
 // Launch queues a kernel. It allocates nothing.
@@ -128,7 +129,7 @@ func (c *Context) Launch(l *Launch) error {
 	}
 	for i := range l.Tensors {
 		from, to := &l.Tensors[i], &a.tensors[i]
-		to.box, to.rows, to.columns = C.uint32_t(from.Box), C.uint32_t(from.Rows), C.uint32_t(from.Columns)
+		to.box, to.rows, to.columns, to.matrices = C.uint32_t(from.Box), C.uint32_t(from.Rows), C.uint32_t(from.Columns), C.uint32_t(from.Matrices)
 		to.data, to.ld = C.uint64_t(from.Data), C.uint64_t(from.Ld)
 	}
 	for i := range l.NumArgs {

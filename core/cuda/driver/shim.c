@@ -200,9 +200,10 @@ zs_result zs_launch(zs_cu *cu, const zs_launch_args *a) {
   };
   ENTER(a->ctx);
   for (uint32_t i = 0; i < ZS_MAX_TENSORS && a->tensors[i].box; i++) {
-    const uint64_t dims[2] = {a->tensors[i].columns, a->tensors[i].rows}, strides[1] = {2 * a->tensors[i].ld};
-    const uint32_t box[2] = {64, a->tensors[i].box}, steps[2] = {1, 1};
-    TRY(cuTensorMapEncodeTiled, &maps[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, P(void *, a->tensors[i].data), dims, strides, box, steps,
+    const uint32_t rows = a->tensors[i].rows, matrices = a->tensors[i].matrices;
+    const uint64_t ld = 2 * a->tensors[i].ld, dims[3] = {a->tensors[i].columns, rows, matrices}, strides[2] = {ld, rows * ld};
+    const uint32_t box[3] = {64, a->tensors[i].box, 1}, steps[3] = {1, 1, 1};
+    TRY(cuTensorMapEncodeTiled, &maps[i], CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, matrices ? 3 : 2, P(void *, a->tensors[i].data), dims, strides, box, steps,
          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     params[a->nargs + i] = &maps[i];
   }

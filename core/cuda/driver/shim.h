@@ -41,6 +41,7 @@ typedef struct {
   struct {
     uint32_t box;           // rows of a box; not 0: a tensor map of a BF16 matrix is a parameter after the others,
     uint32_t rows, columns; // in boxes of 64 columns, in the 128-byte swizzle
+    uint32_t matrices;      // not 0: a third dimension, of matrices one behind the other
     uint64_t data, ld;      // ld: elements from one row to the next
   } tensors[ZS_MAX_TENSORS];
   uint64_t args[ZS_MAX_ARGS]; // one slot a parameter; narrower ones use the low bytes, a struct, which comes last, all the slots from its own on

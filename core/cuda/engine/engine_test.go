@@ -146,7 +146,7 @@ func TestManyTokensInOneLaunch(t *testing.T) {
 		require.Len(t, launches(f), 1)
 		assert.Contains(t, launches(f)[0], "zs_zipgemm_pair "+c.want)
 		assert.Equal(t, c.clusters != "", strings.Contains(launches(f)[0], "cluster"))
-		assert.Contains(t, launches(f)[0], c.clusters+"args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 1000 ")
+		assert.Contains(t, launches(f)[0], c.clusters+"args 1080 39080 9a39080 20000 1000 0 3000000 7000 7000 7000 1000 ")
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx4096 ld 4096 box %dx64", c.n, c.xbox))
 		assert.Contains(t, f.Log(), fmt.Sprintf("tensor %dx28672 ld 28672 box %dx64", c.n, c.ybox), "the results")
 		if c.n != 129 && c.n != 256 && c.n != 512 {
@@ -195,7 +195,7 @@ func TestProductsOfSomeRows(t *testing.T) {
 	require.NoError(t, err)
 	assert.Zero(t, needs)
 	// 79 strips of 64 tiles: headers 8 bytes, 5632 of the fixed part; 128 tiles are passed over.
-	assert.Contains(t, launches(f)[0], "args 1480 bae80 1b32e80 20000 1000 0 3000000 1000 1000 1000 200 ")
+	assert.Contains(t, launches(f)[0], "args 1480 bae80 1b32e80 20000 1000 0 3000000 1000 1000 1000 1000 200 ")
 	assert.Contains(t, f.Log(), "tensor 512x4096 ld 4096 box 128x64")
 
 	f.Reset()
@@ -213,6 +213,42 @@ func TestProductsOfSomeRows(t *testing.T) {
 		p.Row0, p.Rows = bad[0], bad[1]
 		_, err = d.Linear(&p)
 		assert.ErrorContains(t, err, "row", "%v", bad)
+	}
+}
+
+// Results of several layers' rows: a matrix for each, where the kernel is one for many tokens.
+func TestProductsInParts(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: 500, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 14336, PartRows: 14336}
+	needs, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs)
+	assert.Contains(t, launches(f)[0], " 0 3000000 3800 7000 3800 1000 1f4 ")
+	assert.Contains(t, f.Log(), "2 of tensor 500x14336 ld 14336 box 256x64")
+
+	// Some rows, in parts.
+	f.Reset()
+	p.Row0, p.Rows, p.PartRows, p.LdY = 4096, 3*2048, 2048, 2048
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs)
+	assert.Contains(t, f.Log(), "3 of tensor 500x2048 ld 2048 box 256x64")
+
+	f.Reset()
+	p.N = 128
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, engine.NeedsExpand, needs, "few tokens")
+	p.Row0, p.Rows, p.N, p.PartRows = 0, 0, 5, 28672
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs, "one part is the whole")
+	p.N = 500
+	for _, bad := range []uint64{1, 100, 14336 - 64, 28672 + 64, math.MaxUint64} {
+		p.PartRows = bad
+		_, err = d.Linear(&p)
+		assert.ErrorContains(t, err, "parts of", "%d", bad)
 	}
 }
 
@@ -235,7 +271,7 @@ func TestScratchMemoryIsAskedFor(t *testing.T) {
 	require.NoError(t, err)
 	assert.Zero(t, needs)
 	require.Len(t, launches(f), 1)
-	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1080 9080 1609080 20000 1000 0 3000000 1000 fc4 1000 1f40 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
+	assert.Regexp(t, `zs_zipgemm_relay grid 132,1,1 block 384 smem \d+ stream 77 pdl \d cluster 2 args 1080 9080 1609080 20000 1000 0 3000000 1000 fc4 fc4 1000 1f40 [0-9a-f]+ [0-9a-f]+ 700000$`, launches(f)[0])
 	assert.Contains(t, f.Log(), "tensor 8000x4096 ld 4096 box 128x64")
 	assert.Contains(t, f.Log(), "tensor 8000x4036 ld 4096 box 256x64", "the results")
 	p.Y += 2

@@ -23,6 +23,8 @@ type Matmul struct {
 	LdY     uint64
 	// Where not both are 0: of so many Rows of W alone, from Row0 on, a multiple of 64. Bias and y are of these rows.
 	Row0, Rows uint64
+	// Where not 0, y is not one matrix, but one of N rows for each PartRows of these rows, a multiple of 64 that divides them; one behind the other.
+	PartRows uint64
 	// Scratch is memory for the time of the product, or 0.
 	Scratch      driver.Pointer
 	ScratchBytes uint64
@@ -49,7 +51,7 @@ const scratchAlign = 16
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
 // It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or where Rows are
-// fewer than M and its kernel multiplies by whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
+// fewer than M, or y is in parts, and its kernel knows whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
 func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
 		return 0, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
@@ -64,7 +66,15 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if err := checkRows(p.M, p.Row0, rows); err != nil {
 		return 0, err
 	}
-	if rows != p.M && plan.Class(p.N) <= plan.FewTokens {
+	partRows := p.PartRows
+	if partRows == 0 {
+		partRows = rows
+	}
+	if partRows != rows && (partRows%tileRows != 0 || rows%partRows != 0) {
+		return 0, badArgument("parts of %d of %d rows: they must be multiples of %d, and all alike", partRows, rows, tileRows)
+	}
+	whole := rows == p.M && partRows == rows
+	if !whole && plan.Class(p.N) <= plan.FewTokens {
 		return NeedsExpand, nil
 	}
 	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
@@ -72,7 +82,7 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if err != nil {
 		return 0, err
 	}
-	if l.plan.Expand || (rows != p.M && !l.plan.ByRows) {
+	if l.plan.Expand || (!whole && !l.plan.ByRows) {
 		return NeedsExpand, nil
 	}
 	if l.plan.Scratch > 0 && (p.Scratch == 0 || p.ScratchBytes < l.plan.Scratch) {
@@ -91,7 +101,11 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 		x := p.X + driver.Pointer(2*first*p.LdX)
 		launch := d.prepared(l.kernel, p.Stream, early)
 		args := p.weights(launch.Args[:0], l.plan.ByRows)
-		args = append(args, uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY, rows, p.K, n, uint64(ws))
+		args = append(args, uint64(x), p.LdX, uint64(p.Bias), uint64(p.Y)+2*first*p.LdY, p.LdY, rows)
+		if l.plan.ByRows {
+			args = append(args, partRows)
+		}
+		args = append(args, p.K, n, uint64(ws))
 		if l.plan.Scratch != 0 {
 			args = append(args, uint64(ws)+l.plan.Flags, uint64(p.Scratch))
 		}
@@ -110,7 +124,7 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 			y := &launch.Tensors[1] // of a y that no copy can write the kernel does not look at it
 			*y = launch.Tensors[0]
 			if p.Y%16 == 0 && p.LdY%8 == 0 {
-				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(rows), Box: box}
+				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(partRows), Box: box, Matrices: uint32(rows / partRows)}
 			}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {

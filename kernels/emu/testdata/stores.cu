@@ -25,20 +25,20 @@ extern "C" __global__ void bulk_stores(const uint32_t* in, uint32_t* out, uint32
   }
 }
 
-// y[tokens, rows] = in, by boxes of 16 rows of 64 columns that stand over its ends; a warp for each.
-extern "C" __global__ void tensor_stores(const uint16_t* in, uint16_t* y, uint64_t ld, uint32_t rows, uint32_t columns) {
+// y[matrices, rows, columns] = in, by boxes of 16 rows of 64 columns that stand over the ends, of one matrix more than there are; a warp for each.
+extern "C" __global__ void tensor_stores(const uint16_t* in, uint16_t* y, uint64_t ld, uint32_t rows, uint32_t columns, uint32_t matrices) {
   ZS_SMEM(smem);
   const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, at = smem_addr(smem) + warp * 2048, boxes = (columns + 63) / 64;
-  const uint32_t row = warp / boxes * 16, column = warp % boxes * 64;
+  const uint32_t across = (rows + 15) / 16, row = warp / boxes % across * 16, column = warp % boxes * 64, matrix = warp / boxes / across;
   for (uint32_t i = lane; i < 16 * 64; i += 32) {
     const uint32_t r = i / 64, c = i % 64;
-    const uint16_t v = row + r < rows && column + c < columns ? in[(row + r) * columns + column + c] : 0xDEAD;
+    const uint16_t v = matrix < matrices && row + r < rows && column + c < columns ? in[(matrix * rows + row + r) * columns + column + c] : 0xDEAD;
     st_shared_u16(at + r * 128 + ((c / 8 ^ r % 8) << 4) + c % 8 * 2, v);
   }
   fence_proxy_async();
   __syncwarp();
   if (lane == 0) {
-    tensor_store(TensorMap{}, TensorRows{y, ld, rows, columns, 16}, column, row, at);
+    tensor_store(TensorMap{}, TensorRows{y, ld, rows, columns, 16, matrices}, column, row, matrix, at);
     bulk_copies_read();  // what is written may come later than the end of the block, but not what is read
   }
 }

@@ -245,17 +245,17 @@ inline void box(uint32_t base) {
 extern "C" __global__ void tensor_store_of_a_bad_matrix(uint32_t* data, uint32_t*) {
   SHARED;
   box(base);
-  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 67, 8, 64, 8}, 0, 0, base);
+  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 67, 8, 64, 8}, 0, 0, 0, base);
 }
 extern "C" __global__ void tensor_store_off_its_atom(uint32_t* data, uint32_t*) {
   SHARED;
   box(base);
-  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 64, 8, 64, 8}, 0, 0, base + 512);
+  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 64, 8, 64, 8}, 0, 0, 0, base + 512);
 }
 extern "C" __global__ void tensor_store_beyond_end(uint32_t* data, uint32_t*) {
   SHARED;
   box(base);
-  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 64, 100, 64, 8}, 0, 16, base);
+  if (threadIdx.x == 0) tensor_store(TensorMap{}, TensorRows{(uint16_t*)data, 64, 100, 64, 8}, 0, 16, 0, base);
 }
 extern "C" __global__ void prefetch_beyond_end(uint32_t* data, uint32_t*) {
   if (threadIdx.x == 0) prefetch_l2(data + 448, 512);

@@ -247,7 +247,7 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction f, void **p
   for (unsigned i = 0; i < c->numAttrs; i++)
     if (c->attrs[i].id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) pdl = c->attrs[i].value.programmatic_stream_serialization;
   // A driver knows how many parameters a kernel has; this one knows it of some, and logs four of the others.
-  static const struct { const char *name; size_t count; } known[] = {{"zs_moe_route", 7}, {"zs_moe_combine", 8}, {"zs_zipgemm_grouped", 10}, {"zs_zipgemm_relay", 14}, {"zs_zipgemm_pair", 12}, {"zs_compress", 25}};
+  static const struct { const char *name; size_t count; } known[] = {{"zs_moe_route", 7}, {"zs_moe_combine", 8}, {"zs_zipgemm_grouped", 10}, {"zs_zipgemm_relay", 15}, {"zs_zipgemm_pair", 13}, {"zs_compress", 25}};
   size_t count = 4;
   for (size_t i = 0; i < sizeof known / sizeof *known; i++)
     if (strcmp(fn->name, known[i].name) == 0) count = known[i].count;
@@ -273,11 +273,13 @@ EXPORT CUresult cuTensorMapEncodeTiled(CUtensorMap *map, int type, uint32_t rank
                                        const uint32_t *steps, int interleave, int swizzle, int promotion, int fill) {
   START(cuTensorMapEncodeTiled);
   (void)interleave; (void)promotion; (void)fill;
-  if ((uintptr_t)map % 64 != 0 || (uintptr_t)data % 16 != 0 || type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank != 2) return INVALID_VALUE;
+  if ((uintptr_t)map % 64 != 0 || (uintptr_t)data % 16 != 0 || type != CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || rank < 2 || rank > 3) return INVALID_VALUE;
   if (dims[0] == 0 || dims[1] == 0 || strides[0] % 16 != 0 || strides[0] == 0 || strides[0] >> 40 != 0) return INVALID_VALUE;
   if (box[0] == 0 || box[0] > 256 || box[1] == 0 || box[1] > 256 || (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * 2 > 128)) return INVALID_VALUE;
   if (steps[0] != 1 || steps[1] != 1) return INVALID_VALUE;
+  if (rank == 3 && (dims[2] == 0 || strides[1] != dims[1] * strides[0] || strides[1] >> 40 != 0 || box[2] != 1 || steps[2] != 1)) return INVALID_VALUE;
   memset(map, 0, sizeof *map);
+  if (rank == 3 && dims[2] > 1) note("%llu of ", (unsigned long long)dims[2]);
   note("tensor %llux%llu ld %llu box %ux%u\n", (unsigned long long)dims[1], (unsigned long long)dims[0], (unsigned long long)strides[0] / 2, box[1], box[0]);
   return OK;
 }
