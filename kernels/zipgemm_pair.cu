@@ -110,7 +110,10 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     pin(headers);
     auto head_of = [&](const Job& c) { return ld_stream_u32(headers + (uint64_t)c.tile * 8); };
     Columns ahead(plan, d);
-    if (!ahead.left) return;
+    if (!ahead.left) {
+        cluster_wait();
+        return;
+    }
     Job at(plan, ahead, own);
     uint32_t head = head_of(at);
     TileStream stream;
@@ -129,6 +132,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     };
     forward(d);
     bool first = true;
+    cluster_wait();  // behind the first loads, which take longer
     while (true) {
         if (more) ahead.advance(plan, ZS_AT_A_TIME);
         const bool still = more && ahead.left;
@@ -162,6 +166,13 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         if (EARLY) coming.load(lane_escapes, whole_header(head), lane), head = head_of(later);
         if (lane == 0) prefetch_l2(words_of(later), ZS_FIXED);
         __syncwarp();
+        if (!brought) {
+            if (first) griddep_wait();  // weights are there before the kernel ahead has ended, activations only then
+            mbarrier_wait(xfull + 8, xstage.parity ^ 1);
+            __syncwarp();
+            bring();
+        }
+        first = false;
         escapes.patch(blob.escapes, tile, spare, lane);
         if (!ALONE) fence_proxy_async();
         __syncwarp();
@@ -169,13 +180,6 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         if (!ALONE && lane == 0) {
             bulk_copy_to_block(tile, tile, 8192, full, plan.rank ^ 1);
             mbarrier_arrive_expect_tx(full, 8192);  // the other block's tile
-        }
-        if (first) griddep_wait();  // weights are there before the kernel ahead has ended, activations only then
-        first = false;
-        if (!brought) {
-            mbarrier_wait(xfull + 8, xstage.parity ^ 1);
-            __syncwarp();
-            bring();
         }
         if (!more) return;
         if (!ALONE) stream.load(words_of(after), lane, 2, 4);
@@ -257,8 +261,6 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
                 uint32_t m, uint32_t part_rows, uint32_t k, uint32_t n, float* __restrict__ workspace, const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap y_map) {
     ZS_SMEM(smem_ptr);
     const uint32_t warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0), smem = smem_addr(smem_ptr);
-    const Blob blob(headers, fixed, escapes, m, k);
-    const Plan plan(blob, n);
     griddep_launch();
     if (threadIdx.x == 0) {
         for (uint32_t s = 0; s < ZS_XSTAGES; s++) {
@@ -274,12 +276,15 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
     __syncwarp();
     if (threadIdx.x == 0) prefetch_map(x_map);
     cluster_arrive_relaxed();
-    cluster_wait();
+    const Blob blob(headers, fixed, escapes, m, k);
     if (warp < ZS_CONSUMERS / 32) {
+        const Plan plan(blob, n);
+        cluster_wait();
         setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
         multiply_tiles(plan, Results{{bias, y, ldy, m, n}, part_rows}, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
     } else {
         setmaxnreg_dec<ZS_DECODER_REGISTERS>();
+        const Plan plan(blob, n);
         decode_tiles(blob, x_map, x, ldx, n, k, plan, warp - ZS_CONSUMERS / 32, threadIdx.x % 32, smem);
     }
     __syncwarp();
