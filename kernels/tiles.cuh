@@ -68,7 +68,7 @@ ZS_DEVICE void publish_sums(const float (&acc)[ZS_N / 2], float* slot) {
 // The results of several layers' rows in one product: for so many rows of w each, a multiple of 64, a matrix of all tokens, one behind the other. (Or all rows in one.)
 struct Results : Output {
     uint32_t part_rows;
-    // Those of one strip, as if all parts' rows lay side by side.
+    // For the strip that begins at row0: of its part, but in the numbers of all rows.
     ZS_DEVICE Output of(uint32_t row0) const {
         Output part = *this;
         part.y += row0 / part_rows * (n * ldy - part_rows);

@@ -132,6 +132,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     };
     forward(d);
     bool first = true;
+    __syncwarp();
     cluster_wait();  // behind the first loads, which take longer
     while (true) {
         if (more) ahead.advance(plan, ZS_AT_A_TIME);
@@ -165,14 +166,17 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         }
         if (EARLY) coming.load(lane_escapes, whole_header(head), lane), head = head_of(later);
         if (lane == 0) prefetch_l2(words_of(later), ZS_FIXED);
+        auto bring_now = [&] {
+            if (!brought) {
+                if (first) griddep_wait();  // weights are there before the kernel ahead has ended, activations only then
+                mbarrier_wait(xfull + 8, xstage.parity ^ 1);
+                __syncwarp();
+                bring();
+            }
+            first = false;
+        };
+        if (!ALONE) bring_now();  // while escapes come; a block that stands alone lacks the registers with NVRTC before 12.8
         __syncwarp();
-        if (!brought) {
-            if (first) griddep_wait();  // weights are there before the kernel ahead has ended, activations only then
-            mbarrier_wait(xfull + 8, xstage.parity ^ 1);
-            __syncwarp();
-            bring();
-        }
-        first = false;
         escapes.patch(blob.escapes, tile, spare, lane);
         if (!ALONE) fence_proxy_async();
         __syncwarp();
@@ -181,6 +185,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
             bulk_copy_to_block(tile, tile, 8192, full, plan.rank ^ 1);
             mbarrier_arrive_expect_tx(full, 8192);  // the other block's tile
         }
+        if (ALONE) bring_now();
         if (!more) return;
         if (!ALONE) stream.load(words_of(after), lane, 2, 4);
         if (!EARLY) coming.load(lane_escapes, whole_header(head), lane);
@@ -277,6 +282,7 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
     if (threadIdx.x == 0) prefetch_map(x_map);
     cluster_arrive_relaxed();
     const Blob blob(headers, fixed, escapes, m, k);
+    // A plan for each: one for both costs 192 tokens alone a spilled register.
     if (warp < ZS_CONSUMERS / 32) {
         const Plan plan(blob, n);
         cluster_wait();

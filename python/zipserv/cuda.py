@@ -81,19 +81,18 @@ def linear(
 
 def linear_parts(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, parts: int
-) -> tuple[torch.Tensor, ...]:
-    """:func:`linear` for the rows of several layers in one blob, ``m / parts`` each, a multiple of 64: each one's result, ``(..., m / parts)``."""
+) -> tuple[torch.Tensor, ...] | None:
+    """:func:`linear` for the rows of several layers in one blob, ``m / parts`` each, a multiple of 64: each one's result, ``(..., m / parts)``,
+    contiguous, in one allocation. None where no kernel does that."""
     y = _native(x, blob, m, k, dtype_code, bias, None, parts)
-    if y is not None:
-        return y.unbind()
-    ranges = [(row, row + m // parts) for row in range(0, m, m // parts)]
-    return tuple(linear(x, blob, m, k, dtype_code, None if bias is None else bias[slice(*rows)], rows) for rows in ranges)
+    return None if y is None else y.unbind()
 
 
 def _native(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, rows: tuple[int, int] | None, parts: int = 1
 ) -> torch.Tensor | None:
-    """By the engine; None where the weight is to be decompressed for the product. With ``parts``: ``(parts, ..., m / parts)``."""
+    """By the engine; None where the weight is to be decompressed for the product, or no kernel does what ``rows`` or ``parts`` ask for.
+    With ``parts``: ``(parts, ..., m / parts)``."""
     if dtype_code != _BF16 or blob.numel() == HEADER_BYTES + 2 * m * k:
         return None
     out = m if rows is None else rows[1] - rows[0]

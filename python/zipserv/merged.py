@@ -122,7 +122,7 @@ class _Step:
     def __init__(self) -> None:
         self.thread = get_ident()
         self.x: torch.Tensor | None = None
-        self.y: tuple[torch.Tensor, ...] = ()
+        self.y: torch.Tensor | tuple[torch.Tensor, ...] = ()  # of all rows, or of each layer
         self.blob: torch.Tensor | None = None
         self.biases: list[Any] = []
         self.written: tuple[Any, ...] = ()
@@ -216,7 +216,7 @@ class MergedLinear(ZipLinear):
     # --- products -------------------------------------------------------------------------------------------------
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """``input (..., in_features)`` -> ``(..., out_features)``; on a GPU perhaps a view into a wider result, or beside others."""
+        """``input (..., in_features)`` -> ``(..., out_features)``; on a GPU perhaps a view into a wider result, or contiguous beside others."""
         blob = self.merged_zipserv
         if blob.device.type not in _SHARED_ON:
             return self._alone(input, blob)
@@ -232,13 +232,16 @@ class MergedLinear(ZipLinear):
         step = self._group.step
         shares = step is not None and step.thread == get_ident()
         many = input.numel() > _FEW_TOKENS * self.in_features and not _batch_invariant(blob)
-        if many and not (shares and (self._group.even or input.numel() * self._group.m <= _MOST_RESULTS * self.in_features)):
+        large = many and input.numel() * self._group.m > _MOST_RESULTS * self.in_features
+        if large and not (shares and self._group.even):
             return self._alone(input, blob)
         own = self._group.slots[self._index][0]
         if own is not self._parameters or own.get("bias") is not bias or self._group.is_sharded():
             return self._alone(input, blob)  # a replica with tensors of its own, a parametrized bias, one in pieces
-        y = self._shared(step, input, blob, many) if step is not None and shares else self._parts(input, blob, many)
-        part = y[self._index]
+        y = self._shared(step, input, blob, many, large) if step is not None and shares else self._product(input, blob, many, large)
+        if y is None:
+            return self._alone(input, blob)
+        part = y.narrow(-1, self._row0, self.out_features) if isinstance(y, torch.Tensor) else y[self._index]
         # To whoever changes it in place it is a tensor of its own: no view, and with a counter of its own.
         return part.data if part.__class__ is torch.Tensor and not part.is_inference() else part
 
@@ -249,32 +252,36 @@ class MergedLinear(ZipLinear):
         group, row0 = self._group, self._row0
         return linear_rows(x, blob, group.m, group.k, self.weight_dtype, row0, row0 + self.out_features, bias)
 
-    def _whole(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
+    def _whole(self, x: torch.Tensor, blob: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """The product with all rows."""
-        group = self._group
-        bias = group.bias(self.weight_dtype, blob.device, views=not torch.compiler.is_compiling())
-        return linear_blob(x, blob, group.m, group.k, self.weight_dtype, bias)
+        return linear_blob(x, blob, self._group.m, self._group.k, self.weight_dtype, bias)
 
-    def _parts(self, x: torch.Tensor, blob: torch.Tensor, many: bool) -> tuple[torch.Tensor, ...]:
-        """Each layer's result of one product."""
-        group = self._group
+    def _bias(self, blob: torch.Tensor) -> torch.Tensor | None:
+        return self._group.bias(self.weight_dtype, blob.device, views=not torch.compiler.is_compiling())
+
+    def _product(self, x: torch.Tensor, blob: torch.Tensor, many: bool, large: bool) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
+        """The product with all rows, or each layer's result of it; None where a large result would be a wide one."""
+        group, bias = self._group, self._bias(blob)
         if many and group.even:
-            y = linear_parts(x, blob, group.m, group.k, self.weight_dtype, group.bias(self.weight_dtype, blob.device, views=True), len(group.parts))
-            if y is not None:
-                return y
-        whole = self._whole(x, blob)
-        return tuple(whole.narrow(-1, part.row0, part.rows) for part in group.parts)
+            parts = linear_parts(x, blob, group.m, group.k, self.weight_dtype, bias, len(group.parts))
+            if parts is not None or large:
+                return parts
+        return self._whole(x, blob, bias)
 
-    def _shared(self, step: _Step, x: torch.Tensor, blob: torch.Tensor, many: bool) -> tuple[torch.Tensor, ...]:
+    def _shared(
+        self, step: _Step, x: torch.Tensor, blob: torch.Tensor, many: bool, large: bool
+    ) -> torch.Tensor | tuple[torch.Tensor, ...] | None:
         key, bit = _key(x), 1 << self._index
         same = step.x is x and step.blob is blob and step.key == key and not step.taken & bit
         if same and step.biases[self._index] is self.bias and step.written == _written(step.biases):
             y = step.y
             step.taken |= bit
         else:
-            step.biases = self._group.biases()
-            y = self._parts(x, blob, many)
-            step.written = _written(step.biases)
+            biases = self._group.biases()
+            made = self._product(x, blob, many, large)
+            if made is None:
+                return None
+            y, step.biases, step.written = made, biases, _written(biases)
             step.x, step.y, step.blob, step.key, step.taken = x, y, blob, key, bit
         if step.taken == (1 << len(self._group.parts)) - 1:
             step.x, step.y, step.blob = None, (), None
@@ -292,7 +299,7 @@ class MergedLinear(ZipLinear):
         if held is not None and held[0] is x and held[2] == grad and not held[3] & bit:
             y, taken = held[1], held[3] | bit
         else:
-            y, taken = self._whole(x, blob), bit
+            y, taken = self._whole(x, blob, self._bias(blob)), bit
         if held is not None:
             group.traced = _OPEN if taken == (1 << len(group.parts)) - 1 else (x, y, grad, taken)
         return y[..., self._row0 : self._row0 + self.out_features]

@@ -153,7 +153,7 @@ def test_some_rows_of_a_matrix(part: tuple[int, int, int, int], n: int) -> None:
 @pytest.mark.parametrize("n", [129, 300, 512, 700, 2100])
 @pytest.mark.parametrize("m, k, parts", [(384, 520, 3), (384, 520, 2), (1280, 2048, 2), (64 * 5, 72, 5), (28672, 512, 2)])
 def test_results_of_several_layers(m: int, k: int, parts: int, n: int) -> None:
-    """A matrix for each of several layers' rows: what a product of all rows gives, bit for bit where it is the same kernel's."""
+    """A matrix for each of several layers' rows: the bits that a product of all rows gives."""
     w = trained(m, k)
     z, x = on_gpu(w), torch.randn(3, n, k, device="cuda").bfloat16()[1]
     bias = torch.randn(m, device="cuda").bfloat16() if n % 2 else None
@@ -162,11 +162,11 @@ def test_results_of_several_layers(m: int, k: int, parts: int, n: int) -> None:
         with choices.chosen(0, problem, choice):
             whole = zipserv.linear(x, z, bias)
             made = cuda.linear_parts(x, z.blob, m, k, 1, bias, parts)
+            if choice.kernel not in ("pair", "solo", "relay"):
+                assert made is None
+                continue
             assert len(made) == parts and all(y.is_contiguous() and y.shape == (n, m // parts) for y in made)
-            if choice.kernel in ("pair", "solo", "relay"):
-                assert same_bits(torch.cat(made, -1), whole), choice
-            else:
-                assert_like_cublas(torch.cat(made, -1), x, w.cuda(), bias)
+            assert same_bits(torch.cat(made, -1), whole), choice
 
 
 @pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")

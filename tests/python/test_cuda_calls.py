@@ -143,6 +143,23 @@ raises(ValueError, ["rows"], rows._linear_rows_cuda, x, blob, m, k, 1, 6080, 620
 """, ALLOCATIONS)
 
 
+def test_results_of_several_layers(run) -> None:
+    """One launch where a kernel writes them apart; nothing elsewhere, nor where something needs torch's dispatcher."""
+    run("""
+m, k = 6144, 4096
+blob, x = on_device(torch.zeros(128 + 1024, dtype=torch.uint8)), on_device(torch.zeros(2, 256, k).bfloat16())
+bias = on_device(torch.zeros(m).bfloat16())
+with watched:
+    made = cuda.linear_parts(x, blob, m, k, 1, bias, 3)
+assert [(y.shape, y.is_contiguous()) for y in made] == [((2, 256, 2048), True)] * 3 and not asked, asked
+assert len(launches()) == 1 and "3 of tensor 512x2048 ld 2048 box 256x64" in log(), log()
+assert [y.data_ptr() - made[0].data_ptr() for y in made] == [0, 2 * 512 * 2048, 4 * 512 * 2048]
+assert cuda.linear_parts(x[0, :128], blob, m, k, 1, None, 3) is None, "few tokens"
+assert cuda.linear_parts(x.half(), blob, m, k, 2, None, 3) is None, "there are kernels for BF16 alone"
+assert cuda.eager_parts(x, blob, m, k, 1, None, 3) is None and len(launches()) == 1, "a tensor subclass"
+""", ALLOCATIONS)
+
+
 def test_decompress_and_raw_weights(run) -> None:
     run("""
 w = (torch.randn(128, 192) * 0.02).bfloat16()

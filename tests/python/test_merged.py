@@ -330,9 +330,42 @@ def test_layers_of_as_many_rows_have_results_of_their_own(shared: Counter, monke
     monkeypatch.setattr(merged, "_batch_invariant", lambda blob: True)
     made(x)
     assert len(calls) == 2 and len(shared) == 2
-    monkeypatch.undo()
-    monkeypatch.setattr(merged, "_SHARED_ON", frozenset({"cpu"}))
-    assert torch.allclose(made(x).float(), single(x).float(), rtol=2e-2, atol=2e-2), "where there is no such product: columns of a wide one"
+    monkeypatch.setattr(merged, "_batch_invariant", lambda blob: False)
+    shared.clear()
+    monkeypatch.setattr(merged, "linear_parts", lambda *arguments: None)
+    assert torch.equal(made(x), single(x)) and not shared, "where there is no such product each multiplies by its own rows,"
+    monkeypatch.setattr(merged, "_MOST_RESULTS", 1 << 20)
+    made(x)
+    assert len(shared) == 1, "or takes columns of a wide result that is not large"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_traces(tokens: int, shared: Counter) -> None:
+    _, made = pair()
+    x = torch.randn(tokens, 128).bfloat16()
+    traced = torch.jit.trace(made.mlp, x)
+    assert torch.equal(traced(x), made.mlp(x))
+
+
+@torch.no_grad()
+def test_a_product_that_fails_leaves_the_one_before_as_it_is(shared: Counter) -> None:
+    """In particular it does not pass off a bias that came since for one that is in the result."""
+    _, made = pair()
+    mlp, seen = made.mlp, []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        mlp.gate_proj(x)
+        mlp.up_proj.bias = nn.Parameter(mlp.up_proj.bias + 100, requires_grad=False)
+        with pytest.raises(ValueError, match="shape"):
+            mlp.gate_proj(x[..., :64])
+        seen.append(mlp.up_proj(x))
+        return x
+
+    before = mlp.up_proj(X)
+    mlp.forward = forward
+    mlp(X)
+    assert torch.allclose(seen[0].float(), before.float() + 100, atol=0.6)
 
 
 @pytest.mark.parametrize("work", [merge_layers, split_layers])
