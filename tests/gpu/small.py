@@ -7,7 +7,7 @@ import torch
 from gpu_cases import escapes, islands, on_gpu, same_bits, trained
 
 import zipserv
-from zipserv import choices, grouped, tune
+from zipserv import choices, cuda, grouped, tune
 from zipserv.choices import Problem
 
 
@@ -31,7 +31,7 @@ def experts(count: int, m: int, k: int) -> None:
 
 
 def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
-    """Every way that there is for many tokens; with results that no tensor copy can write, too."""
+    """Every way that there is for many tokens; with results that no tensor copy can write, and results of two layers, too."""
     m, k = w.shape
     x = torch.randn(n, k, device="cuda").bfloat16()
     want = x.double() @ w.cuda().double().T
@@ -40,6 +40,9 @@ def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
         with choices.chosen(0, problem, choice):
             for _ in range(2):
                 torch.testing.assert_close(zipserv.linear(x, z).double(), want, rtol=2e-2, atol=5e-2)
+            parts = cuda.linear_parts(x, z.blob, m, k, 1, None, 2) if m % 128 == 0 else None
+            if parts is not None:
+                torch.testing.assert_close(torch.cat(parts, -1).double(), want, rtol=2e-2, atol=5e-2)
 
 
 def main() -> None:
