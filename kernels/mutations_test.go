@@ -77,7 +77,7 @@ var mutations = []struct {
 	{"decoded over a tile that is being read", "pair", "zipgemm_pair.cu", `mbarrier_wait\(full \+ 8, stage\.parity \^ 1\);`, 0, "", "race mbarrier in-flight"},
 	{"activations over those that are being read", "pair", "zipgemm_pair.cu", `mbarrier_wait\(xfull \+ 8, xstage\.parity \^ 1\);`, 0, "", "race mbarrier in-flight"},
 	{"a test of a stage not looked at", "pair", "zipgemm_pair.cu", `mbarrier_test\(xfull \+ 8, xstage\.parity \^ 1\)`, 0, "true", "race mbarrier in-flight"},
-	{"each lane by its own look at the activations' barrier", "pair", "zipgemm_pair.cu", `__shfl_sync\(0xFFFFFFFFu, \(uint32_t\)(mbarrier_test\([^)]*\)), 0\)`, 0, "$1", "divergence deadlock"},
+	{"each lane by its own look at the activations' barrier", "pair", "zipgemm_pair.cu", `__shfl_sync\(0xFFFFFFFFu, \(uint32_t\)(mbarrier_test\([^)]*\)), 0\)`, 0, "$1", "divergence deadlock race"},
 	{"activations brought twice", "pair", "zipgemm_pair.cu", `if \(!brought\) \{`, 0, "{", "mbarrier in-flight deadlock race"},
 	{"tiles into the own block", "pair", "zipgemm_pair.cu", `(bulk_copy_to_block\(tile, [^;]*) \^ 1\);`, 0, "$1);", "argument"},
 	{"tiles in the place of the other strip", "pair", "zipgemm_pair.cu", `own \* 8192`, 0, "(own ^ 1) * 8192", "wrong"},

@@ -78,22 +78,23 @@ def test_one_launch_a_group(blocks: tuple[nn.Module, nn.Module, nn.Module], monk
 class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(1024, 1472), nn.Linear(1024, 1472)
+        self.gate_proj, self.up_proj = nn.Linear(2048, 2944), nn.Linear(2048, 2944)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.gate_proj(x), self.up_proj(x)
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="only kernels for compute capability 9.0 do this")
 @torch.no_grad()
 def test_many_tokens_give_each_layer_a_result_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many rows in each: one product, and no result is a part of a wide one. Like a product of all rows to the bit, on Hopper."""
+    """As many rows in each: one product, and no result is a part of a wide one."""
     plain = nn.Sequential(Gated()).to("cuda", torch.bfloat16)
     made = copy.deepcopy(plain)
     zipserv.compress_model(made)
     calls = []
     monkeypatch.setattr(merged, "linear_parts", lambda *arguments: calls.append(1) or zipserv.rows.linear_parts(*arguments))
     for n in (129, 512, 1000, 5000):
-        x = torch.randn(2, n, 1024, device="cuda").bfloat16()
+        x = torch.randn(2, n, 2048, device="cuda").bfloat16()
         for y, want in zip(made(x), plain(x), strict=True):
             assert y.is_contiguous() and y.shape == want.shape and near(y, want)
         graph = torch.cuda.CUDAGraph()
