@@ -84,7 +84,7 @@ class Gated(nn.Module):
         return self.gate_proj(x), self.up_proj(x)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="only kernels for compute capability 9.0 do this")
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for compute capability 9.0")
 @torch.no_grad()
 def test_many_tokens_give_each_layer_a_result_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many rows in each: one product, and no result is a part of a wide one."""
