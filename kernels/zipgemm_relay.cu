@@ -11,7 +11,7 @@
 // Launch: block ZS_THREADS, clusters of ZS_CLUSTER, grid of whole clusters <= blocks resident at once, dynamic shared memory ZS_GEMM_SMEM.
 // workspace: grid * ZS_GROUPS * 64 * ZS_N floats. flags: ZS_CONTROL words and one for each ZS_GROUPS strips and column of tiles. Of both all bytes are 0xFF before the
 // first launch, and every launch leaves them so. decoded: 8192 bytes for each tile, of a multiple of ZS_GROUPS strips, 16-byte aligned. x_map: x as n rows of k columns, boxes of
-// ZS_N / ZS_CLUSTER rows of 64 columns, also where n is less, in the 128-byte swizzle.
+// ZS_N / ZS_CLUSTER rows of 64 columns, also where n is less, in the 128-byte swizzle. y, part_rows and y_map: as zipgemm_pair's.
 #define ZS_WGMMA 1
 
 #ifndef ZS_N
