@@ -41,6 +41,13 @@ _LIB.define("decompress_out(Tensor blob, int m, int k, int dtype_code, int row0,
 _LIB.define("compress(Tensor weight) -> Tensor", tags=_TAGS)
 
 
+def under_autocast(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both in the weight's dtype where autocast is on, else as they are."""
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        return x.to(dtype), None if bias is None else bias.to(dtype)
+    return x, bias
+
+
 # --- CPU ------------------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def linear_rows(
     """The op, with its arguments checked; ``x`` and ``bias`` are cast under autocast. Errors as for :func:`zipserv.linear`."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"x must be a torch.Tensor, not {type(x).__name__}")
-    x, bias = _cast(x, bias, dtype)
+    x, bias = ops.under_autocast(x, bias, dtype)
     if x.dtype != dtype:
         raise TypeError(f"x is {x.dtype}, the compressed weight is {dtype}: convert x with x.to({dtype}), or use autocast")
     if x.dim() == 0 or x.shape[-1] != k:
@@ -47,20 +47,12 @@ def linear_rows(
     return y
 
 
-def _cast(x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Under autocast both in the weight's dtype."""
-    if x.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            return x.to(dtype), None if bias is None else bias.to(dtype)
-    return x, bias
-
-
 def linear_parts(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None, parts: int
 ) -> tuple[torch.Tensor, ...] | None:
     """The results of ``parts`` layers in one blob, of as many rows each (a multiple of 64), by one product on a GPU: each ``(..., m / parts)``.
     None where no kernel does that, as on the CPU, where arguments don't fit, and where something needs torch's dispatcher."""
-    x, bias = _cast(x, bias, dtype)
+    x, bias = ops.under_autocast(x, bias, dtype)
     if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
         return None
     y: tuple[torch.Tensor, ...] | None = ops.cuda_module().eager_parts(x, blob, m, k, DTYPE_CODES[dtype], bias, parts)

@@ -298,9 +298,7 @@ def linear_blob(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torc
     if bias is not None and not isinstance(bias, torch.Tensor):
         raise TypeError(f"bias must be a torch.Tensor or None, not {type(bias).__name__}")
     if x.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        if x.device.type in _DEVICES and torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
+        x, bias = ops.under_autocast(x, bias, dtype)
     if x.device == blob.device and x.device.type in _DEVICES and not torch.compiler.is_compiling() and _tracing_state() is None:
         # The call itself where nothing needs torch's dispatcher, which costs more than the call does.
         eager = ops.cuda_module() if x.is_cuda else cpu
