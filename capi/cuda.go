@@ -73,7 +73,7 @@ func zsgo_cuda_linear(device C.int32_t, job *C.zs_cuda_linear_t, needs *C.uint64
 		p := engine.Matmul{
 			Stream: driver.Stream(job.stream), Blob: driver.Pointer(job.blob), M: uint64(job.m), K: uint64(job.k), N: uint64(job.n),
 			X: driver.Pointer(job.x), LdX: uint64(job.ldx), Bias: driver.Pointer(job.bias), Y: driver.Pointer(job.y), LdY: uint64(job.ldy),
-			Scratch: driver.Pointer(job.scratch), ScratchBytes: uint64(job.scratch_bytes), Row0: uint64(job.row0), Rows: uint64(job.rows), PartRows: uint64(job.part_rows),
+			Scratch: driver.Pointer(job.scratch), ScratchBytes: uint64(job.scratch_bytes), Row0: uint64(job.row0), Rows: uint64(job.rows), PartRows: uint64(job.part_rows), Gated: job.gated != 0,
 		}
 		n, err := d.Linear(&p)
 		*needs = C.uint64_t(n)

@@ -102,7 +102,7 @@ static PyObject *py_set_batch_invariant(PyObject *self, PyObject *const *args, P
 
 static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    if (nargs != 16) {
+    if (nargs != 16 && nargs != 17) {
         ARGS("cuda_linear", 13);
     }
     ARG(0, device);
@@ -113,7 +113,9 @@ static PyObject *py_linear(PyObject *self, PyObject *const *args, Py_ssize_t nar
     };
     if (!READ(1, fields)) return NULL;
     const field_t rows[] = {{"row0", &job.row0}, {"rows", &job.rows}, {"part_rows", &job.part_rows}};
-    if (nargs == 16 && !READ(13, rows)) return NULL;
+    if (nargs > 13 && !READ(13, rows)) return NULL;
+    const field_t gated[] = {{"gated", &job.gated}};
+    if (nargs > 16 && !READ(16, gated)) return NULL;
     int32_t code;
     uint64_t needs = 0;
     WITHOUT_GIL(code = zs_cuda_linear(device_number(device), &job, &needs));
@@ -402,7 +404,7 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(control, "cuda_control(device, request) -> str: a request about plans and tuning and its reply, both JSON"),
     {"cuda_clear_cache", py_clear_cache, METH_NOARGS, "cuda_clear_cache() -> None: removes the compiled kernels on disk"},
     FUNCTION(set_batch_invariant, "cuda_set_batch_invariant(on) -> None"),
-    FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy, scratch, scratch_bytes[, row0, rows, part_rows]) -> int: 0 queued; 1 decompress and multiply instead; else bytes of scratch that it needs"),
+    FUNCTION(linear, "cuda_linear(device, stream, blob, m, k, x, n, ldx, bias, y, ldy, scratch, scratch_bytes[, row0, rows, part_rows[, gated]]) -> int: 0 queued; 1 decompress and multiply instead; else bytes of scratch that it needs"),
     FUNCTION(changed, "cuda_changed(device, blob) -> None: the blob has new content, written by work in a stream"),
     FUNCTION(decompress, "cuda_decompress(device, stream, blob, m, k, row0, rows, out, ld) -> None"),
     FUNCTION(gather, "cuda_gather(device, stream, blob, dtype, m, k, ids, id_bytes, n, out) -> None"),

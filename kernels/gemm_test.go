@@ -28,6 +28,7 @@ type gemm struct {
 	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
 	pair      bool // any number of tokens: the blocks of a cluster have n each
+	gated     bool // the pair kernel's results are silu(gate) * up
 	relay     bool
 }
 
@@ -37,6 +38,7 @@ type variant struct {
 	n, mw, kw, xstages int
 	decoders, stages   int
 	cluster, ring      int
+	gated              bool
 }
 
 func (v variant) pair() bool { return v.decoders > 0 && v.cluster > 0 }
@@ -46,7 +48,11 @@ func (v variant) String() string {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
 	}
 	if v.pair() {
-		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages)
+		name := fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages)
+		if v.gated {
+			name += ",gated"
+		}
+		return name
 	}
 	if v.decoders > 0 {
 		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages)
@@ -60,10 +66,14 @@ func (v variant) defines() []string {
 	}
 	if v.pair() {
 		// ZS_SHORTER: so that small products have runs that begin anywhere, too.
-		return []string{
+		d := []string{
 			fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_CLUSTER=%d", v.cluster), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages),
 			fmt.Sprintf("ZS_STAGES=%d", v.stages), "ZS_SHORTER=3",
 		}
+		if v.gated {
+			d = append(d, "ZS_GATED=1")
+		}
+		return d
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.decoders > 0 {
@@ -74,7 +84,7 @@ func (v variant) defines() []string {
 
 func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
-	if kernel == "solo" { // pair with clusters of one block
+	if kernel == "solo" || kernel == "pair gated" { // pair with clusters of one block, or with gates
 		kernel = "pair"
 	}
 	entry := "zs_zipgemm_" + kernel
@@ -84,7 +94,7 @@ func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	}
 	p, err := emu.Compile(emu.Source{Files: files, Main: "zipgemm_" + kernel + ".cu", Defines: v.defines(), Kernels: []string{entry}, Constants: constants})
 	require.NoError(t, err)
-	g := gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", pair: kernel == "pair", relay: kernel == "relay"}
+	g := gemm{program: p, entry: entry, n: v.n, mw: v.mw, kw: max(v.kw, 1), cluster: max(v.cluster, 1), tensor: kernel != "mma", pair: kernel == "pair", relay: kernel == "relay", gated: v.gated}
 	if g.pair {
 		g.mw = 2
 	}
@@ -115,13 +125,16 @@ func allSet(name string, size int) *emu.Buffer {
 	return &emu.Buffer{Name: name, Data: bytes.Repeat([]byte{0xFF}, size), Mode: emu.InOut, Dependent: true}
 }
 
-// run returns y as BF16 bits, n x m.
+// run returns y as BF16 bits, n x m, with gates n x m / 2.
 func (g gemm) run(p product) ([]uint16, error) {
 	if p.ldx == 0 {
 		p.ldx = p.w.k
 	}
 	p.parts = max(p.parts, 1)
 	rows := p.w.m / p.parts
+	if g.gated {
+		p.parts, rows = 1, p.w.m/2
+	}
 	if p.ldy == 0 {
 		p.ldy = rows
 	}
@@ -205,9 +218,9 @@ func (g gemm) run(p product) ([]uint16, error) {
 		}
 	}
 	all := fromHalves(y.Data)
-	out := make([]uint16, p.n*p.w.m)
+	out := make([]uint16, p.n*p.parts*rows)
 	for r := range p.parts * p.n {
-		copy(out[r%p.n*p.w.m+r/p.n*rows:], all[r*p.ldy:r*p.ldy+rows])
+		copy(out[(r%p.n*p.parts+r/p.n)*rows:], all[r*p.ldy:r*p.ldy+rows])
 		for _, v := range all[r*p.ldy+rows : min(len(all), (r+1)*p.ldy)] {
 			if v != 0xFFFF {
 				return nil, fmt.Errorf("the kernel wrote between rows %d and %d of y", r, r+1)
@@ -217,25 +230,30 @@ func (g gemm) run(p product) ([]uint16, error) {
 	return out, nil
 }
 
-// check compares with float64: half a unit in the last place of the BF16 result, and for FP32 sums the usual k/16 + splits roundings of the
-// sum of magnitudes (the tensor core adds 16 products at a time).
+// exact is a token's result in float64, and how far the kernel's may be off: half a unit in the last place of the BF16 result, and for FP32 sums the usual
+// k/16 + splits roundings of the sum of magnitudes (the tensor core adds 16 products at a time).
+func (p product) exact(token, row int) (sum, bound float64) {
+	var magnitude float64
+	for k := range p.w.k {
+		v := p.x[token*p.w.k+k] * fromBF16(p.w.w[row*p.w.k+k])
+		sum += v
+		magnitude += math.Abs(v)
+	}
+	if p.bias != nil {
+		sum += p.bias[row]
+		magnitude += math.Abs(p.bias[row])
+	}
+	return sum, math.Abs(sum)/256*1.01 + magnitude*math.Ldexp(float64(p.w.k)/16+16, -24) + math.Ldexp(1, -133)
+}
+
+// check compares with float64.
 func (p product) check(t *testing.T, y []uint16) {
 	t.Helper()
 	bad := 0
 	for r := range p.n {
 		for m := range p.w.m {
-			var sum, magnitude float64
-			for k := range p.w.k {
-				v := p.x[r*p.w.k+k] * fromBF16(p.w.w[m*p.w.k+k])
-				sum += v
-				magnitude += math.Abs(v)
-			}
-			if p.bias != nil {
-				sum += p.bias[m]
-				magnitude += math.Abs(p.bias[m])
-			}
+			sum, bound := p.exact(r, m)
 			got := fromBF16(y[r*p.w.m+m])
-			bound := math.Abs(sum)/256*1.01 + magnitude*math.Ldexp(float64(p.w.k)/16+16, -24) + math.Ldexp(1, -133)
 			if diff := math.Abs(got - sum); !(diff <= bound) && bad < 5 {
 				bad++
 				t.Errorf("token %d, row %d: %g, want %g; off by %g, allowed %g", r, m, got, sum, diff, bound)
@@ -282,6 +300,8 @@ func seededVariant(kernel string, n int) variant {
 		return variant{n: max(n, 16), mw: 2, cluster: 2, ring: 4}
 	case "pair":
 		return variant{n: max(n, 16), cluster: 2, decoders: 4, xstages: 4, stages: 6}
+	case "pair gated":
+		return variant{n: max(n, 32), cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true}
 	case "solo":
 		return variant{n: max(n, 32), cluster: 1, decoders: 4, xstages: 4, stages: 6}
 	case "wgmma":

@@ -67,15 +67,10 @@ ZS_DEVICE void multiply(float (&acc)[ZS_QUADS][4], uint32_t tile, uint32_t x, ui
 }
 
 #if ZS_GATED
-// silu(gate) * up of four values each, rounded to BF16 where separate kernels would.
+// Four gates become silu(gate) * up.
 ZS_DEVICE void apply_gate(float (&v)[4], const Vec4& up) {
-    const float u[4] = {as_float(up.x), as_float(up.y), as_float(up.z), as_float(up.w)};
-#pragma unroll
-    for (uint32_t i = 0; i < 4; i++) {
-        const uint32_t both = pack_bf16(v[i], u[i]);
-        const float gate = as_float(both << 16);
-        v[i] = as_float(pack_bf16(gate / (1.0f + expf(-gate)), 0.0f) << 16) * as_float(both & 0xFFFF0000u);
-    }
+    apply_gates(v[0], v[1], pack_bf16(v[0], v[1]), pack_bf16(as_float(up.x), as_float(up.y)));
+    apply_gates(v[2], v[3], pack_bf16(v[2], v[3]), pack_bf16(as_float(up.z), as_float(up.w)));
 }
 #endif
 

@@ -4,6 +4,7 @@ package kernels_test
 
 import (
 	"fmt"
+	"math"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -149,6 +150,67 @@ func escapesRight(t *testing.T, kernel string, v variant, ldy int) {
 }
 
 func TestPair(t *testing.T) { shapesRight(t, "pair", pairVariants, pairShapes, 5) }
+
+var gatedVariants = []variant{
+	{n: 32, cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true}, {n: 32, cluster: 1, decoders: 4, xstages: 4, stages: 6, gated: true},
+	{n: 256, cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true},
+}
+
+var gatedShapes = []shape{
+	{128, 64, 1, 1, 2},   // a turn of one column; half of the tokens of a block are not there, or all
+	{128, 200, 3, 5, 4},  // two parts of a tile, or a tile for each cluster
+	{384, 460, 2, 0, 4},  // turns and parts; strips of the gates that are odd ones
+	{128, 1160, 4, 3, 2}, // every ring goes round, one cluster
+	{640, 136, 5, 2, 6},
+	{384, 1530, 2, 5, 8}, // runs that begin anywhere
+	{256, 72, 1, 9, 12},  // more clusters than columns
+}
+
+// Gates in the kernel are gates behind it.
+func TestPairGates(t *testing.T) {
+	for _, v := range gatedVariants {
+		t.Run(v.String(), func(t *testing.T) {
+			t.Parallel()
+			g := newGEMM(t, kernels.Sources, "pair", v)
+			for i, s := range gatedShapes {
+				if v.large() && s.m*s.k*s.tiles > 120000 {
+					continue
+				}
+				t.Run(fmt.Sprintf("%dx%d,tiles=%d,last=%d,grid=%d", s.m, s.k, s.tiles, s.last, s.grid), func(t *testing.T) {
+					for _, seed := range seeds(t, 2) {
+						p := newProduct(s.m, s.k, tokensOf(g, s.tiles, s.last), seed)
+						p.grid, p.above = s.grid, i%2
+						p.ldy = s.m/2 + []int{0, 8, 5}[i%3] // with 5 no copy can write it
+						y, err := g.run(p)
+						require.NoError(t, err)
+						p.checkGates(t, y)
+						if v.large() {
+							break
+						}
+					}
+				})
+			}
+		})
+	}
+}
+
+// checkGates compares with float64: what check allows the gate and what it is for, of both the effect on the result, and three roundings.
+func (p product) checkGates(t *testing.T, y []uint16) {
+	t.Helper()
+	half := p.w.m / 2
+	for r := range p.n {
+		for m := range half {
+			gate, gateOff := p.exact(r, m)
+			up, upOff := p.exact(r, half+m)
+			silu := gate / (1 + math.Exp(-gate))
+			want := silu * up
+			slope := 1.1 * gateOff // of SiLU, whose derivative is at most that
+			bound := slope*(math.Abs(up)+upOff) + math.Abs(silu)*upOff + math.Abs(want)/128*1.01 + math.Ldexp(1, -120)
+			got := fromBF16(y[r*half+m])
+			require.LessOrEqual(t, math.Abs(got-want), bound, "token %d, row %d: %g, want %g (gate %g, up %g)", r, m, got, want, gate, up)
+		}
+	}
+}
 
 func TestPairEscapes(t *testing.T) {
 	for _, kernel := range []string{"pair", "solo"} {

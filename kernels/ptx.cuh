@@ -351,6 +351,16 @@ ZS_DEVICE void griddep_launch() {}
 // Barrier `id` (1..15) among `threads` threads of the block, whole warps.
 ZS_DEVICE void named_barrier_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
+// 2^v and 1 / v, the hardware's; values and results below 2^-126 are 0.
+ZS_DEVICE float exp2_approx(float v) {
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(v));
+    return v;
+}
+ZS_DEVICE float reciprocal_approx(float v) {
+    asm("rcp.approx.ftz.f32 %0, %0;" : "+f"(v));
+    return v;
+}
+
 // Ends the kernel as a failed assertion of the device, the error that nn.Embedding gives for such an index.
 ZS_DEVICE void fail_index() { __assertfail("an index is not a row of the table", "zipserv/kernels/gather.cu", 0, "zs_gather", 1); }
 

@@ -76,27 +76,29 @@ struct Results : Output {
     }
 };
 
-// Writes a strip's results from registers: to 64 rows from row0 and ZS_N tokens from token0 on.
-ZS_DEVICE void store_strip(const float (&acc)[ZS_N / 2], const Results& out, uint32_t row0, uint32_t token0, uint32_t tid) {
+// Writes a strip's results from registers: to 64 rows from row0 and 2 * SUMS tokens from token0 on.
+template <uint32_t SUMS>
+ZS_DEVICE void store_strip(const float (&acc)[SUMS], const Results& out, uint32_t row0, uint32_t token0, uint32_t tid) {
     const Output part = out.of(row0);
 #pragma unroll
-    for (uint32_t q = 0; q < ZS_N / 8; q++) part.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0 + tid / 32 * 16, token0 + q * 8, tid % 32);
+    for (uint32_t q = 0; q < SUMS / 4; q++) part.store({acc[4 * q], acc[4 * q + 1], acc[4 * q + 2], acc[4 * q + 3]}, row0 + tid / 32 * 16, token0 + q * 8, tid % 32);
 }
 
-// The same by the copy engine, through 128 * ZS_N bytes of shared memory at `at`, 1024-byte aligned. A copy
+// The same by the copy engine, through 256 * SUMS bytes of shared memory at `at`, 1024-byte aligned. A copy
 // to global memory of thread 0's (bulk_copies_read); `barrier` is a named one of the warpgroup.
-ZS_DEVICE void send_strip(const float (&acc)[ZS_N / 2], const Results& out, const TensorMap& y_map, uint32_t row0, uint32_t token0, uint32_t barrier, uint32_t tid, uint32_t at) {
+template <uint32_t SUMS>
+ZS_DEVICE void send_strip(const float (&acc)[SUMS], const Results& out, const TensorMap& y_map, uint32_t row0, uint32_t token0, uint32_t barrier, uint32_t tid, uint32_t at) {
     const uint32_t lane = tid % 32, warp = tid / 32, row = row0 + warp * 16 + lane / 4;
     const float b0 = out.bias && row < out.m ? as_float((uint32_t)out.bias[row] << 16) : 0.0f, b1 = out.bias && row + 8 < out.m ? as_float((uint32_t)out.bias[row + 8] << 16) : 0.0f;
     // Of 16 tokens at a time four matrices: rows 0 to 7 and 8 to 15 of the first eight, of the others. Lanes 8 i .. 8 i + 7 have the addresses of matrix i.
     const uint32_t token = lane / 16 * 8 + lane % 8, to = at + swizzle_chunk(token, warp * 2 + lane / 8 % 2);
 #pragma unroll
-    for (uint32_t q = 0; q < ZS_N / 8; q += 2) {
+    for (uint32_t q = 0; q < SUMS / 4; q += 2) {
         const float* const v = acc + 4 * q;
         store_matrices_transposed(to + q * 1024, {pack_bf16(v[0] + b0, v[1] + b0), pack_bf16(v[2] + b1, v[3] + b1), pack_bf16(v[4] + b0, v[5] + b0), pack_bf16(v[6] + b1, v[7] + b1)});
     }
     fence_proxy_async();
     named_barrier_sync(barrier, 128);
     const uint32_t part = row0 / out.part_rows;
-    if (tid == 0) tensor_store(y_map, TensorRows{out.y, out.ldy, out.n, out.part_rows, ZS_N, out.m / out.part_rows}, row0 - part * out.part_rows, token0, part, at);
+    if (tid == 0) tensor_store(y_map, TensorRows{out.y, out.ldy, out.n, out.part_rows, 2 * SUMS, out.m / out.part_rows}, row0 - part * out.part_rows, token0, part, at);
 }

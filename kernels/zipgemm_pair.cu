@@ -11,6 +11,8 @@
 // ZS_XROWS rows of 64 columns, also where n is less, in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes). y: for each
 // part_rows of the m rows a matrix of n rows, which ldy says the distance of, one behind the other. y_map: these matrices of part_rows columns, boxes of ZS_N rows of one of
 // them, where y and ldy are such that it can be made (Output::by_copies).
+//
+// With ZS_GATED the upper half of the rows of w are gates, m is a multiple of 128, part_rows is m / 2, and y is one matrix, n x m / 2: silu(gate) * up.
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -28,6 +30,9 @@
 #endif
 #ifndef ZS_STAGES
 #define ZS_STAGES 6  // columns of tiles in theirs: ZS_AT_A_TIME or more. A tile is under way longer than activations are: decoded, by pairs then copied
+#endif
+#ifndef ZS_GATED
+#define ZS_GATED 0  // 1: of a block's strips one has gates, the other what they are for
 #endif
 #ifndef ZS_PANEL
 #define ZS_PANEL 4
@@ -70,6 +75,11 @@
 // activations knows that the column ZS_STAGES back was handed back, and so the stages that were kept for results two columns before that.
 static_assert(ZS_AT_A_TIME <= ZS_STAGES && ZS_STAGES + 2 <= 2 * ZS_XSTAGES, "see above");
 
+// The row of tiles that is a block's strip g.
+ZS_DEVICE int32_t row_of_tiles(const Plan& plan, const Turns& turn, uint32_t g) {
+    return ZS_GATED ? turn.strip / 2 + (int32_t)g * (plan.strips / 2) : turn.strip + (int32_t)g;
+}
+
 // The columns of a cluster's turns, from one to another one some way behind it.
 struct Columns {
     Turns turn;
@@ -93,7 +103,7 @@ struct Job {
     uint32_t tile, column, token;  // weight tile of the decoder's strip; first of its columns of x; first token of the block
     ZS_DEVICE Job(const Plan& plan, const Columns& at, uint32_t own) {
         // Rows below the matrix are those of another strip: no result is made of them.
-        tile = (uint32_t)(min(at.turn.strip + (int32_t)own, plan.strips - 1) * plan.ksteps + at.column);
+        tile = (uint32_t)(min(row_of_tiles(plan, at.turn, own), plan.strips - 1) * plan.ksteps + at.column);
         column = (uint32_t)at.column * ZS_TILE, token = at.turn.token;
     }
 };
@@ -211,15 +221,43 @@ struct Outbox {
     }
 };
 
+#if ZS_GATED
+static_assert(ZS_N % 32 == 0, "see below");
+// The results for half of the tokens, the first ones in warpgroup 0: what it lacks for them, and the other one for its own, goes through ZS_XBYTES at `at`. row: of the
+// thread's sums. Both call this, when both have multiplied by what lies there.
+template <uint32_t G>
+ZS_DEVICE void swap_gated(const float (&acc)[ZS_N / 2], float (&results)[ZS_N / 4], const uint16_t* bias, uint32_t row, uint32_t tid, uint32_t at) {
+    constexpr uint32_t PIECES = ZS_N / 16, BYTES = ZS_XBYTES / 2;  // of half of the tokens
+    const float b0 = bias ? as_float((uint32_t)bias[row] << 16) : 0.0f, b1 = bias ? as_float((uint32_t)bias[row + 8] << 16) : 0.0f;
+    auto packed = [&](uint32_t q) {
+        const float* const v = acc + 4 * q;
+        return Vec4{pack_bf16(v[0] + b0, v[1] + b0), pack_bf16(v[2] + b1, v[3] + b1), pack_bf16(v[4] + b0, v[5] + b0), pack_bf16(v[6] + b1, v[7] + b1)};
+    };
+    at += tid * 16;
+#pragma unroll
+    for (uint32_t q = 0; q < PIECES; q += 2) st_shared_v4(at + (1 - G) * BYTES + q * 1024, packed((1 - G) * PIECES + q));
+    named_barrier_sync(1, ZS_CONSUMERS);
+#pragma unroll
+    for (uint32_t q = 0; q < PIECES; q += 2) {
+        const Vec4 own = packed(G * PIECES + q), other = ld_shared_v4(at + G * BYTES + q * 1024);
+        const Vec4 gates = G == 0 ? own : other, ups = G == 0 ? other : own;
+        float* const v = results + 4 * q;
+        apply_gates(v[0], v[1], gates.x, ups.x), apply_gates(v[2], v[3], gates.y, ups.y);
+        apply_gates(v[4], v[5], gates.z, ups.z), apply_gates(v[6], v[7], gates.w, ups.w);
+    }
+}
+#endif
+
 // Warpgroup g multiplies its strip of every column.
-ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
+ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const uint16_t* bias, const TensorMap& y_map, uint32_t g, uint32_t tid, uint32_t smem, float* workspace) {
     const bool signals = tid % 32 == 0;
     Stage stage(0), xstage(0);
     Outbox outbox;
     griddep_wait();
     for (Turns turn(plan); turn.next(plan);) {
-        // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one.
-        const bool sends = out.by_copies() && plan.settles(turn.tile) && turn.end - turn.begin >= 2;
+        // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one. With gates they and what
+        // they are made of go through the last one, which both keep.
+        const bool settles = plan.settles(turn.tile), sends = !ZS_GATED && out.by_copies() && settles && turn.end - turn.begin >= 2;
         float acc[ZS_N / 2];
 #pragma unroll
         for (uint32_t j = 0; j < ZS_N / 2; j++) acc[j] = 0.0f;
@@ -244,18 +282,37 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const Tensor
             stage.advance(1, ZS_STAGES), xstage.advance(1, ZS_XSTAGES);
         }
         wgmma_wait<0>();
-        release(sends && g == 1);
+        release(ZS_GATED ? settles : sends && g == 1);
         wgmma_pin(acc);
-        const uint32_t row0 = ((uint32_t)turn.strip + g) * ZS_TILE;
+        const uint32_t row0 = (uint32_t)row_of_tiles(plan, turn, g) * ZS_TILE;
         if (!add_up(acc, plan, turn, g, tid, workspace)) continue;
+        auto stage_before = [&](uint32_t back) { return xstage.index < back ? xstage.index + ZS_XSTAGES - back : xstage.index - back; };
+#if ZS_GATED
+        const uint32_t last = stage_before(1), at = smem + last * ZS_XBYTES, token = turn.token + g * (ZS_N / 2);
+        float results[ZS_N / 4];
+        named_barrier_sync(1, ZS_CONSUMERS);
+        if (g == 0) swap_gated<0>(acc, results, bias, row0 + tid / 32 * 16 + tid % 32 / 4, tid, at);
+        else swap_gated<1>(acc, results, bias, row0 + tid / 32 * 16 + tid % 32 / 4, tid, at);
+        fence_proxy_async();  // activations are copied there next
+        named_barrier_sync(2 + g, 128);
+        const uint32_t gates0 = (uint32_t)row_of_tiles(plan, turn, 0) * ZS_TILE;
+        outbox.sent = smem + ZS_XBARRIERS + last * 16;
+        if (out.by_copies()) {
+            send_strip(results, out, y_map, gates0, token, 2 + g, tid, at + g * (ZS_XBYTES / 2));
+        } else {
+            outbox.hand_back(tid);
+            store_strip(results, out, gates0, token, tid);
+        }
+#else
         if (sends) {
             named_barrier_sync(1, ZS_CONSUMERS);  // the other one has read these stages, too
-            const uint32_t back = 2 - g, kept = xstage.index < back ? xstage.index + ZS_XSTAGES - back : xstage.index - back;
+            const uint32_t kept = stage_before(2 - g);
             send_strip(acc, out, y_map, row0, turn.token, 2 + g, tid, smem + kept * ZS_XBYTES);
             outbox.sent = smem + ZS_XBARRIERS + kept * 16;
         } else {
             store_strip(acc, out, row0, turn.token, tid);
         }
+#endif
     }
     if (tid == 0) bulk_copies_read();  // nothing is loaded there again
 }
@@ -287,7 +344,8 @@ zs_zipgemm_pair(const uint8_t* __restrict__ headers, const uint8_t* __restrict__
         const Plan plan(blob, n);
         cluster_wait();
         setmaxnreg_inc<ZS_CONSUMER_REGISTERS>();
-        multiply_tiles(plan, Results{{bias, y, ldy, m, n}, part_rows}, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
+        // Behind gates there is one matrix, and nothing to add.
+        multiply_tiles(plan, Results{{ZS_GATED ? nullptr : bias, y, ldy, ZS_GATED ? part_rows : m, n}, part_rows}, bias, y_map, warp / 4, threadIdx.x % 128, smem, workspace);
     } else {
         setmaxnreg_dec<ZS_DECODER_REGISTERS>();
         const Plan plan(blob, n);

@@ -18,6 +18,9 @@ inline uint32_t round_bf16(float f) {
   return (u + 0x7FFFu + (u >> 16 & 1)) >> 16;
 }
 inline uint32_t pack_bf16(float lo, float hi) { return round_bf16(lo) | round_bf16(hi) << 16; }
+inline float without_subnormals(float v) { return std::fabs(v) < 0x1p-126f ? std::copysign(0.0f, v) : v; }
+inline float exp2_approx(float v) { return without_subnormals(std::exp2(v)); }
+inline float reciprocal_approx(float v) { return without_subnormals(1.0f / without_subnormals(v)); }
 
 // ---- global memory
 struct Vec4 {

@@ -19,8 +19,8 @@ from . import _zipserv
 from .format import DTYPE_CODES, DTYPES, HEADER_BYTES, TILE, Header, parse_header
 
 __all__ = [
-    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "linear_parts",
-    "moe_combine", "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
+    "batch_invariant", "changed", "clear_cache", "compress", "compress_into", "decompress", "describe", "embedding", "linear", "linear_gated",
+    "linear_parts", "moe_combine", "moe_linear", "moe_route", "report", "set_batch_invariant", "warm", "warm_experts",
 ]
 
 _BF16 = 1
@@ -88,15 +88,23 @@ def linear_parts(
     return None if y is None else y.unbind()
 
 
+def linear_gated(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """For the rows of two layers in one blob, ``m / 2`` each, a multiple of 64: SiLU of the first one's result times the second one's,
+    ``(..., m / 2)``, rounded where separate kernels would. None where no kernel does that."""
+    return _native(x, blob, m, k, dtype_code, bias, None, gated=True)
+
+
 def _native(
-    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, rows: tuple[int, int] | None, parts: int = 1
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None, rows: tuple[int, int] | None,
+    parts: int = 1, gated: bool = False,
 ) -> torch.Tensor | None:
-    """By the engine; None where the weight is to be decompressed for the product, or no kernel does what ``rows`` or ``parts`` ask for.
+    """By the engine; None where the weight is to be decompressed for the product, or no kernel does what ``rows``, ``parts`` or ``gated`` ask for.
     With ``parts``: ``(parts, ..., m / parts)``."""
     if dtype_code != _BF16 or blob.numel() == HEADER_BYTES + 2 * m * k:
         return None
     out = m if rows is None else rows[1] - rows[0]
-    part = () if rows is None and parts == 1 else (rows[0] if rows else 0, out, out // parts)
+    width = out // 2 if gated else out // parts
+    part = (0, out, out, 1) if gated else () if rows is None and parts == 1 else (rows[0] if rows else 0, out, width)
     index = blob.get_device()
     shape = x.shape
     if x.dtype is not _bf16 or shape[-1] != k or x.get_device() != index:
@@ -125,8 +133,8 @@ def _native(
         # Nor may they overlap.
         tokens = tokens.clone(memory_format=torch.contiguous_format)
         x_ptr, ldx = tokens.data_ptr(), k
-    y = x.new_empty((*shape[:-1], out) if parts == 1 else (parts, *shape[:-1], out // parts))
-    job = (index, _stream(index), address, m, k, x_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), out // parts)
+    y = x.new_empty((*shape[:-1], width) if parts == 1 else (parts, *shape[:-1], width))
+    job = (index, _stream(index), address, m, k, x_ptr, x.numel() // k, ldx, bias_ptr, y.data_ptr(), width)
     needs = _queue(*job, 0, 0, *part)
     while needs > _EXPAND:  # again where the choice has changed in between
         scratch = torch.empty(needs, dtype=torch.uint8, device=blob.device)
@@ -158,6 +166,11 @@ def eager_parts(
 ) -> tuple[torch.Tensor, ...] | None:
     """:func:`linear_parts`, as :func:`eager_linear`."""
     return linear_parts(x, blob, m, k, dtype_code, bias, parts) if _is_direct(x, bias) else None
+
+
+def eager_gated(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """:func:`linear_gated`, as :func:`eager_linear`."""
+    return linear_gated(x, blob, m, k, dtype_code, bias) if _is_direct(x, bias) else None
 
 
 def _is_direct(x: torch.Tensor, bias: torch.Tensor | None) -> bool:

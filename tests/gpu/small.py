@@ -31,7 +31,7 @@ def experts(count: int, m: int, k: int) -> None:
 
 
 def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
-    """Every way that there is for many tokens; with results that no tensor copy can write, and results of two layers, too."""
+    """Every way that there is for many tokens; with results that no tensor copy can write, results of two layers, and gates, too."""
     m, k = w.shape
     x = torch.randn(n, k, device="cuda").bfloat16()
     want = x.double() @ w.cuda().double().T
@@ -43,6 +43,10 @@ def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
             parts = cuda.linear_parts(x, z.blob, m, k, 1, None, 2) if m % 128 == 0 else None
             if parts is not None:
                 torch.testing.assert_close(torch.cat(parts, -1).double(), want, rtol=2e-2, atol=5e-2)
+    gated = cuda.linear_gated(x, z.blob, m, k, 1, None) if m % 128 == 0 else None
+    if gated is not None:
+        gates, up = want.chunk(2, -1)
+        torch.testing.assert_close(gated.double(), torch.nn.functional.silu(gates) * up, rtol=5e-2, atol=2e-1)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gpu_cases import assert_like_cublas, gaussian, islands, on_gpu, same_bits, trained
 
 import zipserv
@@ -167,6 +168,46 @@ def test_results_of_several_layers(m: int, k: int, parts: int, n: int) -> None:
                 continue
             assert len(made) == parts and all(y.is_contiguous() and y.shape == (n, m // parts) for y in made)
             assert same_bits(torch.cat(made, -1), whole), choice
+
+
+@pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")
+@pytest.mark.parametrize(("m", "k"), [(256, 4096), (2048, 1024), (28672, 4096), (10240, 3584), (5120, 2048)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gates(m: int, k: int, with_bias: bool) -> None:
+    """As far from float64 as gates behind the product are, whatever kernel the plan takes."""
+    w = trained(m, k)
+    z = on_gpu(w)
+    first, second = w.cuda().double().chunk(2)
+    bias = torch.randn(m, device="cuda").bfloat16() if with_bias else None
+    for n in (129, 192, 200, 300, 384, 512, 513, 700, 1030):
+        x = torch.randn(n, k, device="cuda").bfloat16()
+        made = cuda.linear_gated(x, z.blob, m, k, 1, bias)
+        assert made is not None and made.shape == (n, m // 2)
+        gates, up = x.double() @ first.T, x.double() @ second.T
+        if bias is not None:
+            gates, up = gates + bias[: m // 2], up + bias[m // 2 :]
+        exact = F.silu(gates) * up
+        behind = F.silu(gates.bfloat16()) * up.bfloat16()  # three roundings, as in the kernel
+        off = (made.double() - exact).norm() / exact.norm()
+        assert off <= 1.05 * (behind.double() - exact).norm() / exact.norm(), (n, off)
+    assert cuda.linear_gated(x[:128], z.blob, m, k, 1, bias) is None
+
+
+@pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")
+def test_gates_of_any_size() -> None:
+    """SiLU where exponentials overflow, are nothing, or are not numbers: one-hot tokens pick gates from a list, and 1 for what they are for."""
+    values = torch.tensor([0.0, -0.0, 1e-30, -1e-3, 1.0, -1.0, 8.0, -8.0, 20.0, -20.0, 80.0, -80.0, 90.0, -90.0, 1e5, -1e5, 3e38, -3e38]).bfloat16()
+    count = values.numel()
+    w = torch.zeros(128, 4096, dtype=torch.bfloat16)
+    w[:count, 0], w[64:, 0] = values, 1.0
+    w[:, 1:] = torch.randn(128, 4095).bfloat16() * 0.02  # so that it is compressed; no token asks for it
+    z = on_gpu(w)
+    x = torch.zeros(200, 4096, device="cuda", dtype=torch.bfloat16)
+    x[:, 0] = 1.0
+    made = cuda.linear_gated(x, z.blob, 128, 4096, 1, None)
+    want = F.silu(values.cuda())
+    assert made is not None
+    torch.testing.assert_close(made[:, :count], want.expand(200, -1), rtol=2**-8, atol=1e-36)
 
 
 @pytest.mark.skipif(not HOPPER, reason="these kernels are for compute capability 9.0")

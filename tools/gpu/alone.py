@@ -4,8 +4,9 @@
     python tools/gpu/alone.py --shapes 4096x4096,28672x4096 --tokens 256,512
     python tools/gpu/alone.py --shapes 4096x4096 --tokens 512 --ways    # all layouts for many tokens that can be chosen
 
-In the benchmark's loops a product begins while the one before it ends. Here 128 MB and then the activations are written in front of each, in a
-CUDA graph, and the profiler tells how long the product's kernel takes by itself: medians in microseconds. * marks the layout that is chosen.
+In the benchmark's loops a product begins while the one before it ends. Here 128 MB are written in front of each, or read (--read), as most is in a
+decode step, and then the activations are written, in a CUDA graph. The profiler tells how long the product's kernels take by themselves: medians in
+microseconds, from the first one's begin to the last one's end. * marks the layout that is chosen.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,30 +32,35 @@ REPEATS = 20
 MANY = ("pair", "solo", "relay")
 
 
-def microseconds(product: Callable[[], object], x: torch.Tensor, other: torch.Tensor) -> float:
-    """Median time of the last kernel that ``product`` launches, with ``other`` and ``x`` written before."""
-
-    def before() -> None:
-        other.fill_(1.0)
-        x.add_(0.0)
-
-    product()
-    before()
+def kernels(work: Callable[[], object]) -> list[Any]:
+    """The kernels that ``work`` launches, ``REPEATS`` times in a CUDA graph, in their order."""
+    work()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
-            before()
-            product()
+            work()
     graph.replay()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         graph.replay()
         torch.cuda.synchronize()
-    kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels.sort(key=lambda event: event.time_range.start)
-    each = len(kernels) // REPEATS
-    return statistics.median(kernels[(i + 1) * each - 1].time_range.elapsed_us() for i in range(REPEATS))
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return sorted(found, key=lambda event: event.time_range.start)
+
+
+def microseconds(product: Callable[[], object], before: Callable[[], object]) -> float:
+    """Median time of the kernels that ``product`` launches behind ``before``."""
+
+    def both() -> None:
+        before()
+        product()
+
+    skipped, all_of_them = len(kernels(before)) // REPEATS, kernels(both)
+    each = len(all_of_them) // REPEATS
+    return statistics.median(
+        all_of_them[(i + 1) * each - 1].time_range.end - all_of_them[i * each + skipped].time_range.start for i in range(REPEATS)
+    )
 
 
 def main() -> int:
@@ -61,6 +68,7 @@ def main() -> int:
     parser.add_argument("--shapes", default="4096x4096,6144x4096,4096x14336,28672x4096", metavar="MxK,..")
     parser.add_argument("--tokens", default="512", metavar="N,..")
     parser.add_argument("--weights", default="gaussian", choices=["gaussian", "trained"])
+    parser.add_argument("--read", action="store_true", help="read the 128 MB that come before, do not write them")
     parser.add_argument("--ways", action="store_true", help="each layout for many tokens, too")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -77,15 +85,19 @@ def main() -> int:
             def compressed(x: torch.Tensor = x, z: zipserv.ZipTensor = z) -> object:
                 return zipserv.linear(x, z)
 
-            plain = microseconds(lambda x=x, w=w: F.linear(x, w), x, other)
-            usual = microseconds(compressed, x, other)
+            def before(x: torch.Tensor = x) -> None:
+                _ = other.sum() if args.read else other.fill_(1.0)
+                x.add_(0.0)
+
+            plain = microseconds(lambda x=x, w=w: F.linear(x, w), before)
+            usual = microseconds(compressed, before)
             line = f"{shape} {args.weights} N={n}: F.linear {plain:.1f} us, zipserv {usual:.1f} us ({plain / usual:.3f} x)"
             problem = Problem(m, k, tune.bucket(n))
             now = choices.current(0, problem)
             for way in choices.candidates(0, problem) if args.ways else ():
                 if way.kernel in MANY:
                     with choices.chosen(0, problem, way):
-                        line += f"; {way.kernel} {64 * way.kw}/{way.blocks}{'*' if way == now else ''} {microseconds(compressed, x, other):.1f}"
+                        line += f"; {way.kernel} {64 * way.kw}/{way.blocks}{'*' if way == now else ''} {microseconds(compressed, before):.1f}"
             print(line, flush=True)
     return 0
 

@@ -252,6 +252,46 @@ func TestProductsInParts(t *testing.T) {
 	}
 }
 
+// Gates: one result of half the width, by a kernel for many tokens or not at all.
+func TestGatedProducts(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: 28672, K: 4096, N: 500, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 14336, Gated: true}
+	needs, err := d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs)
+	assert.Contains(t, launches(f)[0], " 0 3000000 3800 7000 3800 1000 1f4 ")
+	assert.Contains(t, f.Log(), "tensor 500x14336 ld 14336 box 128x64")
+
+	f.Reset()
+	p.Gated, p.LdY = false, 28672
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.Zero(t, needs, "without gates another plan")
+	assert.Contains(t, f.Log(), "tensor 500x28672 ld 28672 box 256x64")
+
+	f.Reset()
+	p.Gated, p.LdY = true, 14336
+	for _, n := range []uint64{1, 128} {
+		p.N = n
+		needs, err = d.Linear(&p)
+		require.NoError(t, err)
+		assert.EqualValues(t, engine.NeedsExpand, needs, "few tokens")
+	}
+	p.N, p.X = 500, 0x20002
+	needs, err = d.Linear(&p)
+	require.NoError(t, err)
+	assert.EqualValues(t, engine.NeedsExpand, needs, "x not aligned")
+	assert.Empty(t, launches(f))
+	p.X = 0x20000
+	for _, bad := range []engine.Matmul{{M: 28672 - 64}, {M: 28672, Rows: 14336}, {M: 28672, PartRows: 14336}} {
+		q := p
+		q.M, q.Rows, q.PartRows = bad.M, bad.Rows, bad.PartRows
+		_, err = d.Linear(&q)
+		assert.ErrorContains(t, err, "gates need all rows", "%+v", bad)
+	}
+}
+
 // The kernel that hands decoded weights on asks for memory to do so; its results have a tensor map too, where they can.
 func TestScratchMemoryIsAskedFor(t *testing.T) {
 	f, e := open(t)

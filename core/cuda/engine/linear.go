@@ -25,6 +25,8 @@ type Matmul struct {
 	Row0, Rows uint64
 	// Where not 0, y is not one matrix, but one of N rows for each PartRows of these rows, a multiple of 64 that divides them; one behind the other.
 	PartRows uint64
+	// Gated: of all rows, M a multiple of 128, y is [N, M/2]: SiLU of the upper half of them times the lower half, rounded where separate kernels would.
+	Gated bool
 	// Scratch is memory for the time of the product, or 0.
 	Scratch      driver.Pointer
 	ScratchBytes uint64
@@ -36,6 +38,7 @@ const NeedsExpand = 1
 type linearKey struct {
 	m, k, class          uint64
 	invariant, unaligned bool
+	gated                bool
 }
 
 type linearPlan struct {
@@ -51,7 +54,7 @@ const scratchAlign = 16
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
 // It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or where Rows are
-// fewer than M, or y is in parts, and its kernel knows whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
+// fewer than M, or y is in parts or gated, and its kernel knows whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
 func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
 		return 0, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
@@ -73,12 +76,22 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if partRows != rows && (partRows%tileRows != 0 || rows%partRows != 0) {
 		return 0, badArgument("parts of %d of %d rows: they must be multiples of %d, and all alike", partRows, rows, tileRows)
 	}
+	if p.Gated {
+		if rows != p.M || partRows != p.M || p.M%(2*tileRows) != 0 {
+			return 0, badArgument("gates need all rows, a multiple of %d, in one result, not %d of %d in parts of %d", 2*tileRows, rows, p.M, partRows)
+		}
+		partRows = p.M / 2
+	}
 	whole := rows == p.M && partRows == rows
 	if !whole && plan.Class(p.N) <= plan.FewTokens {
 		return NeedsExpand, nil
 	}
+	matrices := rows / partRows
+	if p.Gated {
+		matrices = 1
+	}
 	unaligned := p.X%16 != 0 || (p.N > 1 && p.LdX%8 != 0)
-	l, err := d.linear(rows, p.K, p.N, unaligned)
+	l, err := d.linear(linearKey{rows, p.K, plan.Class(p.N), Invariant(), unaligned, p.Gated})
 	if err != nil {
 		return 0, err
 	}
@@ -124,7 +137,7 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 			y := &launch.Tensors[1] // of a y that no copy can write the kernel does not look at it
 			*y = launch.Tensors[0]
 			if p.Y%16 == 0 && p.LdY%8 == 0 {
-				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(partRows), Box: box, Matrices: uint32(rows / partRows)}
+				*y = driver.Tensor{Data: p.Y, Ld: p.LdY, Rows: uint32(n), Columns: uint32(partRows), Box: box, Matrices: uint32(matrices)}
 			}
 		}
 		if err := d.ctx.Launch(&launch); err != nil {
@@ -148,13 +161,16 @@ func (p *Matmul) weights(args []uint64, byRows bool) []uint64 {
 	return append(args, blob+s.TileHeaders+skip*format.TileHeaderSize, blob+s.Fixed+skip*format.FixedBF16, blob+s.Escapes)
 }
 
-func (d *Device) linear(m, k, n uint64, unaligned bool) (*linearPlan, error) {
-	key := linearKey{m, k, plan.Class(n), Invariant(), unaligned}
+func (d *Device) linear(key linearKey) (*linearPlan, error) {
 	if l, known := d.linears.Load(key); known {
 		return l.(*linearPlan), nil
 	}
-	p := plan.Problem{M: m, K: k, N: key.class, Invariant: key.invariant, Unaligned: unaligned}
-	l, err := d.chosen(p)
+	p := plan.Problem{M: key.m, K: key.k, N: key.class, Invariant: key.invariant, Unaligned: key.unaligned, Gated: key.gated}
+	var l *linearPlan
+	var err error
+	if !p.Gated { // choices are of products without gates
+		l, err = d.chosen(p)
+	}
 	if l == nil && err == nil {
 		var usual plan.Linear
 		if usual, err = plan.ForLinear(d.planDevice, p); err == nil {
@@ -201,7 +217,7 @@ func (d *Device) Warm(m, k, tokens uint64) error {
 	try := func(prepare func() error) { wg.Go(func() { errs <- prepare() }) }
 	try(func() error { _, err := d.decompressor(m, k); return err })
 	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
-		try(func() error { _, err := d.linear(m, k, n, false); return err })
+		try(func() error { _, err := d.linear(linearKey{m: m, k: k, class: n, invariant: Invariant()}); return err })
 	}
 	if tokens > warmTokens {
 		// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.

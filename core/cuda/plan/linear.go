@@ -10,6 +10,7 @@ type Problem struct {
 	Invariant bool // a token's result must not depend on N
 	Apart     bool // no clusters: the device has no room for them
 	Unaligned bool // x or a row of it begins at an address that is no multiple of 16
+	Gated     bool // y[N,M/2]: SiLU of the upper half of the rows times the lower half, by a kernel for many tokens (ForLinear says Expand where there is none)
 }
 
 // Linear says how a problem is solved.
@@ -90,6 +91,15 @@ func Class(n uint64) uint64 {
 func ForLinear(d Device, p Problem) (Linear, error) {
 	if p.M == 0 || p.K == 0 || p.N == 0 {
 		return Linear{}, fmt.Errorf("a product needs M, K and N of at least 1, got %d, %d and %d", p.M, p.K, p.N)
+	}
+	if p.Gated {
+		if p.M%(2*tileSide) != 0 {
+			return Linear{}, fmt.Errorf("gates need two halves of whole tiles, M a multiple of %d, not %d", 2*tileSide, p.M)
+		}
+		if l, _ := bestPair(d, p); l != nil {
+			return l.launch(p, l.clusters(d, p)), nil
+		}
+		return Linear{Expand: true}, nil
 	}
 	f, v := wgmma, tensorLayout
 	if tensor(d, p) && f.fits(d, v, f.tokens) {

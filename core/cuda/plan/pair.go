@@ -110,13 +110,17 @@ func (l pairLayout) time(d Device, p Problem) float64 {
 
 // launch plans one launch for all tokens of a class.
 func (l pairLayout) launch(p Problem, clusters uint64) Linear {
-	grid := clusters * l.cluster
+	grid, results := clusters*l.cluster, l.tokens
+	defines := []string{
+		fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_CLUSTER=%d", l.cluster), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
+	}
+	if p.Gated {
+		defines = append(defines, "ZS_GATED=1")
+		results /= 2 // each warpgroup has those of half of the tokens
+	}
 	return Linear{
 		Kernel: Kernel{
-			Source: pairSource, Entry: pairEntry,
-			Defines: []string{
-				fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_CLUSTER=%d", l.cluster), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
-			},
+			Source: pairSource, Entry: pairEntry, Defines: defines,
 			Grid: uint32(grid), Cluster: uint32(l.cluster), Resident: blocksPerSM, Block: uint32(l.threads()), Smem: uint32(l.smem()), Programmatic: true,
 		},
 		ByRows:     true,
@@ -124,7 +128,7 @@ func (l pairLayout) launch(p Problem, clusters uint64) Linear {
 		TensorRows: uint32(l.tokens * l.cluster / pairGroups / 2),
 		WholeBoxes: true,
 		Workspace:  grid * pairGroups * tileSide * l.tokens * 4,
-		ResultRows: uint32(l.tokens),
+		ResultRows: uint32(results),
 	}
 }
 

@@ -51,6 +51,9 @@ func TestPlansAgreeWithTheSources(t *testing.T) {
 		}
 		list, err := plan.Candidates(d, plan.Problem{M: 28672, K: 4096, N: 512})
 		require.NoError(t, err)
+		if l, err := plan.ForLinear(d, plan.Problem{M: 28672, K: 4096, N: 512, Gated: true}); assert.NoError(t, err) && !l.Expand {
+			plans = append(plans, l.Kernel)
+		}
 		for _, c := range list {
 			if c.Kernel == plan.Pair || c.Kernel == plan.Solo || c.Kernel == plan.Relay { // all layouts
 				l, err := plan.Chosen(d, plan.Problem{M: 28672, K: 4096, N: 512}, c)

@@ -85,8 +85,11 @@ func main() {
 			add(c.Sample)
 			add(c.Write)
 			for n := uint64(1); n <= 1024; n = next(n) {
-				for _, p := range []plan.Problem{{Invariant: true}, {}, {Unaligned: true}} {
+				for _, p := range []plan.Problem{{Invariant: true}, {}, {Unaligned: true}, {Gated: true}} {
 					p.M, p.K, p.N = m, k, n
+					if p.Gated && m%128 != 0 {
+						continue
+					}
 					l, err := plan.ForLinear(t.device, p)
 					if err != nil {
 						fmt.Fprintln(os.Stderr, t.arch, err)
