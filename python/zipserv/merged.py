@@ -23,9 +23,10 @@ from torch import nn
 from . import ops
 from .errors import Error
 from .format import DTYPE_CODES, SUFFIX, TILE, parse_header
+from .gated import adapt, restore
 from .layers import ZipLinear, take_over
 from .lazy import LazyWeight
-from .rows import linear_parts, linear_rows
+from .rows import linear_gated, linear_parts, linear_rows
 from .siblings import proven, same_input
 from .stacked import Part, mark_written, stack, take
 from .tensor import ZipTensor, check_blob, compress, linear_blob
@@ -71,6 +72,7 @@ class _Group:
         self.m = sum(part.rows for part in parts)
         self.k = k
         self.even = len({part.rows for part in parts}) == 1 and parts[0].rows % TILE == 0
+        self.gated = self.even and len(parts) == 2 and parts[0].header.dtype is torch.bfloat16  # perhaps a gate and what it is for
         self.slots: list[Slots] = []  # each layer's own dicts of parameters and buffers
         self.proven = False  # that nothing writes into their input between them, where no counter would tell
         self.step: _Step | None = None
@@ -244,6 +246,32 @@ class MergedLinear(ZipLinear):
         part = y.narrow(-1, self._row0, self.out_features) if isinstance(y, torch.Tensor) else y[self._index]
         # To whoever changes it in place it is a tensor of its own: no view, and with a counter of its own.
         return part.data if part.__class__ is torch.Tensor and not part.is_inference() else part
+
+    def can_gate(self, up: nn.Module | None, x: object) -> bool:
+        """Whether :meth:`gated` may give ``silu(self(x)) * up(x)`` in place of calls of the two. Hooks and tracers are looked for by whoever asks."""
+        if type(x) is not torch.Tensor or x.numel() <= _FEW_TOKENS * self.in_features:
+            return False
+        group = self._group
+        if type(self) is not MergedLinear or type(up) is not MergedLinear or not group.gated:
+            return False
+        blob = self._buffers["merged_zipserv"]
+        if blob is None or up._buffers["merged_zipserv"] is not blob or blob.device.type not in _SHARED_ON:
+            return False
+        if x.dtype is not self.weight_dtype or x.shape[-1] != group.k or x.device != blob.device:
+            return False
+        for layer, (own, _) in zip((self, up), group.slots, strict=True):
+            if own is not layer._parameters or "bias" in layer.__dict__:
+                return False  # not the group's first and second, a replica with tensors of its own, a bias that is no parameter
+        if torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in group.biases())):
+            return False
+        if _transform() is not None or torch.is_autocast_enabled(blob.device.type) or group.is_sharded():
+            return False
+        return not _batch_invariant(blob)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """By one product that stores nothing else; None where no kernel does that."""
+        blob, group = self.merged_zipserv, self._group
+        return linear_gated(x, blob, group.m, group.k, self.weight_dtype, self._bias(blob))
 
     def _alone(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor | None = self.bias
@@ -487,6 +515,7 @@ def split_layers(model: nn.Module, where: Callable[[MergedLinear], bool] | None 
                 if isinstance(hook, _Open | _Close) and id(hook.group) in groups:
                     del hooks[key]
                     parent._forward_hooks_always_called.pop(key, None)
+                    restore(parent)
     return names
 
 
@@ -546,5 +575,7 @@ def _merge(parent: nn.Module, layers: dict[str, ZipLinear]) -> None:
         take_over(layer, new)
         parent._modules[name] = new
     group.tie()
+    if group.gated:
+        adapt(parent, tuple(layers))
     parent.register_forward_pre_hook(_Open(group))
     parent.register_forward_hook(_Close(group), always_call=True)

@@ -59,6 +59,18 @@ def linear_parts(
     return y
 
 
+def linear_gated(
+    x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """``silu(x @ Wg.T + bg) * (x @ Wu.T + bu)``, ``(..., m / 2)``, for a gate and another layer in one blob, of as many rows each (a multiple of 64),
+    by one product on a GPU; rounded where separate kernels would round. None as of :func:`linear_parts`."""
+    x, bias = ops.under_autocast(x, bias, dtype)
+    if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
+        return None
+    y: torch.Tensor | None = ops.cuda_module().eager_gated(x, blob, m, k, DTYPE_CODES[dtype], bias)
+    return y
+
+
 def _linear_rows_cuda(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int, bias: torch.Tensor | None
 ) -> torch.Tensor:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+from typing import Any
 
 from torch import nn
 
-__all__ = ["proven", "same_input"]
+__all__ = ["forward_tree", "proven", "same_input"]
 
 
 def same_input(parent: nn.Module, names: tuple[str, ...]) -> bool:
@@ -18,7 +19,7 @@ def same_input(parent: nn.Module, names: tuple[str, ...]) -> bool:
     Training would refuse such code (a linear layer keeps its input for the gradient), so it is hardly ever met, and code
     without a source is taken to be sound. The counter of writes that every tensor has does not exist in inference mode.
     """
-    tree = _forward(parent)
+    tree = forward_tree(type(parent))
     if tree is None:
         return True
     uses: dict[str, list[int]] = {}
@@ -39,7 +40,7 @@ def proven(parent: nn.Module, names: tuple[str, ...]) -> bool:
     itself, and from the first of them to the last neither their inputs nor anything made from these goes anywhere else, nothing is
     changed in place, and no ``out=``, ``inplace=`` or ``.data`` stands there.
     """
-    tree = _forward(parent)
+    tree = forward_tree(type(parent))
     if tree is None:
         return False
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and _is_layer(node, names)]
@@ -65,10 +66,10 @@ def proven(parent: nn.Module, names: tuple[str, ...]) -> bool:
     return not any(_harms(node, inputs, names) for node in ast.walk(tree) if first <= getattr(node, "lineno", -1) <= last)
 
 
-def _forward(parent: nn.Module) -> ast.AST | None:
-    """The source of its ``forward``, where there is one."""
+def forward_tree(kind: Any) -> ast.Module | None:
+    """The source of the ``forward`` of a class of modules, where there is one."""
     try:
-        return ast.parse(textwrap.dedent(inspect.getsource(type(parent).forward)))
+        return ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
     except (OSError, TypeError, SyntaxError):
         return None
 

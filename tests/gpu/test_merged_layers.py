@@ -106,6 +106,48 @@ def test_many_tokens_give_each_layer_a_result_of_its_own(monkeypatch: pytest.Mon
     assert len(calls) == 12
 
 
+class MLP(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(1024, 2048, bias=bias), nn.Linear(1024, 2048, bias=bias)
+        self.down_proj, self.act_fn = nn.Linear(2048, 1024, bias=bias), nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="for compute capability 9.0")
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_a_gated_mlp_is_one_product_and_the_last_layer(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = MLP(bias).to("cuda", torch.bfloat16)
+    made = copy.deepcopy(plain)
+    zipserv.compress_model(made)
+    results: list[torch.Tensor | None] = []
+    monkeypatch.setattr(merged, "linear_gated", lambda *arguments: results.append(zipserv.rows.linear_gated(*arguments)) or results[-1])
+    for n in (129, 300, 512, 700, 1024):
+        x = torch.randn(n, 1024, device="cuda").bfloat16()
+        want = F.silu(plain.gate_proj(x)) * plain.up_proj(x)
+        assert near(made(x), plain(x))
+        y = results.pop()
+        assert y is not None, f"no kernel for {n} tokens"
+        assert y.shape == want.shape and y.is_contiguous() and near(y, want) and not results
+        rows = torch.randn(n, 2048, device="cuda").bfloat16()[:, :1024]  # tokens that lie apart
+        assert near(made(rows), plain(rows)) and results.pop() is not None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = made(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, made(x)) and near(y, plain(x))
+        assert all(each is not None for each in results)
+        results.clear()
+    made.act_fn.register_forward_hook(lambda *arguments: None)
+    assert near(made(x), plain(x)) and not results
+    made(x[:128])
+    assert not results
+
+
 @torch.no_grad()
 def test_graphs_follow_their_inputs(blocks: tuple[nn.Module, nn.Module, nn.Module]) -> None:
     plain, _, made = blocks
