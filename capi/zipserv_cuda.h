@@ -43,12 +43,12 @@ typedef struct zs_cuda_linear_t {
     uint64_t scratch, scratch_bytes; /* device memory, 16-byte aligned, or 0: see zs_cuda_linear */
     uint64_t row0, rows; /* rows not 0: so many of the m rows alone, from row0 on, a multiple of 64; bias and y are of these */
     uint64_t part_rows; /* not 0: y is a matrix of n rows for each part_rows of these rows, a multiple of 64 that divides them, one behind the other */
-    uint64_t gated; /* not 0: of all m rows, a multiple of 128, y is [n, m / 2]: silu(upper half of the rows) * lower half, rounded where separate kernels would */
+    uint64_t gated; /* not 0: of all m rows, a multiple of 128, y is [n, m / 2]: silu(first half of the rows) * second half, rounded where separate kernels would */
 } zs_cuda_linear_t;
 
 /* y = x w^T + bias. *needs is 0 where it was queued. Else nothing was: 1 (ZS_EXPAND) where it is faster to decompress w and multiply by another library, or
- * where rows are fewer than m, or y is in parts or gated, and no kernel does that (up to 128 tokens, x or a row of it not aligned to 16 bytes, in batch-invariant mode, on
- * GPUs other than Hopper); a larger number where that many bytes of scratch memory are needed: call again with that much. Its contents do not matter; it must not
+ * where rows are fewer than m, or y is in parts or gated, and no kernel does that (x or a row of it not aligned to 16 bytes, in batch-invariant mode, on GPUs other than
+ * Hopper, and but for gates up to 128 tokens); a larger number where that many bytes of scratch memory are needed: call again with that much. Its contents do not matter; it must not
  * be used by anything else until the product is done, and while a graph that the call was captured into replays. */
 ZS_API int32_t zs_cuda_linear(int32_t device, const zs_cuda_linear_t *job, uint64_t *needs);
 #define ZS_EXPAND 1

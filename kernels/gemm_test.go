@@ -28,7 +28,7 @@ type gemm struct {
 	cluster   int  // blocks
 	tensor    bool // activations by tensor copies, which want 16-byte aligned rows
 	pair      bool // any number of tokens: the blocks of a cluster have n each
-	gated     bool // the pair kernel's results are silu(gate) * up
+	gated     bool // results are silu(gate) * up
 	relay     bool
 }
 
@@ -55,7 +55,11 @@ func (v variant) String() string {
 		return name
 	}
 	if v.decoders > 0 {
-		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages)
+		name := fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages)
+		if v.gated {
+			name += ",gated"
+		}
+		return name
 	}
 	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
 }
@@ -77,6 +81,9 @@ func (v variant) defines() []string {
 	}
 	d := []string{fmt.Sprintf("ZS_N=%d", v.n), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_XSTAGES=%d", v.xstages)}
 	if v.decoders > 0 {
+		if v.gated {
+			d = append(d, "ZS_GATED=1")
+		}
 		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
 	}
 	return append(d, fmt.Sprintf("ZS_KW=%d", v.kw))
@@ -352,6 +359,30 @@ func TestWGMMA(t *testing.T) {
 		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
 			testShapes(t, newGEMM(t, kernels.Sources, "wgmma", v), 1)
+		})
+	}
+}
+
+// Gates in the kernel are gates behind it.
+func TestWGMMAGates(t *testing.T) {
+	for _, v := range []variant{{n: 8, mw: 2, decoders: 3, stages: 4, xstages: 2, gated: true}, {n: 128, mw: 2, decoders: 11, stages: 16, xstages: 6, gated: true}} {
+		t.Run(v.String(), func(t *testing.T) {
+			t.Parallel()
+			g := newGEMM(t, kernels.Sources, "wgmma", v)
+			for i, s := range []struct{ m, k, n, grid int }{{128, 64, 1, 1}, {256, 520, g.n, 3}, {384, 72, g.n - 1, 2}, {128, 1536, 5, 5}, {640, 330, 3, 4}, {128, 1160, 7, 2}} {
+				t.Run(fmt.Sprintf("%dx%d,n=%d,grid=%d", s.m, s.k, s.n, s.grid), func(t *testing.T) {
+					for _, seed := range seeds(t, 2) {
+						p := newProduct(s.m, s.k, s.n, seed)
+						p.grid, p.ldy = s.grid, s.m/2+[]int{0, 4, 5}[i%3]
+						y, err := g.run(p)
+						require.NoError(t, err)
+						p.checkGates(t, y)
+						if v.n > 64 {
+							break
+						}
+					}
+				})
+			}
 		})
 	}
 }

@@ -153,7 +153,8 @@ func TestPair(t *testing.T) { shapesRight(t, "pair", pairVariants, pairShapes, 5
 
 var gatedVariants = []variant{
 	{n: 32, cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true}, {n: 32, cluster: 1, decoders: 4, xstages: 4, stages: 6, gated: true},
-	{n: 256, cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true},
+	{n: 256, cluster: 2, decoders: 4, xstages: 4, stages: 6, gated: true}, {n: 192, cluster: 1, decoders: 8, xstages: 5, stages: 6, gated: true},
+	{n: 32, cluster: 2, decoders: 8, xstages: 6, stages: 8, gated: true},
 }
 
 var gatedShapes = []shape{

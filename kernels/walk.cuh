@@ -29,22 +29,39 @@ struct Walk {
             strip0 = (int32_t)(tile * ZS_MW);
         }
     }
-    ZS_DEVICE int32_t strip() const { return strip0 + (int32_t)(place % ZS_MW); }
+    // With gates the strips of a group are one of the gate and the same rows of what it is for.
+    ZS_DEVICE int32_t strip(const Work& work) const {
+        const int32_t i = (int32_t)(place % ZS_MW);
+        return ZS_GATED ? strip0 / 2 + i * (work.strips / 2) : strip0 + i;
+    }
     ZS_DEVICE int32_t ktile() const { return kstep * ZS_KW + (int32_t)(place / ZS_MW); }
-    ZS_DEVICE uint32_t weight_tile(const Work& work) const { return (uint32_t)(strip() * work.col_tiles + ktile()); }
-    ZS_DEVICE bool exists(const Work& work) const { return left > 0 && strip() < work.strips && ktile() < work.col_tiles; }
+    ZS_DEVICE uint32_t weight_tile(const Work& work) const { return (uint32_t)(strip(work) * work.col_tiles + ktile()); }
+    ZS_DEVICE bool exists(const Work& work) const { return left > 0 && strip(work) < work.strips && ktile() < work.col_tiles; }
 };
 
-// Adds up one strip of a group over the blocks that shared the group; writes y or publishes. A warpgroup holds the strip's sums as wgmma leaves them: floats
-// 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7. `first`: the column step that the piece began at.
-ZS_DEVICE void settle(float (&acc)[ZS_N / 2], const Output& out, const Work& work, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
+// Adds up one strip of a group over the blocks that shared the group, or publishes: then another one has the sums. A warpgroup holds the strip's sums as wgmma leaves them:
+// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7. `first`: the column step that the piece began at.
+ZS_DEVICE bool settle(float (&acc)[ZS_N / 2], const Work& work, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
     float* const slot = workspace + ((mw * (ZS_N / 8)) * 128 + tid) * 4;
     if (first != work.ksteps - 1) {
         publish_sums(acc, slot);
-        return;
+        return false;
     }
     uint32_t others = 0;
     while (work.start_of(blockIdx.x - others) > (int32_t)at.tile * work.ksteps) others++;
     add_sums(acc, slot, 1, others);
-    out.store_rows<ZS_N / 8>(acc, ((uint32_t)at.strip0 + mw) * ZS_TILE + tid / 32 * 16, tid % 32);
+    return true;
+}
+
+// The sums of a strip of gates become silu(gate) * up; rows: of the thread's first ones among the gates.
+ZS_DEVICE void apply_gates(float (&gates)[ZS_N / 2], const float (&ups)[ZS_N / 2], const uint16_t* bias, uint32_t row, uint32_t half) {
+    const auto of = [&](uint32_t r) { return bias ? as_float((uint32_t)bias[r] << 16) : 0.0f; };
+    const float g0 = of(row), g1 = of(row + 8), u0 = of(half + row), u1 = of(half + row + 8);
+#pragma unroll
+    for (uint32_t q = 0; q < ZS_N / 8; q++) {
+        float* const g = gates + 4 * q;
+        const float* const u = ups + 4 * q;
+        apply_gates(g[0], g[1], pack_bf16(g[0] + g0, g[1] + g0), pack_bf16(u[0] + u0, u[1] + u0));
+        apply_gates(g[2], g[3], pack_bf16(g[2] + g1, g[3] + g1), pack_bf16(u[2] + u1, u[3] + u1));
+    }
 }

@@ -12,7 +12,7 @@
 // part_rows of the m rows a matrix of n rows, which ldy says the distance of, one behind the other. y_map: these matrices of part_rows columns, boxes of ZS_N rows of one of
 // them, where y and ldy are such that it can be made (Output::by_copies).
 //
-// With ZS_GATED the upper half of the rows of w are gates, m is a multiple of 128, part_rows is m / 2, and y is one matrix, n x m / 2: silu(gate) * up.
+// With ZS_GATED the first half of the rows of w are gates, m is a multiple of 128, part_rows is m / 2, y is one matrix, n x m / 2, silu(gate) * up, and boxes of y_map are of ZS_N / 2 rows.
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -53,7 +53,7 @@
 #define ZS_CONSUMERS (128 * ZS_GROUPS)          // threads
 #define ZS_THREADS (ZS_CONSUMERS + 32 * ZS_DECODERS)
 // Registers a thread, of the decoders and of the consumers, which get what is left.
-#define ZS_DECODER_REGISTERS (ZS_CLUSTER == 1 ? (ZS_DECODERS > 4 ? 96 : 120) : (ZS_DECODERS > 4 ? 120 : 104))
+#define ZS_DECODER_REGISTERS (ZS_CLUSTER == 1 ? (ZS_DECODERS > 4 ? 96 : ZS_GATED ? 112 : 120) : (ZS_DECODERS > 4 ? 120 : 104))
 #define ZS_LAUNCH_REGISTERS (65536 / ZS_THREADS / 8 * 8)
 #define ZS_FREE_REGISTERS ((ZS_LAUNCH_REGISTERS * ZS_THREADS - 32 * ZS_DECODERS * ZS_DECODER_REGISTERS) / ZS_CONSUMERS / 8 * 8)
 #define ZS_CONSUMER_REGISTERS (ZS_FREE_REGISTERS > 232 ? 232 : ZS_FREE_REGISTERS)
@@ -74,11 +74,6 @@
 // A barrier tells only the last two rounds of its stage apart. Who waits for a stage of tiles has come through the ring ZS_AT_A_TIME columns ago. Who then waits for one of
 // activations knows that the column ZS_STAGES back was handed back, and so the stages that were kept for results two columns before that.
 static_assert(ZS_AT_A_TIME <= ZS_STAGES && ZS_STAGES + 2 <= 2 * ZS_XSTAGES, "see above");
-
-// The row of tiles that is a block's strip g.
-ZS_DEVICE int32_t row_of_tiles(const Plan& plan, const Turns& turn, uint32_t g) {
-    return ZS_GATED ? turn.strip / 2 + (int32_t)g * (plan.strips / 2) : turn.strip + (int32_t)g;
-}
 
 // The columns of a cluster's turns, from one to another one some way behind it.
 struct Columns {
@@ -101,9 +96,11 @@ struct Columns {
 // A column as a decoder sees it.
 struct Job {
     uint32_t tile, column, token;  // weight tile of the decoder's strip; first of its columns of x; first token of the block
-    ZS_DEVICE Job(const Plan& plan, const Columns& at, uint32_t own) {
+    // own: the decoder's strip among the block's; below: with gates the tiles above the first one that it may have, or 0.
+    ZS_DEVICE Job(const Plan& plan, const Columns& at, uint32_t own, uint32_t below) {
         // Rows below the matrix are those of another strip: no result is made of them.
-        tile = (uint32_t)(min(row_of_tiles(plan, at.turn, own), plan.strips - 1) * plan.ksteps + at.column);
+        const int32_t row = ZS_GATED ? at.turn.strip / 2 : min(at.turn.strip + (int32_t)own, plan.strips - 1);
+        tile = (uint32_t)(row * plan.ksteps + at.column) + below;
         column = (uint32_t)at.column * ZS_TILE, token = at.turn.token;
     }
 };
@@ -114,6 +111,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     constexpr bool ALONE = ZS_CLUSTER == 1, EARLY = ALONE && ZS_DECODERS <= 4;  // EARLY: so few decoders must not wait for escapes
     const uint32_t spare = smem + ZS_SPARE + d * 128, own = ALONE ? d % ZS_HANDS : plan.rank;
     d /= ZS_HANDS;
+    const uint32_t below = ZS_GATED ? own * (uint32_t)(plan.strips / 2 * plan.ksteps) : 0;
     const uint8_t* lane_escapes = blob.escapes + 4 * lane;
     const uint8_t* headers = blob.headers + 4 * (lane & 1);  // halves (whole_header)
     if (!EARLY) pin(lane_escapes);
@@ -124,14 +122,14 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
         cluster_wait();
         return;
     }
-    Job at(plan, ahead, own);
+    Job at(plan, ahead, own, below);
     uint32_t head = head_of(at);
     TileStream stream;
     auto words_of = [&](const Job& c) { return blob.fixed + (uint64_t)c.tile * ZS_FIXED; };
     stream.load(words_of(at), lane);
     ahead.advance(plan, ZS_AT_A_TIME);
     bool more = ahead.left;
-    Job after = more ? Job(plan, ahead, own) : at;
+    Job after = more ? Job(plan, ahead, own, below) : at;
     Escapes escapes;
     escapes.load(lane_escapes, whole_header(head), lane);
     head = head_of(after);
@@ -147,7 +145,7 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const TensorMap& x_map, const uint
     while (true) {
         if (more) ahead.advance(plan, ZS_AT_A_TIME);
         const bool still = more && ahead.left;
-        const Job later = still ? Job(plan, ahead, own) : after;
+        const Job later = still ? Job(plan, ahead, own, below) : after;
         const uint32_t full = smem + ZS_BARRIERS + stage.index * 16, tile = smem + ZS_TILE_SMEM + stage.index * ZS_ABYTES + own * 8192;
         const uint32_t xfull = smem + ZS_XBARRIERS + xstage.index * 16;
         const uint32_t base2 = ZS_HALVES(escapes.head().base << 7);
@@ -223,27 +221,39 @@ struct Outbox {
 
 #if ZS_GATED
 static_assert(ZS_N % 32 == 0, "see below");
-// The results for half of the tokens, the first ones in warpgroup 0: what it lacks for them, and the other one for its own, goes through ZS_XBYTES at `at`. row: of the
-// thread's sums. Both call this, when both have multiplied by what lies there.
+// Makes the results of half of the tokens, the first ones in warpgroup 0: what it lacks for them, and the other one for its own, and then the results go through ZS_XBYTES at
+// `at`, from the `full` barrier on, which both have kept. row0: of the gates, row: of the thread's sums. Both call this.
 template <uint32_t G>
-ZS_DEVICE void swap_gated(const float (&acc)[ZS_N / 2], float (&results)[ZS_N / 4], const uint16_t* bias, uint32_t row, uint32_t tid, uint32_t at) {
+ZS_DEVICE void settle_gated(const float (&acc)[ZS_N / 2], const Results& out, const uint16_t* bias, const TensorMap& y_map, uint32_t row0, uint32_t row, uint32_t token0, uint32_t tid,
+                            uint32_t at, uint32_t full, Outbox& outbox) {
     constexpr uint32_t PIECES = ZS_N / 16, BYTES = ZS_XBYTES / 2;  // of half of the tokens
-    const float b0 = bias ? as_float((uint32_t)bias[row] << 16) : 0.0f, b1 = bias ? as_float((uint32_t)bias[row + 8] << 16) : 0.0f;
+    const uint32_t both = bias ? (uint32_t)bias[row] | (uint32_t)bias[row + 8] << 16 : 0;  // in one register
+    const float b0 = as_float(both << 16), b1 = as_float(both & 0xFFFF0000u);
     auto packed = [&](uint32_t q) {
         const float* const v = acc + 4 * q;
         return Vec4{pack_bf16(v[0] + b0, v[1] + b0), pack_bf16(v[2] + b1, v[3] + b1), pack_bf16(v[4] + b0, v[5] + b0), pack_bf16(v[6] + b1, v[7] + b1)};
     };
-    at += tid * 16;
+    named_barrier_sync(1, ZS_CONSUMERS);  // both have multiplied by what lies there
 #pragma unroll
-    for (uint32_t q = 0; q < PIECES; q += 2) st_shared_v4(at + (1 - G) * BYTES + q * 1024, packed((1 - G) * PIECES + q));
+    for (uint32_t q = 0; q < PIECES; q += 2) st_shared_v4(at + tid * 16 + (1 - G) * BYTES + q * 1024, packed((1 - G) * PIECES + q));
     named_barrier_sync(1, ZS_CONSUMERS);
+    float results[ZS_N / 4];
 #pragma unroll
     for (uint32_t q = 0; q < PIECES; q += 2) {
-        const Vec4 own = packed(G * PIECES + q), other = ld_shared_v4(at + G * BYTES + q * 1024);
+        const Vec4 own = packed(G * PIECES + q), other = ld_shared_v4(at + tid * 16 + G * BYTES + q * 1024);
         const Vec4 gates = G == 0 ? own : other, ups = G == 0 ? other : own;
         float* const v = results + 4 * q;
         apply_gates(v[0], v[1], gates.x, ups.x), apply_gates(v[2], v[3], gates.y, ups.y);
         apply_gates(v[4], v[5], gates.z, ups.z), apply_gates(v[6], v[7], gates.w, ups.w);
+    }
+    fence_proxy_async();  // activations are copied there next
+    named_barrier_sync(2 + G, 128);
+    outbox.sent = full;
+    if (out.by_copies()) {
+        send_strip(results, out, y_map, row0, token0 + G * (ZS_N / 2), 2 + G, tid, at + G * BYTES);
+    } else {
+        outbox.hand_back(tid);
+        store_strip(results, out, row0, token0 + G * (ZS_N / 2), tid);
     }
 }
 #endif
@@ -257,7 +267,7 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const uint16
     for (Turns turn(plan); turn.next(plan);) {
         // Whether the results go through the last two stages of this turn: warpgroup 0 keeps the one before the last, warpgroup 1 the last one. With gates they and what
         // they are made of go through the last one, which both keep.
-        const bool settles = plan.settles(turn.tile), sends = !ZS_GATED && out.by_copies() && settles && turn.end - turn.begin >= 2;
+        const bool sends = !ZS_GATED && out.by_copies() && plan.settles(turn.tile) && turn.end - turn.begin >= 2;
         float acc[ZS_N / 2];
 #pragma unroll
         for (uint32_t j = 0; j < ZS_N / 2; j++) acc[j] = 0.0f;
@@ -282,27 +292,16 @@ ZS_DEVICE void multiply_tiles(const Plan& plan, const Results& out, const uint16
             stage.advance(1, ZS_STAGES), xstage.advance(1, ZS_XSTAGES);
         }
         wgmma_wait<0>();
-        release(ZS_GATED ? settles : sends && g == 1);
+        release(ZS_GATED ? plan.settles(turn.tile) : sends && g == 1);
         wgmma_pin(acc);
-        const uint32_t row0 = (uint32_t)row_of_tiles(plan, turn, g) * ZS_TILE;
+        const uint32_t row0 = ZS_GATED ? (uint32_t)turn.strip / 2 * ZS_TILE : ((uint32_t)turn.strip + g) * ZS_TILE;  // of the results
         if (!add_up(acc, plan, turn, g, tid, workspace)) continue;
         auto stage_before = [&](uint32_t back) { return xstage.index < back ? xstage.index + ZS_XSTAGES - back : xstage.index - back; };
 #if ZS_GATED
-        const uint32_t last = stage_before(1), at = smem + last * ZS_XBYTES, token = turn.token + g * (ZS_N / 2);
-        float results[ZS_N / 4];
-        named_barrier_sync(1, ZS_CONSUMERS);
-        if (g == 0) swap_gated<0>(acc, results, bias, row0 + tid / 32 * 16 + tid % 32 / 4, tid, at);
-        else swap_gated<1>(acc, results, bias, row0 + tid / 32 * 16 + tid % 32 / 4, tid, at);
-        fence_proxy_async();  // activations are copied there next
-        named_barrier_sync(2 + g, 128);
-        const uint32_t gates0 = (uint32_t)row_of_tiles(plan, turn, 0) * ZS_TILE;
-        outbox.sent = smem + ZS_XBARRIERS + last * 16;
-        if (out.by_copies()) {
-            send_strip(results, out, y_map, gates0, token, 2 + g, tid, at + g * (ZS_XBYTES / 2));
-        } else {
-            outbox.hand_back(tid);
-            store_strip(results, out, gates0, token, tid);
-        }
+        const uint32_t last = stage_before(1), at = smem + last * ZS_XBYTES, full = smem + ZS_XBARRIERS + last * 16;
+        const uint32_t row = row0 + g * out.m + tid / 32 * 16 + tid % 32 / 4;  // of this thread's sums
+        if (g == 0) settle_gated<0>(acc, out, bias, y_map, row0, row, turn.token, tid, at, full, outbox);
+        else settle_gated<1>(acc, out, bias, y_map, row0, row, turn.token, tid, at, full, outbox);
 #else
         if (sends) {
             named_barrier_sync(1, ZS_CONSUMERS);  // the other one has read these stages, too

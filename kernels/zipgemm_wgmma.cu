@@ -9,6 +9,8 @@
 // Launch: block ZS_THREADS, grid <= min(blocks resident at once, units), dynamic shared memory ZS_GEMM_SMEM. workspace: grid * ZS_MW * 64 * ZS_N floats.
 // Its bytes are 0xFF before the first launch, and every launch leaves them so. n <= ZS_N. x_map: x as n rows of k columns, boxes of n rows,
 // rounded up to 8, of 64 columns in the 128-byte swizzle; x and ldx must be such that it can be made (multiples of 16 bytes).
+//
+// With ZS_GATED the first half of the rows of w are gates, m is a multiple of 128, a unit is two strips, one of each half, and y is n x m / 2: silu(gate) * up.
 #define ZS_WGMMA 1
 #define ZS_ESCAPE_WORDS 4
 
@@ -20,6 +22,9 @@
 #endif
 #ifndef ZS_KW
 #define ZS_KW 1  // tiles of a unit in k
+#endif
+#ifndef ZS_GATED
+#define ZS_GATED 0
 #endif
 #ifndef ZS_DECODERS
 #define ZS_DECODERS 11  // warps
@@ -185,11 +190,21 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t tid,
             if (signals && busy[i]) mbarrier_arrive(busy[i] + 8);
             if (signals && xbusy[i]) mbarrier_arrive(xbusy[i] + 8);
         }
+        bool all = true;
 #pragma unroll
         for (uint32_t i = 0; i < ZS_MW; i++) {
             wgmma_pin(acc[i]);
-            settle(acc[i], out, work, at, first, i, tid, workspace);
+            all = settle(acc[i], work, at, first, i, tid, workspace);
+            if (all && !ZS_GATED) out.store_rows<ZS_N / 8>(acc[i], ((uint32_t)at.strip0 + i) * ZS_TILE + tid / 32 * 16, tid % 32);
         }
+#if ZS_GATED
+        static_assert(ZS_MW == 2, "see above");
+        if (all) {
+            const uint32_t rows = (uint32_t)at.strip0 / 2 * ZS_TILE + tid / 32 * 16;
+            apply_gates(acc[0], acc[1], out.bias, rows + tid % 32 / 4, out.m);
+            Output{nullptr, out.y, out.ldy, out.m, out.n}.store_rows<ZS_N / 8>(acc[0], rows, tid % 32);
+        }
+#endif
         at.advance(work, (uint32_t)units * ZS_PLACES);
     }
 }
@@ -227,6 +242,6 @@ zs_zipgemm_wgmma(const uint8_t* __restrict__ blob_ptr, const uint16_t* __restric
         clear_activations(box_rows(n), threadIdx.x, smem);
         __syncthreads();
         griddep_wait();
-        multiply_tiles(work, Output{bias, y, ldy, m, n}, threadIdx.x, smem, workspace);
+        multiply_tiles(work, Output{bias, y, ldy, ZS_GATED ? m / 2 : m, n}, threadIdx.x, smem, workspace);
     }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gated MLPs, ``down(silu(gate(x)) * up(x))``, whose gate and up were merged: for many tokens one product gives what ``down`` reads.
+"""Gated MLPs, ``down(silu(gate(x)) * up(x))``, whose gate and up were merged: one product gives what ``down`` reads.
 
 A module whose ``forward`` is exactly that, by its source, gets a class made from its own one, with another ``forward``. Nothing else about the
 module changes, and whatever it is called with that needs its layers one by one (hooks, adapters, gradients, a tracer) runs the code of its own class.
@@ -77,9 +77,8 @@ def _class_of(base: type) -> type | None:
 def _make(base: Any, form: _Form) -> type:
     @functools.wraps(form.forward)  # who asks for its signature or its source gets that of the module's own
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # The first condition alone for a tracer, which leaves nothing of this in its graph.
-        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs and base.forward is form.forward:
-            y = _product(self, form, args[0])
+        if len(args) == 1 and not kwargs and base.forward is form.forward:
+            y = _traced(self, form, args[0]) if torch.compiler.is_dynamo_compiling() else _product(self, form, args[0])
             if y is not None:
                 return getattr(self, form.down)(y)
         return base.forward(self, *args, **kwargs)
@@ -102,6 +101,8 @@ def _new(base: type) -> Any:
 def _product(parent: nn.Module, form: _Form, x: torch.Tensor) -> torch.Tensor | None:
     """``silu(gate(x)) * up(x)``; None where the layers are to be called."""
     modules = parent._modules
+    if form.gate in parent.__dict__ or form.up in parent.__dict__:
+        return None  # these come before modules of the same name
     gate: Any = modules.get(form.gate)
     up = modules.get(form.up)
     if _tracing_state() is not None or not hasattr(type(gate), "can_gate") or not gate.can_gate(up, x) or not _is_silu(parent, form):
@@ -111,6 +112,19 @@ def _product(parent: nn.Module, form: _Form, x: torch.Tensor) -> torch.Tensor | 
     if any(type(mode) is not DeviceContext for mode in _function_modes()):
         return None
     y: torch.Tensor | None = gate.gated(x)
+    return y
+
+
+def _traced(parent: nn.Module, form: _Form, x: torch.Tensor) -> torch.Tensor | None:
+    """The same for torch.compile, whose tracer follows it: what it asks of the modules holds in the graph, which others are compiled beside."""
+    gate: Any = getattr(parent, form.gate)
+    up: Any = getattr(parent, form.up)
+    if not hasattr(type(gate), "trace_gated") or not _is_silu(parent, form):
+        return None
+    for each in (gate, up, getattr(parent, form.act[1])) if form.act[0] == "self" else (gate, up):
+        if each._forward_hooks or each._forward_pre_hooks:
+            return None
+    y: torch.Tensor | None = gate.trace_gated(up, x)
     return y
 
 
@@ -204,8 +218,12 @@ def _dotted(node: ast.expr) -> tuple[str, ...] | None:
 
 
 def _checked(kind: type, form: _Form) -> _Form | None:
-    """None where a name of the source means something else than it says: an attribute of the class, a local variable, one of a function around."""
+    """None where a name of the source may mean something else than it says: an attribute of the class, or one that it finds in ways of its
+    own, a local variable, one of a function around."""
     code, (first, *rest) = form.forward.__code__, form.act
+    given: Any = kind
+    if given.__getattr__ is not nn.Module.__getattr__ or given.__getattribute__ is not object.__getattribute__:
+        return None
     if any(hasattr(kind, name) for name in (form.gate, form.up, form.down, *(rest if first == "self" else ()))):
         return None
     if first == "self":

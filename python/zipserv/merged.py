@@ -249,13 +249,13 @@ class MergedLinear(ZipLinear):
 
     def can_gate(self, up: nn.Module | None, x: object) -> bool:
         """Whether :meth:`gated` may give ``silu(self(x)) * up(x)`` in place of calls of the two. Hooks and tracers are looked for by whoever asks."""
-        if type(x) is not torch.Tensor or x.numel() <= _FEW_TOKENS * self.in_features:
+        if type(x) is not torch.Tensor or x.numel() == 0:
             return False
         group = self._group
         if type(self) is not MergedLinear or type(up) is not MergedLinear or not group.gated:
             return False
         blob = self._buffers["merged_zipserv"]
-        if blob is None or up._buffers["merged_zipserv"] is not blob or blob.device.type not in _SHARED_ON:
+        if blob is None or up._buffers["merged_zipserv"] is not blob or not _has_gates(blob.device):
             return False
         if x.dtype is not self.weight_dtype or x.shape[-1] != group.k or x.device != blob.device:
             return False
@@ -272,6 +272,21 @@ class MergedLinear(ZipLinear):
         """By one product that stores nothing else; None where no kernel does that."""
         blob, group = self.merged_zipserv, self._group
         return linear_gated(x, blob, group.m, group.k, self.weight_dtype, self._bias(blob))
+
+    def trace_gated(self, up: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Both for torch.compile, as :meth:`_trace`: one op in its graph."""
+        group, blob = self._group, self.merged_zipserv
+        if type(self) is not MergedLinear or type(up) is not MergedLinear or up._group is not group or not group.gated or self._index != 0:
+            return None
+        if not _has_gates(blob.device) or x.dtype != self.weight_dtype or torch.is_autocast_enabled(blob.device.type) or group.is_sharded():
+            return None
+        for layer, (own, _) in zip((self, up), group.slots, strict=True):
+            if (layer.bias is None) != (own.get("bias") is None):
+                return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(bias is not None and bias.requires_grad for bias in group.biases())):
+            return None
+        y: torch.Tensor = torch.ops.zipserv.linear_gated(x, blob, group.m, group.k, DTYPE_CODES[self.weight_dtype], self._bias(blob))
+        return y
 
     def _alone(self, x: torch.Tensor, blob: torch.Tensor) -> torch.Tensor:
         bias: torch.Tensor | None = self.bias
@@ -384,6 +399,16 @@ class MergedLinear(ZipLinear):
         bits = 8 * self.nbytes / (self.in_features * self.out_features)
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{shape}, dtype={self.weight_dtype}, {bits:.2f} bits/weight, rows {self._row0}.. of {self._group.m}"
+
+
+def _has_gates(device: torch.device) -> bool:
+    """Whether there are kernels that apply gates."""
+    return device.type in _SHARED_ON and (device.type != "cuda" or _is_hopper(device.index))
+
+
+@torch.compiler.assume_constant_result
+def _is_hopper(index: int) -> bool:
+    return bool(torch.cuda.get_device_capability(index) == (9, 0))
 
 
 def _batch_invariant(blob: torch.Tensor) -> bool:

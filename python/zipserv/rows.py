@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The op ``zipserv::linear_rows``: a product with a run of rows of a compressed matrix, for several layers in one blob.
+"""Products for several layers in one blob; the op ``zipserv::linear_rows``, with a run of rows of the matrix, and ``zipserv::linear_gated``.
 
     linear_rows(x (..., k), blob, m, k, dtype_code, row0, row1, bias (row1 - row0,) or None) -> (..., row1 - row0)
     linear_rows_grad_x(grad (..., row1 - row0), blob, m, k, dtype_code, row0, row1) -> (..., k)
+    linear_gated(x (..., k), blob, m, k, dtype_code, bias (m,) or None) -> (..., m / 2): SiLU of the first half times the second; no gradient
 
 ``row0`` is a multiple of 64. On the CPU the result has the bits of a blob that holds these rows alone. On a GPU few
 tokens are multiplied by the whole matrix, of which the rows are taken: the sums are those of the whole matrix. Some hundred and
@@ -27,6 +28,7 @@ _library: Any = torch.library.Library  # untyped in torch
 _LIB = _library("zipserv", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _LIB.define("linear_rows(Tensor x, Tensor blob, int m, int k, int dtype_code, int row0, int row1, Tensor? bias) -> Tensor", tags=_TAGS)
+_LIB.define("linear_gated(Tensor x, Tensor blob, int m, int k, int dtype_code, Tensor? bias) -> Tensor", tags=_TAGS)
 _LIB.define("linear_rows_grad_x(Tensor grad, Tensor blob, int m, int k, int dtype_code, int row0, int row1) -> Tensor", tags=_TAGS)
 
 
@@ -63,12 +65,21 @@ def linear_gated(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None
 ) -> torch.Tensor | None:
     """``silu(x @ Wg.T + bg) * (x @ Wu.T + bu)``, ``(..., m / 2)``, for a gate and another layer in one blob, of as many rows each (a multiple of 64),
-    by one product on a GPU; rounded where separate kernels would round. None as of :func:`linear_parts`."""
+    by one product on a GPU; rounded where separate kernels would round. None as of :func:`linear_parts`: tracers take the op."""
     x, bias = ops.under_autocast(x, bias, dtype)
     if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
         return None
     y: torch.Tensor | None = ops.cuda_module().eager_gated(x, blob, m, k, DTYPE_CODES[dtype], bias)
     return y
+
+
+def _linear_gated(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor:
+    if x.is_cuda and x.numel() and dtype_code == DTYPE_CODES[torch.bfloat16]:
+        y: torch.Tensor | None = ops.cuda_module().linear_gated(x, blob, m, k, dtype_code, bias)
+        if y is not None:
+            return y
+    gates, up = torch.ops.zipserv.linear(x, blob, m, k, dtype_code, bias).chunk(2, -1)
+    return F.silu(gates) * up
 
 
 def _linear_rows_cuda(
@@ -90,6 +101,10 @@ def _linear_rows_fake(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int, bias: torch.Tensor | None
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], row1 - row0))
+
+
+def _linear_gated_fake(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, bias: torch.Tensor | None) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], m // 2))
 
 
 def _grad_x_fake(grad: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_code: int, row0: int, row1: int) -> torch.Tensor:
@@ -125,6 +140,9 @@ _LIB.impl("linear_rows", ops._linear_rows_cpu, "CPU")
 _LIB.impl("linear_rows", _linear_rows_cuda, "CUDA")
 _LIB.impl("linear_rows_grad_x", ops._linear_grad_x_cpu, "CPU")
 _LIB.impl("linear_rows_grad_x", ops._linear_grad_x_cuda, "CUDA")
+_LIB.impl("linear_gated", _linear_gated, "CPU")
+_LIB.impl("linear_gated", _linear_gated, "CUDA")
+torch.library.register_fake("zipserv::linear_gated", _linear_gated_fake, lib=_LIB)
 torch.library.register_fake("zipserv::linear_rows", _linear_rows_fake, lib=_LIB)
 torch.library.register_fake("zipserv::linear_rows_grad_x", _grad_x_fake, lib=_LIB)
 torch.library.register_autograd("zipserv::linear_rows", _backward, setup_context=_setup, lib=_LIB)

@@ -64,7 +64,7 @@ def main() -> None:
             bias = torch.randn(m, device="cuda").bfloat16()
             y = zipserv.linear(x, zf, bias)
             torch.testing.assert_close(y.double(), x.double() @ finite.cuda().double().T + bias.double(), rtol=2e-2, atol=5e-2)
-        for n in (150, 300):
+        for n in (5, 150, 300):
             many_tokens(zf, finite, n)
         assert torch.equal(zipserv.compress(w.cuda()).blob.cpu(), zipserv.compress(w).blob)
         ids = torch.randint(m, (20,), device="cuda")

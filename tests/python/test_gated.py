@@ -509,7 +509,7 @@ def test_hooks_of_accelerate(taken: Taken) -> None:
 def test_few_tokens(taken: Taken) -> None:
     single, made = pair()
     rows = X.reshape(-1, 128)
-    for tokens, times in ((129, 1), (128, 0), (1, 0), (0, 0)):
+    for tokens, times in ((129, 1), (128, 1), (1, 1), (0, 0)):
         check(made, single, taken, times, rows[:tokens])
 
 
@@ -621,28 +621,79 @@ def test_compile(kind: type[MLP], taken: Taken, monkeypatch: pytest.MonkeyPatch)
     single, made = pair(kind)
     check(made, single, taken, 1)
     torch._dynamo.reset()
-    graphs: list[int] = []
+    graphs: list[list[int]] = []
 
     def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(sum(node.op == "call_function" and "silu" in str(node.target) for node in graph.graph.nodes))
+        called = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append([sum(name in each for each in called) for name in ("silu", "linear_gated")])
         return graph
 
     compiled = torch.compile(made, fullgraph=True, backend=counting)
     check(compiled, single, taken, 0)
-    assert len(graphs) == 1 and graphs[0] == 1
+    assert graphs == [[0, 1]]
+    with torch.inference_mode():
+        check(compiled, single, taken, 0)
     check(made, single, taken, 1)
     made.forward = torch.compile(made.forward, fullgraph=True, backend="eager")
     check(made, single, taken, 0)
-    for compiler in (torch.compile, torch.export.export):  # not even asked: a graph would hold each question's answer as a guard
-        _, other = pair(kind)
-        asked: list[int] = []
-        with monkeypatch.context() as patch:
-            patch.setattr(gated, "_product", lambda *arguments, asked=asked: asked.append(1))
-            other(X)
-            assert asked == [1]
-            torch._dynamo.reset()
-            torch.compile(other, fullgraph=True, backend="eager")(X) if compiler is torch.compile else compiler(other, (X,))
-            assert asked == [1]
+
+
+UNUSUAL = ["gradient", "gradient of a bias", "hook", "pre-hook of the activation", "autocast", "adapter", "other activation"]
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL)
+def test_compile_of_what_is_unusual(unusual: str, taken: Taken) -> None:
+    """The module's own code is in the graph."""
+    single, made = pair()
+    graphs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum(node.op == "call_function" and "linear_gated" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    def run() -> None:
+        torch._dynamo.reset()
+        graphs.clear()
+        torch.testing.assert_close(torch.compile(made, backend=counting)(x), single(x), **CLOSE)
+
+    x = X
+    run()
+    assert sum(graphs) == 1
+    context: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if unusual == "gradient":
+        x = X.clone().requires_grad_()
+    elif unusual == "gradient of a bias":
+        made.up_proj.bias.requires_grad_()
+    elif unusual == "hook":
+        made.up_proj.register_forward_hook(lambda *arguments: None)
+    elif unusual == "pre-hook of the activation":
+        made.act_fn.register_forward_pre_hook(lambda *arguments: None)
+    elif unusual == "autocast":
+        context = torch.autocast("cpu", torch.bfloat16)
+    elif unusual == "adapter":
+        made.gate_proj = nn.Sequential(made.gate_proj)
+    else:
+        made.act_fn, single.act_fn = nn.GELU(), nn.GELU()
+    with context:
+        run()
+    assert sum(graphs) == 0
+
+
+class OwnAttributes(MLP):
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        return (lambda x: 2 * found(x)) if name == "up_proj" else found
+
+
+def test_attributes_that_are_no_modules(taken: Taken) -> None:
+    """What the source names is what a module of that name gives."""
+    single, made = pair(OwnAttributes)
+    check(made, single, taken, 0)
+    single, made = pair()
+    check(made, single, taken, 1)
+    for each in (single, made):
+        each.__dict__["up_proj"] = lambda x, layer=each._modules["up_proj"]: 3 * layer(x)
+    check(made, single, taken, 0)
 
 
 def test_export(taken: Taken) -> None:
@@ -813,7 +864,7 @@ def test_fsdp(tmp_path: Path, taken: Taken) -> None:
 
 
 def test_a_decode_step_of_the_benchmark(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is compiled as without the product, prompts take it."""
+    """It is compiled with that product, prompts take it without a compiler."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
     from zipserv.bench import fused
 
@@ -841,5 +892,6 @@ def test_a_decode_step_of_the_benchmark(taken: Taken, monkeypatch: pytest.Monkey
         assert len(taken) == 2
         torch.testing.assert_close(model(step).logits, wanted[1], **CLOSE)
         assert len(taken) == 2
-    assert sum(any("silu" in name for name in graph) and sum("zipserv.linear" in name for name in graph) == 2 for graph in graphs) >= 1
+    products = [[name for name in graph if "zipserv.linear" in name] for graph in graphs]
+    assert sum(len(names) == 2 and "linear_gated" in names[0] for names in products) >= 1
     assert kind.forward is forward and len(graphs) >= 3

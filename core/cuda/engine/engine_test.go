@@ -252,7 +252,7 @@ func TestProductsInParts(t *testing.T) {
 	}
 }
 
-// Gates: one result of half the width, by a kernel for many tokens or not at all.
+// Gates: one result of half the width, by a kernel that applies them or not at all.
 func TestGatedProducts(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
@@ -276,14 +276,23 @@ func TestGatedProducts(t *testing.T) {
 		p.N = n
 		needs, err = d.Linear(&p)
 		require.NoError(t, err)
-		assert.EqualValues(t, engine.NeedsExpand, needs, "few tokens")
+		assert.Zero(t, needs, "few tokens")
 	}
-	p.N, p.X = 500, 0x20002
+	assert.Contains(t, strings.Join(launches(f), " "), "zs_zipgemm_wgmma")
+	f.Reset()
+	for _, n := range []uint64{2, 500} {
+		p.N, p.X = n, 0x20002
+		needs, err = d.Linear(&p)
+		require.NoError(t, err)
+		assert.EqualValues(t, engine.NeedsExpand, needs, "x not aligned")
+	}
+	p.X = 0x20000
+	engine.SetInvariant(true)
+	defer engine.SetInvariant(false)
 	needs, err = d.Linear(&p)
 	require.NoError(t, err)
-	assert.EqualValues(t, engine.NeedsExpand, needs, "x not aligned")
+	assert.EqualValues(t, engine.NeedsExpand, needs, "batch-invariant")
 	assert.Empty(t, launches(f))
-	p.X = 0x20000
 	for _, bad := range []engine.Matmul{{M: 28672 - 64}, {M: 28672, Rows: 14336}, {M: 28672, PartRows: 14336}} {
 		q := p
 		q.M, q.Rows, q.PartRows = bad.M, bad.Rows, bad.PartRows

@@ -25,7 +25,7 @@ type Matmul struct {
 	Row0, Rows uint64
 	// Where not 0, y is not one matrix, but one of N rows for each PartRows of these rows, a multiple of 64 that divides them; one behind the other.
 	PartRows uint64
-	// Gated: of all rows, M a multiple of 128, y is [N, M/2]: SiLU of the upper half of them times the lower half, rounded where separate kernels would.
+	// Gated: of all rows, M a multiple of 128, y is [N, M/2]: SiLU of the first half of them times the second, rounded where separate kernels would.
 	Gated bool
 	// Scratch is memory for the time of the product, or 0.
 	Scratch      driver.Pointer
@@ -54,7 +54,7 @@ const scratchAlign = 16
 // therefore not be what writes the weights: the first product with a blob waits for everything, later ones do not.
 //
 // It returns 0, or does nothing and says what it needs: NeedsExpand where the plan is to decompress the weights and leave the product to cuBLAS, or where Rows are
-// fewer than M, or y is in parts or gated, and its kernel knows whole matrices only; a larger number where that many bytes of scratch memory have to come with the product.
+// fewer than M, or y is in parts, and its kernel knows whole matrices only, or no kernel applies gates; a larger number where that many bytes of scratch memory have to come with the product.
 func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 	if p.M-1 >= maxSide || p.K-1 >= maxSide || p.N-1 >= maxSide {
 		return 0, badArgument("M, K and N must be 1 to 2^31-1, got %d, %d and %d", p.M, p.K, p.N)
@@ -82,7 +82,7 @@ func (d *Device) Linear(p *Matmul) (needs uint64, err error) {
 		}
 		partRows = p.M / 2
 	}
-	whole := rows == p.M && partRows == rows
+	whole := p.Gated || rows == p.M && partRows == rows
 	if !whole && plan.Class(p.N) <= plan.FewTokens {
 		return NeedsExpand, nil
 	}

@@ -169,7 +169,7 @@ func ChoiceOf(l Linear) (Choice, error) {
 		return Choice{Kernel: Expanded}, nil
 	}
 	for _, layout := range pairLayouts {
-		if l.Kernel.Source == pairSource && uint64(l.Kernel.Cluster) == layout.cluster && uint64(l.ResultRows) == layout.tokens {
+		if l.Kernel.Source == pairSource && uint64(l.Kernel.Cluster) == layout.cluster && slices.Contains(l.Kernel.Defines, fmt.Sprintf("ZS_N=%d", layout.tokens)) {
 			return Choice{layout.kernel, pairGroups, layout.kw(), l.Kernel.Grid}, nil
 		}
 	}

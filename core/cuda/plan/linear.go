@@ -10,7 +10,15 @@ type Problem struct {
 	Invariant bool // a token's result must not depend on N
 	Apart     bool // no clusters: the device has no room for them
 	Unaligned bool // x or a row of it begins at an address that is no multiple of 16
-	Gated     bool // y[N,M/2]: SiLU of the upper half of the rows times the lower half, by a kernel for many tokens (ForLinear says Expand where there is none)
+	Gated     bool // y[N,M/2]: SiLU of the first half of the rows times the second, where there is a kernel for that (else ForLinear says Expand)
+}
+
+// gates are the definitions of a kernel that applies them, or none.
+func (p Problem) gates() []string {
+	if p.Gated {
+		return []string{"ZS_GATED=1"}
+	}
+	return nil
 }
 
 // Linear says how a problem is solved.
@@ -95,6 +103,9 @@ func ForLinear(d Device, p Problem) (Linear, error) {
 	if p.Gated {
 		if p.M%(2*tileSide) != 0 {
 			return Linear{}, fmt.Errorf("gates need two halves of whole tiles, M a multiple of %d, not %d", 2*tileSide, p.M)
+		}
+		if n := Class(p.N); n <= wgmma.tokens && tensor(d, p) && !p.Invariant && wgmma.fits(d, wideLayout, wgmma.tokens) {
+			return wgmma.launch(d, wideLayout, p, n), nil // one warpgroup has the sums of both strips
 		}
 		if l, _ := bestPair(d, p); l != nil {
 			return l.launch(p, l.clusters(d, p)), nil

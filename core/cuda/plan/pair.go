@@ -114,8 +114,8 @@ func (l pairLayout) launch(p Problem, clusters uint64) Linear {
 	defines := []string{
 		fmt.Sprintf("ZS_N=%d", l.tokens), fmt.Sprintf("ZS_CLUSTER=%d", l.cluster), fmt.Sprintf("ZS_DECODERS=%d", l.decoders), fmt.Sprintf("ZS_XSTAGES=%d", l.xstages), fmt.Sprintf("ZS_STAGES=%d", l.stages),
 	}
+	defines = append(defines, p.gates()...)
 	if p.Gated {
-		defines = append(defines, "ZS_GATED=1")
 		results /= 2 // each warpgroup has those of half of the tokens
 	}
 	return Linear{

@@ -174,7 +174,7 @@ func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
-			Defines: append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, f.defines(v, tokens)...),
+			Defines: append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, append(f.defines(v, tokens), p.gates()...)...),
 			Grid:    grid, Resident: blocksPerSM, Block: uint32(f.threads(v, tokens)), Smem: uint32(f.smem(v, tokens)),
 			Programmatic: d.Capability >= 90,
 		},
