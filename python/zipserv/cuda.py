@@ -425,7 +425,8 @@ def batch_invariant() -> bool:
 
 
 def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
-    """Compiles and loads all that products with this weight need, so that no later call waits for the compiler.
+    """Compiles and loads all that products with this weight need, so that no later call waits for the compiler. (Not those that apply gates,
+    :func:`linear_gated`: a first call of such an MLP does.)
 
     Args:
         blob: the weight on its GPU.

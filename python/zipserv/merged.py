@@ -406,9 +406,12 @@ def _has_gates(device: torch.device) -> bool:
     return device.type in _SHARED_ON and (device.type != "cuda" or _is_hopper(device.index))
 
 
-@torch.compiler.assume_constant_result
 def _is_hopper(index: int) -> bool:
     return bool(torch.cuda.get_device_capability(index) == (9, 0))
+
+
+_constant: Any = torch.compiler.assume_constant_result  # untyped in torch
+_constant(_is_hopper)  # for tracers
 
 
 def _batch_invariant(blob: torch.Tensor) -> bool:

@@ -78,7 +78,8 @@ def _linear_gated(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype_cod
         y: torch.Tensor | None = ops.cuda_module().linear_gated(x, blob, m, k, dtype_code, bias)
         if y is not None:
             return y
-    gates, up = torch.ops.zipserv.linear(x, blob, m, k, dtype_code, bias).chunk(2, -1)
+    both: torch.Tensor = torch.ops.zipserv.linear(x, blob, m, k, dtype_code, bias)
+    gates, up = both.chunk(2, -1)
     return F.silu(gates) * up
 
 
