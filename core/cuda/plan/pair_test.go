@@ -250,3 +250,37 @@ func TestWhereTheKernelForManyTokensIsNotUsed(t *testing.T) {
 		}
 	}
 }
+
+// Gates: on Hopper by a kernel that applies them, whose sums for few tokens do not depend on their number; nowhere else, and not where a token's result must be the same
+// for every number of tokens.
+func TestPlansWithGates(t *testing.T) {
+	for name, d := range devices {
+		for _, mk := range [][2]uint64{{128, 64}, {28672, 4096}, {37888, 3584}, {8192, 2048}} {
+			var first plan.Linear
+			for _, n := range []uint64{1, 8, 32, 64, 128, 129, 256, 384, 512, 1024, 8192} {
+				label := fmt.Sprintf("%s %v N=%d", name, mk, n)
+				for _, p := range []plan.Problem{{Invariant: true}, {Unaligned: true}, {}, {Apart: true}} {
+					p.M, p.K, p.N, p.Gated = mk[0], mk[1], n, true
+					l, err := plan.ForLinear(d, p)
+					require.NoError(t, err, label)
+					if d.Capability != 90 || p.Invariant || p.Unaligned || p.Apart && n > 128 {
+						require.True(t, l.Expand, "%s %+v", label, p)
+						continue
+					}
+					require.False(t, l.Expand, label)
+					require.Equal(t, n > 128, forMany(l), label)
+					assert.Equal(t, 1, define(t, l.Kernel, "ZS_GATED"), label)
+					checkKernel(t, d, l.Kernel)
+					if n == 1 {
+						first = l
+					}
+					if n <= 32 {
+						require.Equal(t, first.Kernel.Grid, l.Kernel.Grid, label)
+					}
+				}
+			}
+		}
+		_, err := plan.ForLinear(d, plan.Problem{M: 192, K: 64, N: 1, Gated: true})
+		assert.ErrorContains(t, err, "a multiple of 128", name)
+	}
+}
