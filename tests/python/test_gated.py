@@ -863,6 +863,28 @@ def test_fsdp(tmp_path: Path, taken: Taken) -> None:
         torch.distributed.destroy_process_group()
 
 
+def test_a_compiled_model_generates_the_same_tokens(taken: Taken) -> None:
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    config = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=320
+    )
+    torch.manual_seed(0)
+    model = filled(transformers.LlamaForCausalLM(config))
+    ids, arguments = torch.arange(5)[None], {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static", "pad_token_id": 0}
+    expected = model.generate(ids, **arguments)
+    zipserv.compress_model(model)
+    graphs: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(sum("zipserv.linear_gated" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=counting)
+    assert torch.equal(model.generate(ids, **arguments), expected)
+    assert graphs and set(graphs) == {2} and not taken
+
+
 def test_a_decode_step_of_the_benchmark(taken: Taken, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is compiled with that product, prompts take it without a compiler."""
     transformers = pytest.importorskip("transformers", minversion="5.0")
