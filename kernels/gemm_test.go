@@ -44,22 +44,18 @@ type variant struct {
 func (v variant) pair() bool { return v.decoders > 0 && v.cluster > 0 }
 
 func (v variant) String() string {
+	gated := ""
+	if v.gated {
+		gated = ",gated"
+	}
 	if v.ring > 0 {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
 	}
 	if v.pair() {
-		name := fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages)
-		if v.gated {
-			name += ",gated"
-		}
-		return name
+		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages) + gated
 	}
 	if v.decoders > 0 {
-		name := fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages)
-		if v.gated {
-			name += ",gated"
-		}
-		return name
+		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages) + gated
 	}
 	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
 }

@@ -49,13 +49,18 @@ def linear_rows(
     return y
 
 
+def _is_for_the_engine(x: torch.Tensor, blob: torch.Tensor, dtype: torch.dtype) -> bool:
+    """On a GPU, of the weight's dtype, and no tracer follows: those take ops."""
+    return x.is_cuda and x.dtype == dtype and x.device == blob.device and not torch.compiler.is_compiling() and _tracing_state() is None
+
+
 def linear_parts(
     x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None, parts: int
 ) -> tuple[torch.Tensor, ...] | None:
     """The results of ``parts`` layers in one blob, of as many rows each (a multiple of 64), by one product on a GPU: each ``(..., m / parts)``.
     None where no kernel does that, as on the CPU, where arguments don't fit, and where something needs torch's dispatcher."""
     x, bias = ops.under_autocast(x, bias, dtype)
-    if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
+    if not _is_for_the_engine(x, blob, dtype):
         return None
     y: tuple[torch.Tensor, ...] | None = ops.cuda_module().eager_parts(x, blob, m, k, DTYPE_CODES[dtype], bias, parts)
     return y
@@ -67,7 +72,7 @@ def linear_gated(
     """``silu(x @ Wg.T + bg) * (x @ Wu.T + bu)``, ``(..., m / 2)``, for a gate and another layer in one blob, of as many rows each (a multiple of 64),
     by one product on a GPU; rounded where separate kernels would round. None as of :func:`linear_parts`: tracers take the op."""
     x, bias = ops.under_autocast(x, bias, dtype)
-    if not x.is_cuda or x.dtype != dtype or x.device != blob.device or torch.compiler.is_compiling() or _tracing_state() is not None:
+    if not _is_for_the_engine(x, blob, dtype):
         return None
     y: torch.Tensor | None = ops.cuda_module().eager_gated(x, blob, m, k, DTYPE_CODES[dtype], bias)
     return y
