@@ -38,24 +38,27 @@ type variant struct {
 	n, mw, kw, xstages int
 	decoders, stages   int
 	cluster, ring      int
-	gated              bool
+	gated, inStep      bool
 }
 
 func (v variant) pair() bool { return v.decoders > 0 && v.cluster > 0 }
 
 func (v variant) String() string {
-	gated := ""
+	more := ""
 	if v.gated {
-		gated = ",gated"
+		more = ",gated"
+	}
+	if v.inStep {
+		more = ",in step"
 	}
 	if v.ring > 0 {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
 	}
 	if v.pair() {
-		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages) + gated
+		return fmt.Sprintf("n=%d,cluster=%d,decoders=%d,xstages=%d,stages=%d", v.n, v.cluster, v.decoders, v.xstages, v.stages) + more
 	}
 	if v.decoders > 0 {
-		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages) + gated
+		return fmt.Sprintf("n=%d,mw=%d,kw=%d,decoders=%d,stages=%d,xstages=%d", v.n, v.mw, max(v.kw, 1), v.decoders, v.stages, v.xstages) + more
 	}
 	return fmt.Sprintf("n=%d,mw=%d,kw=%d,xstages=%d", v.n, v.mw, v.kw, v.xstages)
 }
@@ -80,6 +83,9 @@ func (v variant) defines() []string {
 		if v.gated {
 			d = append(d, "ZS_GATED=1")
 		}
+		if v.inStep {
+			d = append(d, "ZS_IN_STEP=1")
+		}
 		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
 	}
 	return append(d, fmt.Sprintf("ZS_KW=%d", v.kw))
@@ -87,8 +93,11 @@ func (v variant) defines() []string {
 
 func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	t.Helper()
-	if kernel == "solo" || kernel == "pair gated" { // pair with clusters of one block, or with gates
+	switch kernel {
+	case "solo", "pair gated": // pair with clusters of one block, or with gates
 		kernel = "pair"
+	case "in step":
+		kernel = "wgmma"
 	}
 	entry := "zs_zipgemm_" + kernel
 	constants := []string{"ZS_THREADS", "ZS_GEMM_SMEM"}
@@ -289,6 +298,7 @@ func newProduct(m, k, n int, seed uint64) product {
 var gemmShapes = []struct{ m, k, grid int }{
 	{1, 1, 1}, {64, 64, 1}, {130, 72, 2}, {65, 1000, 3}, {200, 520, 2}, {128, 1536, 5}, {300, 330, 7}, {16, 4000, 4}, {333, 64, 3},
 	{128, 1100, 4}, {192, 1024, 48}, // the same number of blocks for each of several strip groups: with a lead, and with runs too short for one
+	{320, 1100, 3}, // runs that begin anywhere, and have whole strip groups between two parts of others
 }
 
 var mmaVariants = []variant{
@@ -309,6 +319,8 @@ func seededVariant(kernel string, n int) variant {
 		return variant{n: max(n, 32), cluster: 1, decoders: 4, xstages: 4, stages: 6}
 	case "wgmma":
 		return variant{n: n, mw: 2, decoders: 3, stages: 4, xstages: 2}
+	case "in step":
+		return variant{n: n, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 2, inStep: true}
 	}
 	return variant{n: n, mw: 1, kw: 2, xstages: 2}
 }
@@ -348,6 +360,7 @@ var wgmmaVariants = []variant{
 	{n: 64, mw: 4, decoders: 2, stages: 8, xstages: 2}, {n: 16, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 5},
 	{n: 128, mw: 2, decoders: 7, stages: 8, xstages: 3},        // registers are dealt out anew
 	{n: 8, mw: 1, kw: 2, decoders: 11, stages: 16, xstages: 4}, // as a plan says
+	{n: 16, mw: 1, kw: 2, decoders: 5, stages: 6, xstages: 2, inStep: true}, {n: 128, mw: 1, kw: 2, decoders: 11, stages: 12, xstages: 4, inStep: true},
 }
 
 func TestWGMMA(t *testing.T) {

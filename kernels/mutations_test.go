@@ -70,6 +70,9 @@ var mutations = []struct {
 	{"no wait for the kernel before the activations", "wgmma", "zipgemm_wgmma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"every strip group's blocks begin in the first one", "wgmma", "gemm.cuh", `set \* span`, 0, "0", "wrong deadlock uninitialised bounds"},
 	{"partial sums of a warpgroup taken from one block only", "wgmma", "tiles.cuh", `theirs - h \* ZS_\w+ \* BLOCK`, -1, "theirs", "deadlock wrong"},
+	{"the last part of a run in step from where the one before it ended", "in step", "walk.cuh", `if \(ZS_IN_STEP && piece < work\.ksteps\) kstep = [^;]*;`, 0, "", "wrong"},
+	{"a run in step beyond the end of k", "in step", "walk.cuh", `while \(ZS_IN_STEP && [^;]*;`, 0, "", "wrong bounds"},
+	{"a part of a group taken for the whole", "in step", "walk.cuh", `<= work\.end; \}`, 0, "<= work.end + work.ksteps; }", "wrong deadlock"},
 	{"no proxy fence behind a tile for both blocks", "pair", "zipgemm_pair.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},
 	{"no __syncwarp between decode and escapes of a tile for both blocks", "pair", "zipgemm_pair.cu", `__syncwarp\(\);(\s+escapes\.patch)`, 0, "$1", "race uninitialised"},
 	{"a tile handed over by one lane for all", "pair", "zipgemm_pair.cu", `(fence_proxy_async\(\);\s+)__syncwarp\(\);`, 0, "$1", "race proxy uninitialised"},
@@ -308,6 +311,10 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	v := seededVariant(kernel, 8)
 	p := newProduct(130, 900, 5, 2*seed)
 	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
+	if kernel == "in step" {
+		p = newProduct(320, 1100, 5, 2*seed) // runs of 15 units, of which a group has nine
+		p.grid, p.seed, p.ldx = 3, seed, 1104
+	}
 	if kernel == "wgmma" && seed%3 == 2 {
 		p = newProduct(250, 1160, 5, 2*seed) // two blocks for each strip group, with a lead
 		p.grid, p.seed, p.ldx = 4, seed, 1160
@@ -337,7 +344,7 @@ func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
-	if (kernel == "relay" || kernel == "pair" || kernel == "solo" || kernel == "pair gated" || kernel == "wgmma") && err != nil && faultKind(err) == "" {
+	if (kernel == "relay" || kernel == "pair" || kernel == "solo" || kernel == "pair gated" || kernel == "wgmma" || kernel == "in step") && err != nil && faultKind(err) == "" {
 		return "wrong" // what is to be left as it was
 	}
 	return verdict(t, err, slices.Equal(want, got))
@@ -360,7 +367,7 @@ func verdict(t *testing.T, err error, right bool) string {
 func TestUnchangedKernelsPass(t *testing.T) {
 	t.Parallel()
 	rng := rand.New(rand.NewPCG(uint64(len(mutations)), 3))
-	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "mma", "pair", "pair gated", "relay", "route", "solo", "wgmma"} {
+	for _, kernel := range []string{"compress", "decompress", "gather", "gated", "grouped", "in step", "mma", "pair", "pair gated", "relay", "route", "solo", "wgmma"} {
 		for range 3 {
 			require.Empty(t, runMutant(t, kernel, rng.Uint64()>>1, kernels.Sources))
 		}

@@ -3,7 +3,12 @@
 #pragma once
 #include "tiles.cuh"
 
-// A walk through the weight tiles of a block's run (gemm.cuh), from its end to its beginning, in pieces of one group of strips each.
+#ifndef ZS_IN_STEP
+#define ZS_IN_STEP 0  // 1: blocks that begin anywhere in k are at the same k nevertheless, and get the same activations from L2 together
+#endif
+
+// A walk through the weight tiles of a block's run (gemm.cuh), from its last group of strips to its first, in pieces of one group each: down through k. In step, up through k,
+// a whole group in turns from where the piece before it ended; runs are equally long, so all blocks are at the same k then, or at one other in the last of several pieces.
 struct Walk {
     int32_t left, piece, kstep, strip0;  // units left, in this piece; column step; first strip
     uint32_t tile, place;                // group of strips; of the weight tile in its unit
@@ -12,6 +17,7 @@ struct Walk {
         tile = (uint32_t)(work.end - 1) / work.ksteps;
         kstep = work.end - 1 - (int32_t)tile * work.ksteps;
         piece = min(kstep + 1, left);
+        if (ZS_IN_STEP) kstep -= piece - 1;
         strip0 = (int32_t)(tile * ZS_MW);
         place = 0;
         advance(work, first);
@@ -20,15 +26,20 @@ struct Walk {
         const uint32_t at = place + tiles;
         const int32_t step = (int32_t)(at / ZS_PLACES);
         place = at % ZS_PLACES;
-        left -= step, piece -= step, kstep -= step;
+        left -= step, piece -= step, kstep += ZS_IN_STEP ? step : -step;
         while (piece <= 0 && left > 0) {  // on to the next piece
             const int32_t over = -piece;
             tile--;
             piece = min(work.ksteps, left + over);
-            kstep = work.ksteps - 1 - over, piece -= over;
+            if (!ZS_IN_STEP) kstep = work.ksteps - 1 - over;
+            if (ZS_IN_STEP && piece < work.ksteps) kstep = work.ksteps - left;
+            piece -= over;
             strip0 = (int32_t)(tile * ZS_MW);
         }
+        while (ZS_IN_STEP && kstep >= work.ksteps) kstep -= work.ksteps;
     }
+    // Whether the run has the present group to its end.
+    ZS_DEVICE bool closes(const Work& work) const { return (int32_t)(tile + 1) * work.ksteps <= work.end; }
     // With gates the strips of a group are one of the gate and the same rows of what it is for.
     ZS_DEVICE int32_t strip(const Work& work) const {
         const int32_t i = (int32_t)(place % ZS_MW);
@@ -40,10 +51,10 @@ struct Walk {
 };
 
 // Adds up one strip of a group over the blocks that shared the group, or publishes: then another one has the sums. A warpgroup holds the strip's sums as wgmma leaves them:
-// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7. `first`: the column step that the piece began at.
-ZS_DEVICE bool settle(float (&acc)[ZS_N / 2], const Work& work, const Walk& at, int32_t first, uint32_t mw, uint32_t tid, float* workspace) {
+// floats 4 q .. 4 q + 3 of a thread are a 16x8 piece of its warp's 16 rows and of tokens 8 q .. 8 q + 7.
+ZS_DEVICE bool settle(float (&acc)[ZS_N / 2], const Work& work, const Walk& at, uint32_t mw, uint32_t tid, float* workspace) {
     float* const slot = workspace + ((mw * (ZS_N / 8)) * 128 + tid) * 4;
-    if (first != work.ksteps - 1) {
+    if (!at.closes(work)) {
         publish_sums(acc, slot);
         return false;
     }

@@ -156,7 +156,7 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t tid,
     Stage stage(0), xstage(0);
     Walk at(work, 0);
     while (at.left > 0) {
-        const int32_t units = at.piece, first = at.kstep;  // counted down
+        const int32_t units = at.piece;
         float acc[ZS_MW][ZS_N / 2];
 #pragma unroll
         for (uint32_t i = 0; i < ZS_MW; i++)
@@ -194,7 +194,7 @@ ZS_DEVICE void multiply_tiles(const Work& work, const Output& out, uint32_t tid,
 #pragma unroll
         for (uint32_t i = 0; i < ZS_MW; i++) {
             wgmma_pin(acc[i]);
-            all = settle(acc[i], work, at, first, i, tid, workspace);
+            all = settle(acc[i], work, at, i, tid, workspace);
             if (all && !ZS_GATED) out.store_rows<ZS_N / 8>(acc[i], ((uint32_t)at.strip0 + i) * ZS_TILE + tid / 32 * 16, tid % 32);
         }
 #if ZS_GATED

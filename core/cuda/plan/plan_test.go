@@ -112,6 +112,7 @@ func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 					for _, layout := range []string{"ZS_MW", "ZS_KW"} {
 						require.Equal(t, define(t, first.Kernel, layout), define(t, l.Kernel, layout), label)
 					}
+					require.NotContains(t, l.Kernel.Defines, "ZS_IN_STEP=1", label)
 				}
 				require.GreaterOrEqual(t, define(t, l.Kernel, "ZS_N"), int(min(n, l.Tokens)), label)
 			}
@@ -124,7 +125,7 @@ func TestLayoutsOfWgmma(t *testing.T) {
 	for _, c := range []struct{ m, k, n, mw, grid uint64 }{
 		{28672, 4096, 128, 2, 112}, {57344, 8192, 128, 2, 128}, {37888, 3584, 128, 2, 132}, {14336, 4096, 128, 2, 112}, {8192, 28672, 128, 2, 128},
 		{14336, 5120, 128, 2, 112}, {5120, 27648, 128, 2, 120}, {65536, 5120, 128, 2, 128}, {7168, 16384, 128, 2, 112},
-		{6144, 4096, 128, 1, 96}, {8192, 8192, 128, 1, 128}, {10240, 8192, 128, 1, 128}, {4096, 4096, 128, 1, 128}, {4096, 14336, 128, 1, 128},
+		{6144, 4096, 128, 1, 128}, {8192, 8192, 128, 1, 128}, {10240, 8192, 128, 1, 128}, {4096, 4096, 128, 1, 128}, {4096, 14336, 128, 1, 128},
 		{28672, 4096, 64, 2, 112}, {14336, 4096, 64, 2, 112}, {8192, 28672, 64, 1, 128}, {4096, 4096, 64, 1, 128}, {28672, 4096, 32, 1, 132},
 	} {
 		l, err := plan.ForLinear(devices["H200"], plan.Problem{M: c.m, K: c.k, N: c.n})
@@ -189,33 +190,56 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
 }
 
-// The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication"), with the ratio to cuBLAS of each.
+// The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication" and "In step"), with the ratio to cuBLAS of each.
 func TestGridsForManyDecodedTokens(t *testing.T) {
 	for _, c := range []struct {
 		m, k, n uint64
 		x       map[uint32]float64
 	}{
-		{6144, 4096, 128, map[uint32]float64{132: 1.026, 96: 1.128}},
-		{6144, 5120, 128, map[uint32]float64{132: 0.999, 96: 1.164}},
-		{5120, 4096, 128, map[uint32]float64{132: 0.971, 80: 1.01, 128: 1.042}},
-		{5120, 5120, 128, map[uint32]float64{132: 1.085, 80: 1.01, 128: 1.073}},
-		{4608, 3584, 128, map[uint32]float64{132: 0.906, 72: 0.941, 126: 1.006}},
-		{7168, 16384, 128, map[uint32]float64{132: 1.112, 112: 1.36, 128: 1.247}},
-		{10240, 8192, 128, map[uint32]float64{132: 1.027, 128: 1.213}},
-		{28672, 4096, 128, map[uint32]float64{132: 1.188, 112: 1.243}},
+		{4608, 3584, 128, map[uint32]float64{132: 0.939, 128: 0.961, 126: 0.977, 72: 0.888}},
+		{5120, 4096, 128, map[uint32]float64{132: 1.021, 128: 1.047, 126: 1.029, 80: 0.996}},
+		{5120, 5120, 128, map[uint32]float64{132: 1.067, 128: 1.064, 126: 1.039, 80: 0.989}},
+		{6144, 4096, 128, map[uint32]float64{132: 1.076, 128: 1.098, 126: 1.040, 96: 1.083}},
+		{6144, 5120, 128, map[uint32]float64{132: 1.034, 128: 1.103, 126: 1.057, 96: 1.094}},
+		{7168, 5120, 128, map[uint32]float64{132: 1.086, 128: 1.110, 126: 1.102, 112: 1.178}},
+		{10240, 8192, 128, map[uint32]float64{132: 1.175, 128: 1.176, 126: 1.150, 80: 0.847}},
+		{7168, 16384, 128, map[uint32]float64{132: 1.281, 112: 1.305}},
+		{28672, 4096, 128, map[uint32]float64{132: 1.231, 112: 1.238}},
 		{37888, 3584, 128, map[uint32]float64{132: 1.279, 119: 1.18}},
 		{55296, 5120, 128, map[uint32]float64{132: 1.193, 128: 1.245}},
-		{6144, 4096, 64, map[uint32]float64{132: 1.291, 96: 1.287}},
-		{6144, 5120, 64, map[uint32]float64{132: 1.268, 96: 1.323}},
-		{5120, 5120, 64, map[uint32]float64{132: 1.299, 80: 1.167}},
-		{5120, 4096, 64, map[uint32]float64{132: 1.274, 80: 1.157}},
-		{4608, 3584, 64, map[uint32]float64{132: 1.179, 72: 1.076}},
+		{6144, 4096, 64, map[uint32]float64{128: 1.277, 96: 1.262}},
+		{6144, 5120, 64, map[uint32]float64{128: 1.320, 96: 1.257}},
 		{7168, 16384, 64, map[uint32]float64{132: 1.495, 112: 1.505}},
 		{28672, 4096, 64, map[uint32]float64{132: 1.446, 112: 1.459}},
 	} {
 		l, err := plan.ForLinear(h100, plan.Problem{M: c.m, K: c.k, N: c.n})
 		require.NoError(t, err)
 		nearBest(t, c.x, l.Kernel.Grid, 0.95, fmt.Sprintf("%d x %d, %d tokens", c.m, c.k, c.n))
+	}
+}
+
+// The same of an H200, at 64 tokens.
+func TestGridsFor64DecodedTokens(t *testing.T) {
+	for _, c := range []struct {
+		m, k uint64
+		x    map[uint32]float64
+	}{
+		{4096, 4096, map[uint32]float64{132: 1.016, 128: 1.093, 126: 1.017, 120: 1.005, 96: 0.977}},
+		{6144, 4096, map[uint32]float64{132: 1.088, 128: 1.101, 126: 1.104, 120: 1.064, 96: 1.038}},
+		{4608, 3584, map[uint32]float64{132: 0.925, 128: 0.951, 126: 0.949, 120: 0.933, 72: 0.839}},
+		{3584, 3584, map[uint32]float64{132: 0.903, 128: 0.908, 126: 0.909, 112: 0.993}},
+		{5120, 4096, map[uint32]float64{132: 0.991, 128: 1.017, 126: 1.029, 120: 1.005, 80: 0.912}},
+		{5120, 5120, map[uint32]float64{132: 1.036, 128: 1.049, 126: 1.031, 120: 1.019, 80: 0.899}},
+		{6144, 5120, map[uint32]float64{132: 1.101, 128: 1.128, 126: 1.115, 120: 1.077, 96: 1.039}},
+		{7168, 2048, map[uint32]float64{132: 0.978, 128: 0.959, 126: 0.958, 112: 1.044}},
+		{7168, 5120, map[uint32]float64{132: 1.097, 128: 1.097, 126: 1.094, 112: 1.097}},
+		{10240, 8192, map[uint32]float64{132: 1.063, 128: 1.070, 126: 1.054, 120: 1.018}},
+		{55296, 5120, map[uint32]float64{132: 1.065, 128: 1.045, 126: 1.024}},
+		{37888, 3584, map[uint32]float64{132: 1.087, 128: 1.057, 126: 1.051}},
+	} {
+		l, err := plan.ForLinear(devices["H200"], plan.Problem{M: c.m, K: c.k, N: 64})
+		require.NoError(t, err)
+		nearBest(t, c.x, l.Kernel.Grid, 0.98, fmt.Sprintf("%d x %d", c.m, c.k))
 	}
 }
 

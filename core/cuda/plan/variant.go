@@ -107,7 +107,8 @@ func (v variant) units(m, k uint64) uint64 {
 type dealing struct {
 	percent uint64 // how much longer runs of whole strips may be than equal ones of all blocks
 	units   uint64 // or how many units longer than the runs that are taken otherwise
-	whole   bool   // those are of equal whole units, where that makes them a tenth longer at most
+	whole   bool   // those are of equal whole units,
+	longer  uint64 // where that makes them longer by so many percent at most
 }
 
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
@@ -116,15 +117,21 @@ func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 	case !f.tensor || p.Invariant || tokens <= sameTokens:
 		return dealing{percent: 2}
 	case v == wideLayout:
-		return dealing{units: 20, whole: true}
+		return dealing{units: 20, whole: true, longer: 10}
 	case tokens <= 64:
-		return dealing{percent: 20, units: 6}
+		return dealing{percent: 20, units: 6, whole: true}
 	default:
-		return dealing{percent: 20, units: 11, whole: true}
+		return dealing{percent: 20, units: 6, whole: true, longer: 10}
 	}
 }
 
 const sameTokens = 32
+
+// inStep says whether the blocks of a launch go through k in step wherever their runs begin: a gain where activations are long and each block has those of one strip. The order
+// of a token's sums depends on it.
+func inStep(f family, v variant, p Problem, tokens uint64) bool {
+	return f.tensor && v == tensorLayout && tokens > 64 && !p.Invariant
+}
 
 // grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel.
 func (v variant) grid(d Device, m, k uint64, how dealing) uint32 {
@@ -135,7 +142,7 @@ func (v variant) grid(d Device, m, k uint64, how dealing) uint32 {
 		return even
 	}
 	if how.whole {
-		if n := uint32(largestDivisor(units, uint64(all))); 100*(units/uint64(n)) <= 110*shortest {
+		if n := uint32(largestDivisor(units, uint64(all))); 100*(units/uint64(n)) <= (100+how.longer)*shortest {
 			all, shortest = n, units/uint64(n)
 		}
 	}
@@ -171,10 +178,14 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 // launch plans one launch for up to `tokens` tokens, for which the family is compiled.
 func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
 	grid := v.grid(d, p.M, p.K, dealingOf(f, v, p, tokens))
+	defines := append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, f.defines(v, tokens)...)
+	if inStep(f, v, p, tokens) {
+		defines = append(defines, "ZS_IN_STEP=1")
+	}
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
-			Defines: append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, append(f.defines(v, tokens), p.gates()...)...),
+			Defines: append(defines, p.gates()...),
 			Grid:    grid, Resident: blocksPerSM, Block: uint32(f.threads(v, tokens)), Smem: uint32(f.smem(v, tokens)),
 			Programmatic: d.Capability >= 90,
 		},
