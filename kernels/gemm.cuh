@@ -5,7 +5,7 @@
 // blocks in equal runs (stream-K), but for a lead (ZS_LEAD); which block sums what depends on m, k and the grid only, never on the tokens, and partial sums are
 // added in a fixed order in FP32: a token's result is the same bits whatever else is in the batch.
 //
-// A block takes its run from the end to the beginning. The first strip group it touches may end in a later block: it publishes that partial sum early.
+// A block takes its run from the end to the beginning, group by group. The first strip group it touches may end in a later block: it publishes that partial sum early.
 // The last one may begin in earlier blocks: it adds their sums, which were published long ago, or, where
 // the blocks of a group end together, before: that is what the lead is for. A block waits only for lower block indices, so waiting ends
 // whatever order the blocks are scheduled in.

@@ -71,6 +71,7 @@ var mutations = []struct {
 	{"every strip group's blocks begin in the first one", "wgmma", "gemm.cuh", `set \* span`, 0, "0", "wrong deadlock uninitialised bounds"},
 	{"partial sums of a warpgroup taken from one block only", "wgmma", "tiles.cuh", `theirs - h \* ZS_\w+ \* BLOCK`, -1, "theirs", "deadlock wrong"},
 	{"the last part of a run in step from where the one before it ended", "in step", "walk.cuh", `if \(ZS_IN_STEP && piece < work\.ksteps\) kstep = [^;]*;`, 0, "", "wrong"},
+	{"the first part of a run in step from its end on", "in step", "walk.cuh", `if \(ZS_IN_STEP\) kstep -= piece - 1;`, 0, "", "wrong"},
 	{"a run in step beyond the end of k", "in step", "walk.cuh", `while \(ZS_IN_STEP && [^;]*;`, 0, "", "wrong bounds"},
 	{"a part of a group taken for the whole", "in step", "walk.cuh", `<= work\.end; \}`, 0, "<= work.end + work.ksteps; }", "wrong deadlock"},
 	{"no proxy fence behind a tile for both blocks", "pair", "zipgemm_pair.cu", `fence_proxy_async\(\);`, 0, "", "proxy"},

@@ -3,12 +3,9 @@
 #pragma once
 #include "tiles.cuh"
 
-#ifndef ZS_IN_STEP
-#define ZS_IN_STEP 0  // 1: blocks that begin anywhere in k are at the same k nevertheless, and get the same activations from L2 together
-#endif
-
 // A walk through the weight tiles of a block's run (gemm.cuh), from its last group of strips to its first, in pieces of one group each: down through k. In step, up through k,
-// a whole group in turns from where the piece before it ended; runs are equally long, so all blocks are at the same k then, or at one other in the last of several pieces.
+// and round a whole group from the k where the piece before it ended: as runs are equally long, pieces that begin with a group, and whole groups, are at the same k in all
+// blocks, and a run's last piece at one that is the same for all of these. (A run within a group is at as far from its first k.)
 struct Walk {
     int32_t left, piece, kstep, strip0;  // units left, in this piece; column step; first strip
     uint32_t tile, place;                // group of strips; of the weight tile in its unit

@@ -41,6 +41,9 @@
 #ifndef ZS_LEAD
 #define ZS_LEAD 2
 #endif
+#ifndef ZS_IN_STEP
+#define ZS_IN_STEP 0  // 1: blocks whose runs begin anywhere in k are at few places in k at any time, and get the same activations from L2 together (walk.cuh)
+#endif
 #ifndef ZS_SPREAD
 #define ZS_SPREAD 0  // clocks between the first loads of one decoder and of the next
 #endif

@@ -172,6 +172,7 @@ func TestAnInvariantChoiceDoesNotDependOnTheTokens(t *testing.T) {
 						assert.Equal(t, define(t, one.Kernel, name), define(t, all.Kernel, name))
 					}
 					assert.Equal(t, one.Kernel.Grid, all.Kernel.Grid)
+					assert.NotContains(t, all.Kernel.Defines, "ZS_IN_STEP=1")
 				}
 			}
 		}
@@ -233,7 +234,9 @@ func TestRunsAreAPartition(t *testing.T) {
 					require.Equal(t, uint64(0), starts[0])
 					require.Equal(t, groups*steps, starts[grid])
 					for b := range grid {
-						require.Less(t, starts[b], starts[b+1], "%d groups of %d, %d blocks, lead %d", groups, steps, grid, lead)
+						if starts[b] >= starts[b+1] { // a million times, so not by require
+							t.Fatalf("%d groups of %d, %d blocks, lead %d: block %d has no units", groups, steps, grid, lead, b)
+						}
 					}
 				}
 			}

@@ -190,7 +190,8 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
 }
 
-// The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication" and "In step"), with the ratio to cuBLAS of each.
+// The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication" with Gaussian weights, "In step" with trained-like ones), with the ratio to
+// cuBLAS of each.
 func TestGridsForManyDecodedTokens(t *testing.T) {
 	for _, c := range []struct {
 		m, k, n uint64

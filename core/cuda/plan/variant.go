@@ -103,12 +103,12 @@ func (v variant) units(m, k uint64) uint64 {
 	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
-// dealing is how the grid of a launch is chosen (docs/performance.md, "What is not multiplication").
+// dealing is how the grid of a launch is chosen (docs/performance.md, "What is not multiplication" and "In step").
 type dealing struct {
 	percent uint64 // how much longer runs of whole strips may be than equal ones of all blocks
 	units   uint64 // or how many units longer than the runs that are taken otherwise
-	whole   bool   // those are of equal whole units,
-	longer  uint64 // where that makes them longer by so many percent at most
+	whole   bool   // the runs taken otherwise are equal in whole units, where
+	longer  uint64 // that makes them at most so many percent longer
 }
 
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
@@ -127,8 +127,8 @@ func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 
 const sameTokens = 32
 
-// inStep says whether the blocks of a launch go through k in step wherever their runs begin: a gain where activations are long and each block has those of one strip. The order
-// of a token's sums depends on it.
+// inStep says whether the blocks of a launch go through k in step: a gain where activations are many, each block brings them for one strip, and runs begin anywhere in k;
+// where they do not it changes nothing but the order of a token's sums.
 func inStep(f family, v variant, p Problem, tokens uint64) bool {
 	return f.tensor && v == tensorLayout && tokens > 64 && !p.Invariant
 }
