@@ -35,7 +35,7 @@ test-go: $(VENV)/.dev ## Go tests: core with the race detector; kernels without,
 	VIRTUAL_ENV=$(abspath $(VENV)) $(GO) test -timeout 30m ./kernels/... ./capi/...
 
 test-python: $(VENV)/.dev $(LIB) ## Python tests, the hostile files and the C program among them, in up to four processes
-	PATH="$$($(GO) env GOROOT)/bin:$$PATH" VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal
+	PATH="$$($(GO) env GOROOT)/bin:$$PATH" VIRTUAL_ENV=$(abspath $(VENV)) $(PY) -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=20 --durations-min=5
 
 test-c: $(VENV)/.dev $(LIB) ## only the C program (tests/c)
 	$(PY) -m pytest -q tests/python/test_c.py

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +73,7 @@ def variants() -> tuple[Variant, ...]:
     return tuple(Variant(v["arch"], v["source"], v["entry"], tuple(v["defines"] or ()), v["smem"], v["block"]) for v in json.loads(out.stdout))
 
 
+_WHOLE = "\n-- whole"  # the last line of what is kept
 _USAGE = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", re.S
 )
@@ -77,8 +81,21 @@ _USAGE = re.compile(
 
 @cache
 def _ptxas(arch: str, source: str, defines: tuple[str, ...]) -> str:
+    """What ptxas says of a source; kept by what it was told, so that test processes do not compile the same twice (some minutes, all together)."""
     options = [*OPTIONS, f"-arch={arch}", "--ptxas-options=-v", *(f"-D{d}" for d in defines)]
-    return nvrtc().compile(source, (KERNELS / source).read_text(), headers(), options).log
+    text = (KERNELS / source).read_text()
+    key = hashlib.sha256(repr((nvrtc().version, source, text, headers(), options)).encode()).hexdigest()
+    folder = Path(tempfile.gettempdir()) / f"zipserv-sass-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with open(folder / key, "a+") as kept:
+        fcntl.flock(kept, fcntl.LOCK_EX)  # who comes while it is being compiled waits
+        kept.seek(0)
+        log = kept.read()
+        if not log.endswith(_WHOLE):
+            log = nvrtc().compile(source, text, headers(), options).log + _WHOLE
+            kept.truncate(0)
+            kept.write(log)
+    return log.removesuffix(_WHOLE)
 
 
 @cache
