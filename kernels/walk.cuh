@@ -29,7 +29,7 @@ struct Walk {
             tile--;
             piece = min(work.ksteps, left + over);
             if (!ZS_IN_STEP) kstep = work.ksteps - 1 - over;
-            if (ZS_IN_STEP && piece < work.ksteps) kstep = work.ksteps - left;
+            else if (piece < work.ksteps) kstep = work.ksteps - left;
             piece -= over;
             strip0 = (int32_t)(tile * ZS_MW);
         }

@@ -190,13 +190,26 @@ func TestTheH200sPlans(t *testing.T) {
 	assert.EqualValues(t, 1, small.Kernel.Grid, "no block without work")
 }
 
+// measuredGrids are the ratios to cuBLAS of a product with so many blocks.
+type measuredGrids struct {
+	m, k, n uint64
+	x       map[uint32]float64
+}
+
+// gridsNearBest checks that a device's plans take numbers of blocks that have been measured, and reach that share of the best.
+func gridsNearBest(t *testing.T, d plan.Device, share float64, list []measuredGrids) {
+	t.Helper()
+	for _, c := range list {
+		l, err := plan.ForLinear(d, plan.Problem{M: c.m, K: c.k, N: c.n})
+		require.NoError(t, err)
+		nearBest(t, c.x, l.Kernel.Grid, share, fmt.Sprintf("%d x %d, %d tokens", c.m, c.k, c.n))
+	}
+}
+
 // The numbers of blocks that an H100 measured (docs/performance.md, "What is not multiplication" with Gaussian weights, "In step" with trained-like ones), with the ratio to
 // cuBLAS of each.
 func TestGridsForManyDecodedTokens(t *testing.T) {
-	for _, c := range []struct {
-		m, k, n uint64
-		x       map[uint32]float64
-	}{
+	gridsNearBest(t, h100, 0.95, []measuredGrids{
 		{4608, 3584, 128, map[uint32]float64{132: 0.939, 128: 0.961, 126: 0.977, 72: 0.888}},
 		{5120, 4096, 128, map[uint32]float64{132: 1.021, 128: 1.047, 126: 1.029, 80: 0.996}},
 		{5120, 5120, 128, map[uint32]float64{132: 1.067, 128: 1.064, 126: 1.039, 80: 0.989}},
@@ -212,36 +225,25 @@ func TestGridsForManyDecodedTokens(t *testing.T) {
 		{6144, 5120, 64, map[uint32]float64{128: 1.320, 96: 1.257}},
 		{7168, 16384, 64, map[uint32]float64{132: 1.495, 112: 1.505}},
 		{28672, 4096, 64, map[uint32]float64{132: 1.446, 112: 1.459}},
-	} {
-		l, err := plan.ForLinear(h100, plan.Problem{M: c.m, K: c.k, N: c.n})
-		require.NoError(t, err)
-		nearBest(t, c.x, l.Kernel.Grid, 0.95, fmt.Sprintf("%d x %d, %d tokens", c.m, c.k, c.n))
-	}
+	})
 }
 
 // The same of an H200, at 64 tokens.
 func TestGridsFor64DecodedTokens(t *testing.T) {
-	for _, c := range []struct {
-		m, k uint64
-		x    map[uint32]float64
-	}{
-		{4096, 4096, map[uint32]float64{132: 1.016, 128: 1.093, 126: 1.017, 120: 1.005, 96: 0.977}},
-		{6144, 4096, map[uint32]float64{132: 1.088, 128: 1.101, 126: 1.104, 120: 1.064, 96: 1.038}},
-		{4608, 3584, map[uint32]float64{132: 0.925, 128: 0.951, 126: 0.949, 120: 0.933, 72: 0.839}},
-		{3584, 3584, map[uint32]float64{132: 0.903, 128: 0.908, 126: 0.909, 112: 0.993}},
-		{5120, 4096, map[uint32]float64{132: 0.991, 128: 1.017, 126: 1.029, 120: 1.005, 80: 0.912}},
-		{5120, 5120, map[uint32]float64{132: 1.036, 128: 1.049, 126: 1.031, 120: 1.019, 80: 0.899}},
-		{6144, 5120, map[uint32]float64{132: 1.101, 128: 1.128, 126: 1.115, 120: 1.077, 96: 1.039}},
-		{7168, 2048, map[uint32]float64{132: 0.978, 128: 0.959, 126: 0.958, 112: 1.044}},
-		{7168, 5120, map[uint32]float64{132: 1.097, 128: 1.097, 126: 1.094, 112: 1.097}},
-		{10240, 8192, map[uint32]float64{132: 1.063, 128: 1.070, 126: 1.054, 120: 1.018}},
-		{55296, 5120, map[uint32]float64{132: 1.065, 128: 1.045, 126: 1.024}},
-		{37888, 3584, map[uint32]float64{132: 1.087, 128: 1.057, 126: 1.051}},
-	} {
-		l, err := plan.ForLinear(devices["H200"], plan.Problem{M: c.m, K: c.k, N: 64})
-		require.NoError(t, err)
-		nearBest(t, c.x, l.Kernel.Grid, 0.98, fmt.Sprintf("%d x %d", c.m, c.k))
-	}
+	gridsNearBest(t, devices["H200"], 0.98, []measuredGrids{
+		{4096, 4096, 64, map[uint32]float64{132: 1.016, 128: 1.093, 126: 1.017, 120: 1.005, 96: 0.977}},
+		{6144, 4096, 64, map[uint32]float64{132: 1.088, 128: 1.101, 126: 1.104, 120: 1.064, 96: 1.038}},
+		{4608, 3584, 64, map[uint32]float64{132: 0.925, 128: 0.951, 126: 0.949, 120: 0.933, 72: 0.839}},
+		{3584, 3584, 64, map[uint32]float64{132: 0.903, 128: 0.908, 126: 0.909, 112: 0.993}},
+		{5120, 4096, 64, map[uint32]float64{132: 0.991, 128: 1.017, 126: 1.029, 120: 1.005, 80: 0.912}},
+		{5120, 5120, 64, map[uint32]float64{132: 1.036, 128: 1.049, 126: 1.031, 120: 1.019, 80: 0.899}},
+		{6144, 5120, 64, map[uint32]float64{132: 1.101, 128: 1.128, 126: 1.115, 120: 1.077, 96: 1.039}},
+		{7168, 2048, 64, map[uint32]float64{132: 0.978, 128: 0.959, 126: 0.958, 112: 1.044}},
+		{7168, 5120, 64, map[uint32]float64{132: 1.097, 128: 1.097, 126: 1.094, 112: 1.097}},
+		{10240, 8192, 64, map[uint32]float64{132: 1.063, 128: 1.070, 126: 1.054, 120: 1.018}},
+		{55296, 5120, 64, map[uint32]float64{132: 1.065, 128: 1.045, 126: 1.024}},
+		{37888, 3584, 64, map[uint32]float64{132: 1.087, 128: 1.057, 126: 1.051}},
+	})
 }
 
 // Blocks stay where the GPU would be full less than twice.

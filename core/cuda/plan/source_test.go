@@ -117,8 +117,7 @@ func constants(t *testing.T, lib *nvrtc.Library, files map[string]string, k plan
 	t.Helper()
 	last := strings.LastIndex(files[k.Source], "extern \"C\" __global__") // compiling it takes most of the time, and no constant stands behind it
 	require.Positive(t, last, k.Source)
-	source := files[k.Source][:last]
-	source += "extern \"C\" __global__ void probe(unsigned *p) {\n"
+	source := files[k.Source][:last] + "extern \"C\" __global__ void probe(unsigned *p) {\n"
 	for i, e := range expressions {
 		source += fmt.Sprintf("p[%d] = 1000000000u + (unsigned)(%s);\n", i, e)
 	}
