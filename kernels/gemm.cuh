@@ -22,12 +22,16 @@ ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
 #ifndef ZS_LEAD
 #define ZS_LEAD 0  // units that a block which adds the sums of others has more than these, where the grid is so many blocks for each strip group and runs are long
 #endif
+#ifndef ZS_ANYWHERE_LEAD
+#define ZS_ANYWHERE_LEAD 0  // where runs begin anywhere and are long: units that the next block has of a run that begins and ends within a group
+#endif
 
 // Units of one launch. (Without a lead by another formula: that of a lead takes registers that zipgemm_mma does not have.)
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
 #if ZS_LEAD
     uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one the lead besides
+    bool anywhere;                         // ZS_ANYWHERE_LEAD holds
 #else
     uint32_t units;
 #endif
@@ -42,6 +46,7 @@ struct Work {
         sharers = whole ? each : gridDim.x, span = whole ? (uint32_t)ksteps : groups * (uint32_t)ksteps;
         const uint32_t even = span - (whole && span >= 4 * ZS_LEAD * sharers ? ZS_LEAD : 0);
         run = even / sharers, shorter = sharers - (even - run * sharers);
+        anywhere = ZS_ANYWHERE_LEAD && !whole && run >= 4 * ZS_LEAD;
 #else
         units = groups * (uint32_t)ksteps;
 #endif
@@ -51,7 +56,10 @@ struct Work {
     ZS_DEVICE int32_t start_of(uint32_t block) const {
 #if ZS_LEAD
         const uint32_t set = block / sharers, at = block - set * sharers;
-        return (int32_t)(set * span + at * run + (at > shorter ? at - shorter : 0));
+        const uint32_t unit = set * span + at * run + (at > shorter ? at - shorter : 0);
+        if (!anywhere) return (int32_t)unit;
+        // If the run before this one has begun in the same group, its block has nothing to publish before its end, and this one, which comes to the group last, waits for it.
+        return (int32_t)(unit % (uint32_t)ksteps >= run + (at > shorter) ? unit - ZS_ANYWHERE_LEAD : unit);
 #else
         return part_begin(units, block, gridDim.x);
 #endif

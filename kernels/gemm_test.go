@@ -39,6 +39,7 @@ type variant struct {
 	decoders, stages   int
 	cluster, ring      int
 	gated, inStep      bool
+	lead               bool // where runs begin anywhere
 }
 
 func (v variant) pair() bool { return v.decoders > 0 && v.cluster > 0 }
@@ -50,6 +51,9 @@ func (v variant) String() string {
 	}
 	if v.inStep {
 		more = ",in step"
+	}
+	if v.lead {
+		more = ",lead"
 	}
 	if v.ring > 0 {
 		return fmt.Sprintf("n=%d,groups=%d,cluster=%d,stages=%d", v.n, v.mw, v.cluster, v.ring)
@@ -85,6 +89,9 @@ func (v variant) defines() []string {
 		}
 		if v.inStep {
 			d = append(d, "ZS_IN_STEP=1")
+		}
+		if v.lead {
+			d = append(d, "ZS_ANYWHERE_LEAD=1")
 		}
 		return append(d, fmt.Sprintf("ZS_KW=%d", max(v.kw, 1)), fmt.Sprintf("ZS_DECODERS=%d", v.decoders), fmt.Sprintf("ZS_STAGES=%d", v.stages))
 	}
@@ -368,6 +375,22 @@ func TestWGMMA(t *testing.T) {
 		t.Run(v.String(), func(t *testing.T) {
 			t.Parallel()
 			testShapes(t, newGEMM(t, kernels.Sources, "wgmma", v), 1)
+		})
+	}
+}
+
+// Runs that begin anywhere, each shorter than a group: those that others wait for end early. Five blocks with two such runs, four with one; in the last shape no group has one.
+func TestWGMMALead(t *testing.T) {
+	g := newGEMM(t, kernels.Sources, "wgmma", variant{n: 64, mw: 1, kw: 2, decoders: 5, stages: 6, xstages: 2, lead: true})
+	for _, s := range []struct{ m, k, grid int }{{192, 1792, 5}, {170, 1700, 4}, {320, 1100, 3}} {
+		t.Run(fmt.Sprintf("%dx%d,grid=%d", s.m, s.k, s.grid), func(t *testing.T) {
+			for _, seed := range seeds(t, 2) {
+				p := newProduct(s.m, s.k, 9, seed)
+				p.grid = s.grid
+				y, err := g.run(p)
+				require.NoError(t, err)
+				p.check(t, y)
+			}
 		})
 	}
 }

@@ -99,11 +99,12 @@ ZS_DEVICE void decode_tiles(const Blob& blob, const Work& work, uint32_t d, uint
     bool exists = next_fixed != 0;
     pause_clocks(d * ZS_SPREAD);
     if (exists) stream.load(next_fixed, lane);
-    __syncthreads();  // the barriers are there
+    __syncthreads();  // the barriers are there, and all first loads are out
+    // All blocks have asked for their first tiles at once, and decode them at once: something is to be under way from memory meanwhile. The second tiles come behind the
+    // first ones, whose headers are not waited for.
+    if (lane == 0 && ahead.exists(work)) prefetch_l2(blob.fixed + (uint64_t)ahead.weight_tile(work) * ZS_FIXED, ZS_FIXED);
     escapes.load(blob.escapes + 4 * lane, next_head, lane);
     look();
-    // All blocks have asked for their first tiles at once, and decode them at once: something is to be under way from memory meanwhile.
-    if (lane == 0 && next_fixed) prefetch_l2(next_fixed, ZS_FIXED);
 
     Stage stage(d);
     for (; left > 0; left--) {

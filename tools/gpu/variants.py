@@ -141,7 +141,8 @@ class Variant:
         self.smem, self.threads, self.cluster, self.n, self.mw, self.kw = launch
         self.check(self.cuda.cuFuncSetAttribute(self.function, MAX_SMEM, self.smem))
         # The kernels' own flag for "no sum here yet" (gemm.cuh).
-        self.workspace = torch.full((self.blocks * self.mw * 64 * self.n,), -1, dtype=torch.int32, device="cuda")
+        blocks = max(self.blocks, int(self.spec.grid) if self.spec.grid.isdecimal() else 0)
+        self.workspace = torch.full((blocks * self.mw * 64 * self.n,), -1, dtype=torch.int32, device="cuda")
 
     @property
     def few(self) -> bool:

@@ -9,7 +9,7 @@ import (
 )
 
 // Version counts the changes of what a Choice means, and of what there is to choose from. A choice that was measured under another version is not used.
-const Version = 10
+const Version = 11
 
 // Expanded is the Kernel of a Choice to decompress the weight and leave the product to cuBLAS.
 const Expanded = "decompress"

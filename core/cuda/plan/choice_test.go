@@ -195,8 +195,8 @@ func TestBuckets(t *testing.T) {
 // wgmmaLead is ZS_LEAD of zipgemm_wgmma (TestPlansAgreeWithTheSources); the kernels over mma.sync have none.
 const wgmmaLead = 2
 
-// runs are the first units of each block as gemm.cuh deals them, and their end: with a lead where the kernel has one.
-func runs(groups, steps, grid, lead uint64) (starts []uint64) {
+// runs are the first units of each block as gemm.cuh deals them, and their end: with a lead where the kernel has one, and one where they begin anywhere.
+func runs(groups, steps, grid, lead, anywhere uint64) (starts []uint64) {
 	if lead == 0 {
 		for b := range grid + 1 {
 			starts = append(starts, groups*steps*b/grid)
@@ -205,7 +205,8 @@ func runs(groups, steps, grid, lead uint64) (starts []uint64) {
 	}
 	span, sharers := groups*steps, grid
 	even := span
-	if grid > groups && grid%groups == 0 {
+	whole := grid > groups && grid%groups == 0
+	if whole {
 		span, sharers = steps, grid/groups
 		even = span
 		if span >= 4*lead*sharers {
@@ -213,29 +214,34 @@ func runs(groups, steps, grid, lead uint64) (starts []uint64) {
 		}
 	}
 	run, longer := even/sharers, even%sharers
+	before := uint64(0)
 	for b := range grid + 1 {
 		set, at := b/sharers, b%sharers
 		start := set*span + at*run
 		if at > sharers-longer {
 			start += at - (sharers - longer)
 		}
-		starts = append(starts, start)
+		ends := start
+		if !whole && run >= 4*lead && start%steps > 0 && before/steps == start/steps && b > 0 {
+			ends -= anywhere
+		}
+		starts, before = append(starts, ends), start
 	}
 	return starts
 }
 
 // By that rule every unit is some block's, and every block has one.
 func TestRunsAreAPartition(t *testing.T) {
-	for _, lead := range []uint64{0, wgmmaLead} {
+	for _, lead := range [][2]uint64{{0, 0}, {wgmmaLead, 0}, {wgmmaLead, 1}} {
 		for groups := uint64(1); groups < 40; groups += 3 {
 			for steps := uint64(1); steps < 70; steps += 3 {
 				for grid := uint64(1); grid <= min(132, groups*steps); grid++ {
-					starts := runs(groups, steps, grid, lead)
+					starts := runs(groups, steps, grid, lead[0], lead[1])
 					require.Equal(t, uint64(0), starts[0])
 					require.Equal(t, groups*steps, starts[grid])
 					for b := range grid {
 						if starts[b] >= starts[b+1] { // a million times, so not by require
-							t.Fatalf("%d groups of %d, %d blocks, lead %d: block %d has no units", groups, steps, grid, lead, b)
+							t.Fatalf("%d groups of %d, %d blocks, lead %v: block %d has no units", groups, steps, grid, lead, b)
 						}
 					}
 				}
@@ -264,7 +270,7 @@ func TestSplitGivesEveryStripThatManyBlocks(t *testing.T) {
 			if c.Kernel == "wgmma" {
 				lead = wgmmaLead
 			}
-			starts := runs(groups, steps, uint64(l.Kernel.Grid), lead)
+			starts := runs(groups, steps, uint64(l.Kernel.Grid), lead, 0)
 			for g := range groups {
 				blocks := uint64(0)
 				for b := range len(starts) - 1 {

@@ -4,6 +4,7 @@ package plan_test
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -244,6 +245,45 @@ func TestGridsFor64DecodedTokens(t *testing.T) {
 		{55296, 5120, 64, map[uint32]float64{132: 1.065, 128: 1.045, 126: 1.024}},
 		{37888, 3584, 64, map[uint32]float64{132: 1.087, 128: 1.057, 126: 1.051}},
 	})
+}
+
+// For up to 32 tokens, which share a grid, and the batch-invariant mode.
+func TestGridsForFewDecodedTokens(t *testing.T) {
+	d := devices["H200"]
+	gridsNearBest(t, d, 0.98, []measuredGrids{
+		{4608, 3584, 8, map[uint32]float64{132: 1.104, 126: 1.135}},
+		{5120, 4096, 8, map[uint32]float64{132: 1.092, 128: 1.205}},
+		{6144, 4096, 8, map[uint32]float64{132: 1.240, 130: 1.256, 128: 1.257, 126: 1.242}},
+		{5120, 5120, 8, map[uint32]float64{132: 1.188, 130: 1.217, 128: 1.211, 126: 1.203}},
+		{6144, 4096, 32, map[uint32]float64{132: 1.204, 130: 1.216, 128: 1.226, 126: 1.214}},
+		{5120, 5120, 32, map[uint32]float64{132: 1.150, 130: 1.172, 128: 1.171, 126: 1.158}},
+	})
+	for _, mk := range matrices {
+		few, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: 1})
+		require.NoError(t, err)
+		for _, p := range []plan.Problem{{N: 9}, {N: 32}, {N: 1, Invariant: true}, {N: 5000, Invariant: true}} {
+			p.M, p.K = mk[0], mk[1]
+			l, err := plan.ForLinear(d, p)
+			require.NoError(t, err)
+			assert.Equal(t, few.Kernel.Grid, l.Kernel.Grid, "%+v", p)
+			assert.NotContains(t, l.Kernel.Defines, "ZS_ANYWHERE_LEAD=1")
+		}
+	}
+}
+
+// Runs differ where there are so many tokens that sums are waited for, and no strip is alone.
+func TestWhereRunsThatBeginAnywhereHaveALead(t *testing.T) {
+	for _, c := range []struct {
+		p    plan.Problem
+		want bool
+	}{
+		{plan.Problem{M: 4608, K: 3584, N: 32}, false}, {plan.Problem{M: 4608, K: 3584, N: 33}, true}, {plan.Problem{M: 4608, K: 3584, N: 64}, true}, {plan.Problem{M: 4608, K: 3584, N: 65}, false},
+		{plan.Problem{M: 4608, K: 3584, N: 64, Invariant: true}, false}, {plan.Problem{M: 28672, K: 4096, N: 64, Gated: true}, false}, {plan.Problem{M: 4608, K: 3584, N: 64, Unaligned: true}, false},
+	} {
+		l, err := plan.ForLinear(devices["H200"], c.p)
+		require.NoError(t, err)
+		assert.Equal(t, c.want, slices.Contains(l.Kernel.Defines, "ZS_ANYWHERE_LEAD=1"), "%+v", c.p)
+	}
 }
 
 // Blocks stay where the GPU would be full less than twice.

@@ -114,8 +114,10 @@ type dealing struct {
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
 func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 	switch {
-	case !f.tensor || p.Invariant || tokens <= sameTokens:
+	case !f.tensor:
 		return dealing{percent: 2}
+	case p.Invariant || tokens <= sameTokens:
+		return dealing{percent: 2, whole: true}
 	case v == wideLayout:
 		return dealing{units: 20, whole: true, longer: 10}
 	case tokens <= 64:
@@ -131,6 +133,12 @@ const sameTokens = 32
 // where they do not it changes nothing but the order of a token's sums.
 func inStep(f family, v variant, p Problem, tokens uint64) bool {
 	return f.tensor && v == tensorLayout && tokens > 64 && !p.Invariant
+}
+
+// anywhereLead says whether blocks that wait for each other at the end of their runs have runs that differ, where these begin anywhere in k: a gain where sums are many, and
+// a loss where they are few; for more tokens neither. (docs/performance.md, "Runs that begin anywhere")
+func anywhereLead(f family, v variant, p Problem, tokens uint64) bool {
+	return f.tensor && v == tensorLayout && tokens > sameTokens && tokens <= 64 && !p.Invariant
 }
 
 // grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel.
@@ -181,6 +189,9 @@ func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
 	defines := append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, f.defines(v, tokens)...)
 	if inStep(f, v, p, tokens) {
 		defines = append(defines, "ZS_IN_STEP=1")
+	}
+	if anywhereLead(f, v, p, tokens) {
+		defines = append(defines, "ZS_ANYWHERE_LEAD=1")
 	}
 	l := Linear{
 		Kernel: Kernel{
