@@ -50,8 +50,10 @@ def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
 
 
 def in_step() -> None:
-    """Blocks whose runs have a whole strip between parts of others; the shapes below give no block more than a step. No block has more tiles than its ring:
-    racecheck does not follow mbarriers from ordinary stores to others, and reports the second round of any ring."""
+    """Blocks whose runs have a whole strip between parts of others; the shapes below give no block more than a step.
+
+    No block has more tiles than its ring: racecheck does not follow mbarriers from ordinary stores to others, and reports any ring's second round.
+    """
     w = trained(320, 328)
     z, x = on_gpu(w), torch.randn(100, 328, device="cuda").bfloat16()
     with choices.chosen(0, Problem(320, 328, tune.bucket(100)), choices.Choice("wgmma", 1, 2, 3)):
