@@ -2,7 +2,7 @@
 // What the ZipGEMM kernels share: how the units of work are dealt to blocks, the output, the partial sums.
 //
 // A *strip* is 64 rows of the weight, a row of tiles. A *unit* is ZS_MW strips x ZS_KW column tiles. All units, strip groups major, are dealt to the
-// blocks in equal runs (stream-K), but for a lead (ZS_LEAD); which block sums what depends on m, k and the grid only, never on the tokens, and partial sums are
+// blocks in equal runs (stream-K), but for a lead (ZS_LEAD, ZS_ANYWHERE_LEAD); which block sums what depends on m, k, the grid and these only, and partial sums are
 // added in a fixed order in FP32: a token's result is the same bits whatever else is in the batch.
 //
 // A block takes its run from the end to the beginning, group by group. The first strip group it touches may end in a later block: it publishes that partial sum early.
@@ -30,8 +30,8 @@ ZS_DEVICE int32_t part_begin(uint32_t units, uint32_t i, uint32_t parts) {
 struct Work {
     int32_t strips, col_tiles, ksteps, begin, end;
 #if ZS_LEAD
-    uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one the lead besides
-    bool anywhere;                         // ZS_ANYWHERE_LEAD holds
+    uint32_t span, sharers, run, shorter;  // of `span` units that `sharers` blocks have, the first `shorter` have `run`, the others one more, the last one the lead besides, but for:
+    bool anywhere;                         // ZS_ANYWHERE_LEAD
 #else
     uint32_t units;
 #endif
@@ -58,7 +58,7 @@ struct Work {
         const uint32_t set = block / sharers, at = block - set * sharers;
         const uint32_t unit = set * span + at * run + (at > shorter ? at - shorter : 0);
         if (!anywhere) return (int32_t)unit;
-        // If the run before this one has begun in the same group, its block has nothing to publish before its end, and this one, which comes to the group last, waits for it.
+        // If the run before this one has begun in the same group, its sums come at its very end, and whoever closes the group waits for them: it ends earlier.
         return (int32_t)(unit % (uint32_t)ksteps >= run + (at > shorter) ? unit - ZS_ANYWHERE_LEAD : unit);
 #else
         return part_begin(units, block, gridDim.x);

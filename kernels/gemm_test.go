@@ -103,7 +103,7 @@ func newGEMM(t *testing.T, files fs.FS, kernel string, v variant) gemm {
 	switch kernel {
 	case "solo", "pair gated": // pair with clusters of one block, or with gates
 		kernel = "pair"
-	case "in step":
+	case "in step", "lead":
 		kernel = "wgmma"
 	}
 	entry := "zs_zipgemm_" + kernel
@@ -328,6 +328,8 @@ func seededVariant(kernel string, n int) variant {
 		return variant{n: n, mw: 2, decoders: 3, stages: 4, xstages: 2}
 	case "in step":
 		return variant{n: n, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 2, inStep: true}
+	case "lead":
+		return variant{n: n, mw: 1, kw: 2, decoders: 3, stages: 4, xstages: 2, lead: true}
 	}
 	return variant{n: n, mw: 1, kw: 2, xstages: 2}
 }
@@ -379,11 +381,13 @@ func TestWGMMA(t *testing.T) {
 	}
 }
 
-// Runs that begin anywhere, each shorter than a group: those that others wait for end early. Five blocks with two such runs, four with one; in the last shape no group has one.
+// Runs that begin anywhere: those that others wait for end early. Five blocks with two such runs, and with two in one group; four with one; in the last shape, whose runs are
+// longer than a group, there is none.
 func TestWGMMALead(t *testing.T) {
 	g := newGEMM(t, kernels.Sources, "wgmma", variant{n: 64, mw: 1, kw: 2, decoders: 5, stages: 6, xstages: 2, lead: true})
-	for _, s := range []struct{ m, k, grid int }{{192, 1792, 5}, {170, 1700, 4}, {320, 1100, 3}} {
+	for _, s := range []struct{ m, k, grid int }{{192, 1792, 5}, {128, 2560, 5}, {170, 1700, 4}, {320, 1100, 3}} {
 		t.Run(fmt.Sprintf("%dx%d,grid=%d", s.m, s.k, s.grid), func(t *testing.T) {
+			t.Parallel()
 			for _, seed := range seeds(t, 2) {
 				p := newProduct(s.m, s.k, 9, seed)
 				p.grid = s.grid

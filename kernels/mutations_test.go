@@ -70,6 +70,7 @@ var mutations = []struct {
 	{"no wait for the kernel before the activations", "wgmma", "zipgemm_wgmma.cu", `griddep_wait\(\);`, 0, "", "dependency"},
 	{"every strip group's blocks begin in the first one", "wgmma", "gemm.cuh", `set \* span`, 0, "0", "wrong deadlock uninitialised bounds"},
 	{"partial sums of a warpgroup taken from one block only", "wgmma", "tiles.cuh", `theirs - h \* ZS_\w+ \* BLOCK`, -1, "theirs", "deadlock wrong"},
+	{"a run that ends early for itself alone", "lead", "gemm.cuh", `unit - ZS_ANYWHERE_LEAD :`, 0, "unit - (block == blockIdx.x) :", "wrong deadlock race mbarrier"},
 	{"the last part of a run in step from where the one before it ended", "in step", "walk.cuh", `else if \(piece < work\.ksteps\) kstep = [^;]*;`, 0, "", "wrong"},
 	{"the first part of a run in step from its end on", "in step", "walk.cuh", `if \(ZS_IN_STEP\) kstep -= piece - 1;`, 0, "", "wrong"},
 	{"a run in step beyond the end of k", "in step", "walk.cuh", `while \(ZS_IN_STEP && [^;]*;`, 0, "", "wrong bounds"},
@@ -239,115 +240,135 @@ func TestSeededBugsAreCaught(t *testing.T) {
 
 // runMutant returns what caught the bug, or "" if nothing did.
 func runMutant(t *testing.T, kernel string, seed uint64, files fs.FS) string {
-	if kernel == "compress" {
-		// Some blocks look at two windows of others; the room is one unit too small now and then.
-		c := newCompressor(t, files, 2)
-		kind := []string{"outliers", "random"}[seed>>3%2]
-		in := compressCase{x: newMatrix(kind, 130, 130, seed), blocks: 1 + int(seed>>2%2), ld: 136 - 5*int(seed>>4%2), room: -int(seed % 2), seed: seed}
-		if seed%4 >= 2 {
-			in = compressCase{x: lists(280), blocks: 11, ld: 280 * 64, samples: 40, room: 1000 * int(seed>>2%2), seed: seed}
-		}
-		got, _, err := c.run(t, in)
-		if err != nil {
-			if faultKind(err) == "" {
-				return "wrong" // the mail, or the sum
-			}
-			return faultKind(err)
-		}
-		if in.room >= 0 && !bytes.Equal(got, encodeTiled(in.x)) {
-			return "wrong"
-		}
-		return ""
-	}
-	if kernel == "gated" || kernel == "grouped" {
-		gated := kernel == "gated"
-		m, compile := 130, func(files fs.FS, v variant) grouped { return newGrouped(t, files, v, false) }
-		if gated {
-			m, compile = 256, func(files fs.FS, v variant) grouped { return newGated(t, files, v) }
-		}
-		l := newLayer("everywhere", 9, 2, m, 200, 3*seed+1) // rows of x are tokens
-		l.grid = 3
-		if !gated {
-			l.grid = 4 + int(seed%2)*60 // more blocks than units, or fewer
-			if seed%2 == 1 {
-				l.ids = l.ids[:2]
-			}
-		}
-		v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
-		want, err := compile(kernels.Sources, v).run(l)
-		require.NoError(t, err)
-		got, err := compile(files, v).run(l)
-		return verdict(t, err, slices.Equal(want, got))
-	}
-	if kernel == "route" {
-		rng := rand.New(rand.NewPCG(seed, 1))
-		ids := make([]int, 100)
-		for i := range ids {
-			ids[i] = rng.IntN(20)
-		}
-		got, err := route(newRouter(t, files), ids, 4, 20, 8, 8, seed)
-		if err != nil {
-			return verdict(t, err, false)
-		}
-		want, lists := words32(routing(ids, 4, 20, 8)), 16+16*len(ids)
-		return verdict(t, nil, bytes.Equal(want[:4], got[:4]) && bytes.Equal(want[lists:], got[lists:]))
-	}
-	if kernel == "gather" {
-		g := newGatherer(t, files, false)
-		for _, kind := range []string{"mixed", "outliers"} {
-			c := gatherCase{x: newMatrix(kind, 130, 200, seed), ids: someRows(130, 30, seed), idBytes: 8, align: 16, seed: seed}
-			got, err := g.run(c)
-			if kind := verdict(t, err, bytes.Equal(got, c.expected())); kind != "" {
-				return kind
-			}
-		}
-		return ""
-	}
-	if kernel == "decompress" {
+	switch kernel {
+	case "compress":
+		return compressMutant(t, seed, files)
+	case "decompress":
 		d := newDecompressor(t, files, 2)
 		c := decompressCase{x: newMatrix("gaussian", 130, 130, seed), blocks: 1, ld: 130, align: 16, seed: seed}
 		got, err := d.run(c)
 		return verdict(t, err, bytes.Equal(got, c.expected()))
+	case "gather":
+		return gatherMutant(t, seed, files)
+	case "route":
+		return routeMutant(t, seed, files)
+	case "grouped", "gated":
+		return groupedMutant(t, kernel == "gated", seed, files)
 	}
-	v := seededVariant(kernel, 8)
-	p := newProduct(130, 900, 5, 2*seed)
-	p.grid, p.seed, p.ldx = 5, seed, 904 // 16-byte aligned rows
-	if kernel == "in step" {
-		p = newProduct(320, 1100, 5, 2*seed) // runs of 15 units, of which a group has nine
-		p.grid, p.seed, p.ldx = 3, seed, 1104
-	}
-	if kernel == "wgmma" && seed%3 == 2 {
-		p = newProduct(250, 1160, 5, 2*seed) // two blocks for each strip group, with a lead
-		p.grid, p.seed, p.ldx = 4, seed, 1160
-	}
-	if kernel == "pair" || kernel == "solo" {
-		// A tile in three parts, of which the second block has no tokens; in four; turns, and tiles in two parts; tiles for fewer clusters than there are; two turns that
-		// go round the rings; turns of one column; runs that begin anywhere.
-		s := []struct{ m, k, n, grid int }{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {256, 64, 130, 4}, {640, 460, 12, 18}}[seed%7]
-		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed, p.parts = s.grid*v.cluster/2, seed, partsOf(s.m)
-		p.ldy = (s.m/p.parts + 7) / 8 * 8
-	}
-	if kernel == "relay" {
-		// A cluster with ten turns of three columns; one tile in three parts, of which none has as many columns as another; in four; turns and two parts; one turn that goes round the ring.
-		s := []struct{ m, k, n, grid int }{{250, 130, 150, 2}, {200, 200, 9, 6}, {70, 600, 12, 8}, {384, 260, 40, 8}, {100, 400, 16, 2}}[seed%5]
-		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed, p.parts = s.grid, seed, partsOf(s.m)
-		p.ldy = (s.m/p.parts + 7) / 8 * 8
-	}
-	if kernel == "pair gated" {
-		// A tile in three parts; turns of one column; tiles in two parts; runs that begin anywhere; turns that go round the rings.
-		s := []struct{ m, k, n, grid int }{{128, 900, 5, 6}, {256, 64, 130, 4}, {256, 400, 75, 8}, {640, 460, 60, 18}, {128, 460, 120, 2}}[seed%5]
-		p = newProduct(s.m, s.k, s.n, 2*seed)
-		p.grid, p.seed = s.grid, seed
-		p.ldy = s.m/2 + int(seed%3)/2*5 // with 5 no copy can write it
-	}
+	v, p := mutantProduct(kernel, seed)
 	want, err := newGEMM(t, kernels.Sources, kernel, v).run(p)
 	require.NoError(t, err)
 	got, err := newGEMM(t, files, kernel, v).run(p)
 	if kernel != "mma" && err != nil && faultKind(err) == "" {
 		return "wrong" // what the others are to leave as it was
 	}
+	return verdict(t, err, slices.Equal(want, got))
+}
+
+// mutantProduct is a product for which a seeded bug of a ZipGEMM kernel shows, by some seed.
+func mutantProduct(kernel string, seed uint64) (variant, product) {
+	type size struct{ m, k, n, grid int }
+	v, s := seededVariant(kernel, 8), size{130, 900, 5, 5}
+	switch kernel {
+	case "in step":
+		s = size{320, 1100, 5, 3} // runs of 15 units, of which a group has nine
+	case "lead":
+		s = size{192, 1792, 5, 5} // two runs of eight units that begin and end within a group
+	case "wgmma":
+		if seed%3 == 2 {
+			s = size{250, 1160, 5, 4} // two blocks for each strip group, with a lead
+		}
+	case "pair", "solo":
+		// A tile in three parts, of which the second block has no tokens; in four; turns, and tiles in two parts; tiles for fewer clusters than there are; two turns that
+		// go round the rings; turns of one column; runs that begin anywhere.
+		s = []size{{70, 900, 5, 6}, {70, 600, 12, 8}, {130, 400, 75, 8}, {70, 900, 60, 10}, {100, 460, 60, 2}, {256, 64, 130, 4}, {640, 460, 12, 18}}[seed%7]
+		s.grid = s.grid * v.cluster / 2
+	case "pair gated":
+		// A tile in three parts; turns of one column; tiles in two parts; runs that begin anywhere; turns that go round the rings.
+		s = []size{{128, 900, 5, 6}, {256, 64, 130, 4}, {256, 400, 75, 8}, {640, 460, 60, 18}, {128, 460, 120, 2}}[seed%5]
+	case "relay":
+		// A cluster with ten turns of three columns; one tile in three parts, of which none has as many columns as another; in four; turns and two parts; one turn that goes
+		// round the ring.
+		s = []size{{250, 130, 150, 2}, {200, 200, 9, 6}, {70, 600, 12, 8}, {384, 260, 40, 8}, {100, 400, 16, 2}}[seed%5]
+	}
+	p := newProduct(s.m, s.k, s.n, 2*seed)
+	p.grid, p.seed = s.grid, seed
+	switch kernel {
+	case "pair", "solo", "relay":
+		p.parts = partsOf(s.m)
+		p.ldy = (s.m/p.parts + 7) / 8 * 8
+	case "pair gated":
+		p.ldy = s.m/2 + int(seed%3)/2*5 // with 5 no copy can write it
+	default:
+		p.ldx = (s.k + 7) / 8 * 8 // 16-byte aligned rows
+	}
+	return v, p
+}
+
+func compressMutant(t *testing.T, seed uint64, files fs.FS) string {
+	// Some blocks look at two windows of others; the room is one unit too small now and then.
+	c := newCompressor(t, files, 2)
+	kind := []string{"outliers", "random"}[seed>>3%2]
+	in := compressCase{x: newMatrix(kind, 130, 130, seed), blocks: 1 + int(seed>>2%2), ld: 136 - 5*int(seed>>4%2), room: -int(seed % 2), seed: seed}
+	if seed%4 >= 2 {
+		in = compressCase{x: lists(280), blocks: 11, ld: 280 * 64, samples: 40, room: 1000 * int(seed>>2%2), seed: seed}
+	}
+	got, _, err := c.run(t, in)
+	if err != nil {
+		if faultKind(err) == "" {
+			return "wrong" // the mail, or the sum
+		}
+		return faultKind(err)
+	}
+	if in.room >= 0 && !bytes.Equal(got, encodeTiled(in.x)) {
+		return "wrong"
+	}
+	return ""
+}
+
+func gatherMutant(t *testing.T, seed uint64, files fs.FS) string {
+	g := newGatherer(t, files, false)
+	for _, kind := range []string{"mixed", "outliers"} {
+		c := gatherCase{x: newMatrix(kind, 130, 200, seed), ids: someRows(130, 30, seed), idBytes: 8, align: 16, seed: seed}
+		got, err := g.run(c)
+		if kind := verdict(t, err, bytes.Equal(got, c.expected())); kind != "" {
+			return kind
+		}
+	}
+	return ""
+}
+
+func routeMutant(t *testing.T, seed uint64, files fs.FS) string {
+	rng := rand.New(rand.NewPCG(seed, 1))
+	ids := make([]int, 100)
+	for i := range ids {
+		ids[i] = rng.IntN(20)
+	}
+	got, err := route(newRouter(t, files), ids, 4, 20, 8, 8, seed)
+	if err != nil {
+		return verdict(t, err, false)
+	}
+	want, lists := words32(routing(ids, 4, 20, 8)), 16+16*len(ids)
+	return verdict(t, nil, bytes.Equal(want[:4], got[:4]) && bytes.Equal(want[lists:], got[lists:]))
+}
+
+func groupedMutant(t *testing.T, gated bool, seed uint64, files fs.FS) string {
+	m, compile := 130, func(files fs.FS, v variant) grouped { return newGrouped(t, files, v, false) }
+	if gated {
+		m, compile = 256, func(files fs.FS, v variant) grouped { return newGated(t, files, v) }
+	}
+	l := newLayer("everywhere", 9, 2, m, 200, 3*seed+1) // rows of x are tokens
+	l.grid = 3
+	if !gated {
+		l.grid = 4 + int(seed%2)*60 // more blocks than units, or fewer
+		if seed%2 == 1 {
+			l.ids = l.ids[:2]
+		}
+	}
+	v := variant{n: 8, mw: 2, kw: 2, xstages: 2}
+	want, err := compile(kernels.Sources, v).run(l)
+	require.NoError(t, err)
+	got, err := compile(files, v).run(l)
 	return verdict(t, err, slices.Equal(want, got))
 }
 

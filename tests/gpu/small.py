@@ -50,7 +50,7 @@ def many_tokens(z: zipserv.ZipTensor, w: torch.Tensor, n: int) -> None:
 
 
 def in_step() -> None:
-    """Blocks whose runs have a whole strip between parts of others; the shapes below give no block more than a step.
+    """A block whose run has a whole strip between parts of others; the shapes below give no block more than a step.
 
     No block has more tiles than its ring: racecheck does not follow mbarriers from ordinary stores to others, and reports any ring's second round.
     """

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import zipserv
+from gated_helpers import Taken
+from zipserv import merged
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +45,18 @@ def _products(request: pytest.FixtureRequest) -> Iterator[None]:
 def _seed() -> None:
     """Random weights are the same in every run."""
     torch.manual_seed(20260)
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
+    """As on a GPU that has a kernel for gated MLPs. Gives the inputs' shapes of all products that it was to compute."""
+    calls: Taken = []
+
+    def product(x: torch.Tensor, blob: torch.Tensor, m: int, k: int, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
+        calls.append(x.shape)
+        gate, other = zipserv.tensor.linear_blob(x, blob, m, k, dtype, bias).chunk(2, -1)
+        return F.silu(gate) * other
+
+    monkeypatch.setattr(merged, "_SHARED_ON", frozenset({"cpu"}))
+    monkeypatch.setattr(merged, "linear_gated", product)
+    return calls

@@ -247,7 +247,7 @@ func largestDivisor(n, most uint64) uint64 {
 }
 
 // Split is the best layout in which every strip of 64 rows is summed up by that many blocks, each with an equal share of K (but for ZS_LEAD). ForLinear
-// does not choose such a number: it deals all tiles to all blocks in equal runs.
+// chooses such a number only where that measured best.
 func Split(d Device, p Problem, shares uint64) (Choice, error) {
 	if _, err := ForLinear(d, p); err != nil {
 		return Choice{}, err

@@ -173,6 +173,7 @@ func TestAnInvariantChoiceDoesNotDependOnTheTokens(t *testing.T) {
 					}
 					assert.Equal(t, one.Kernel.Grid, all.Kernel.Grid)
 					assert.NotContains(t, all.Kernel.Defines, "ZS_IN_STEP=1")
+					assert.NotContains(t, all.Kernel.Defines, "ZS_ANYWHERE_LEAD=1")
 				}
 			}
 		}

@@ -25,7 +25,7 @@ var devices = map[string]plan.Device{
 	"untold":   {Capability: 90, SMs: 16, SmemBlock: 232448, SmemSM: 233472},
 }
 
-var matrices = [][2]uint64{{1, 1}, {64, 64}, {1000, 777}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}, {1, 1 << 20}, {1 << 20, 1}}
+var matrices = [][2]uint64{{1, 1}, {64, 64}, {1000, 777}, {4096, 4096}, {4608, 3584}, {28672, 4096}, {4096, 14336}, {128256, 4096}, {1, 1 << 20}, {1 << 20, 1}}
 
 func define(t *testing.T, k plan.Kernel, name string) (value int) {
 	t.Helper()
@@ -114,6 +114,7 @@ func TestTheOrderOfSumsDoesNotDependOnN(t *testing.T) {
 						require.Equal(t, define(t, first.Kernel, layout), define(t, l.Kernel, layout), label)
 					}
 					require.NotContains(t, l.Kernel.Defines, "ZS_IN_STEP=1", label)
+					require.NotContains(t, l.Kernel.Defines, "ZS_ANYWHERE_LEAD=1", label)
 				}
 				require.GreaterOrEqual(t, define(t, l.Kernel, "ZS_N"), int(min(n, l.Tokens)), label)
 			}
@@ -247,10 +248,9 @@ func TestGridsFor64DecodedTokens(t *testing.T) {
 	})
 }
 
-// For up to 32 tokens, which share a grid, and the batch-invariant mode.
+// For up to 32 tokens, which share a grid (TestTheOrderOfSumsDoesNotDependOnN).
 func TestGridsForFewDecodedTokens(t *testing.T) {
-	d := devices["H200"]
-	gridsNearBest(t, d, 0.98, []measuredGrids{
+	gridsNearBest(t, devices["H200"], 0.98, []measuredGrids{
 		{4608, 3584, 8, map[uint32]float64{132: 1.104, 126: 1.135}},
 		{5120, 4096, 8, map[uint32]float64{132: 1.092, 128: 1.205}},
 		{6144, 4096, 8, map[uint32]float64{132: 1.240, 130: 1.256, 128: 1.257, 126: 1.242}},
@@ -258,20 +258,25 @@ func TestGridsForFewDecodedTokens(t *testing.T) {
 		{6144, 4096, 32, map[uint32]float64{132: 1.204, 130: 1.216, 128: 1.226, 126: 1.214}},
 		{5120, 5120, 32, map[uint32]float64{132: 1.150, 130: 1.172, 128: 1.171, 126: 1.158}},
 	})
-	for _, mk := range matrices {
-		few, err := plan.ForLinear(d, plan.Problem{M: mk[0], K: mk[1], N: 1})
-		require.NoError(t, err)
-		for _, p := range []plan.Problem{{N: 9}, {N: 32}, {N: 1, Invariant: true}, {N: 5000, Invariant: true}} {
-			p.M, p.K = mk[0], mk[1]
-			l, err := plan.ForLinear(d, p)
-			require.NoError(t, err)
-			assert.Equal(t, few.Kernel.Grid, l.Kernel.Grid, "%+v", p)
-			assert.NotContains(t, l.Kernel.Defines, "ZS_ANYWHERE_LEAD=1")
+}
+
+// Equal whole runs leave no more than a tenth of the GPU idle.
+func TestGridsAreNearlyTheWholeGPU(t *testing.T) {
+	for m := uint64(1024); m <= 16384; m += 128 {
+		for k := uint64(512); k <= 8192; k += 128 {
+			for _, n := range []uint64{8, 64, 128} {
+				strips := (m + 63) / 64
+				l, err := plan.ForLinear(devices["H200"], plan.Problem{M: m, K: k, N: n})
+				require.NoError(t, err)
+				if grid := uint64(l.Kernel.Grid); grid%strips != 0 && strips%grid != 0 && 2*strips%grid != 0 && define(t, l.Kernel, "ZS_MW") == 1 {
+					require.GreaterOrEqual(t, grid, uint64(119), "%d x %d, %d tokens", m, k, n)
+				}
+			}
 		}
 	}
 }
 
-// Runs differ where there are so many tokens that sums are waited for, and no strip is alone.
+// Where there are so many tokens that sums are waited for, one strip a block.
 func TestWhereRunsThatBeginAnywhereHaveALead(t *testing.T) {
 	for _, c := range []struct {
 		p    plan.Problem

@@ -103,12 +103,12 @@ func (v variant) units(m, k uint64) uint64 {
 	return v.groups(m) * ceilDiv(ceilDiv(k, tileSide), uint64(v.kw))
 }
 
-// dealing is how the grid of a launch is chosen (docs/performance.md, "What is not multiplication" and "In step").
+// dealing is how the grid of a launch is chosen (docs/performance.md, "What is not multiplication", "In step" and "What a narrow product waits for on the H200").
 type dealing struct {
 	percent uint64 // how much longer runs of whole strips may be than equal ones of all blocks
 	units   uint64 // or how many units longer than the runs that are taken otherwise
-	whole   bool   // the runs taken otherwise are equal in whole units, where
-	longer  uint64 // that makes them at most so many percent longer
+	whole   bool   // the runs taken otherwise are equal in whole units, where that leaves no more than a tenth of the blocks out, and
+	longer  uint64 // makes them at most so many percent longer
 }
 
 // dealingOf: partial sums are in proportion to the tokens. Up to sameTokens a token's sums are the same without the batch-invariant mode.
@@ -120,11 +120,12 @@ func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 		return dealing{percent: 2, whole: true}
 	case v == wideLayout:
 		return dealing{units: 20, whole: true, longer: 10}
-	case tokens <= 64:
-		return dealing{percent: 20, units: 6, whole: true}
-	default:
-		return dealing{percent: 20, units: 6, whole: true, longer: 10}
 	}
+	how := dealing{percent: 20, units: 6, whole: true}
+	if tokens > 64 {
+		how.longer = 10
+	}
+	return how
 }
 
 const sameTokens = 32
@@ -135,13 +136,13 @@ func inStep(f family, v variant, p Problem, tokens uint64) bool {
 	return f.tensor && v == tensorLayout && tokens > 64 && !p.Invariant
 }
 
-// anywhereLead says whether blocks that wait for each other at the end of their runs have runs that differ, where these begin anywhere in k: a gain where sums are many, and
-// a loss where they are few; for more tokens neither. (docs/performance.md, "Runs that begin anywhere")
+// anywhereLead says whether blocks that wait for each other at the end of their runs have runs that differ, where these begin anywhere in k: a gain for that many tokens, and
+// nothing for fewer or more; where strips divide well it changes nothing. (docs/performance.md, "What a narrow product waits for on the H200")
 func anywhereLead(f family, v variant, p Problem, tokens uint64) bool {
 	return f.tensor && v == tensorLayout && tokens > sameTokens && tokens <= 64 && !p.Invariant
 }
 
-// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel.
+// grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel, or are equal in whole units.
 func (v variant) grid(d Device, m, k uint64, how dealing) uint32 {
 	all, even := v.resident(d, m, k), v.even(d, m, k)
 	units := v.units(m, k)
@@ -150,7 +151,7 @@ func (v variant) grid(d Device, m, k uint64, how dealing) uint32 {
 		return even
 	}
 	if how.whole {
-		if n := uint32(largestDivisor(units, uint64(all))); 100*(units/uint64(n)) <= (100+how.longer)*shortest {
+		if n := uint32(largestDivisor(units, uint64(all))); 10*n >= 9*all && 100*(units/uint64(n)) <= (100+how.longer)*shortest {
 			all, shortest = n, units/uint64(n)
 		}
 	}

@@ -220,7 +220,7 @@ _PARTS = (("about", dict), ("limits", dict), ("weights", list), ("points", list)
     "--split-k",
     type=int,
     metavar="S",
-    help="With M K N on a GPU: S blocks share every row of W, with an equal part of K each. Default: all blocks get equal runs of tiles.",
+    help="With M K N on a GPU: S blocks share every row of W, with an equal part of K each. Default: blocks get equal runs of tiles.",
 )
 @click.option("--model", metavar="CONFIG", help="A whole language model end to end: tiny, llama-3.2-1b, llama-3.1-8b, a config.json or its folder.")
 @click.option("--batch", callback=_numbers, default="1", metavar="B,...", help="With --model: numbers of sequences.")
