@@ -205,8 +205,8 @@ func zsgo_cuda_compress_raw(device C.int32_t, job *C.zs_cuda_compress_t, blob C.
 }
 
 //export zsgo_cuda_warm
-func zsgo_cuda_warm(device C.int32_t, m, k, tokens C.uint64_t) C.int32_t {
-	return onDevice(device, func(d *engine.Device) error { return d.Warm(uint64(m), uint64(k), uint64(tokens)) })
+func zsgo_cuda_warm(device C.int32_t, m, k, tokens C.uint64_t, gated C.int32_t) C.int32_t {
+	return onDevice(device, func(d *engine.Device) error { return d.Warm(uint64(m), uint64(k), uint64(tokens), gated != 0) })
 }
 
 //export zsgo_cuda_side_stream

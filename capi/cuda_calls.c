@@ -117,9 +117,9 @@ int32_t zs_cuda_compress_raw(int32_t device, const zs_cuda_compress_t *job, uint
     return zsgo_cuda_compress_raw(device, (zs_cuda_compress_t *)job, blob);
 }
 
-int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens) {
+int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens, int32_t gated) {
     REFUSE_IN_CHILD();
-    return zsgo_cuda_warm(device, m, k, tokens);
+    return zsgo_cuda_warm(device, m, k, tokens, gated);
 }
 
 int32_t zs_cuda_load_start(int32_t device, uint64_t after, const zs_cuda_load_part_t *parts, uint64_t count, int32_t lanes,

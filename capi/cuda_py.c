@@ -312,13 +312,14 @@ static PyObject *py_compress_raw(PyObject *self, PyObject *const *args, Py_ssize
 
 static PyObject *py_warm(PyObject *self, PyObject *const *args, Py_ssize_t nargs) {
     (void)self;
-    ARGS("cuda_warm", 4);
+    ARGS("cuda_warm", 5);
     ARG(0, device);
     ARG(1, m);
     ARG(2, k);
     ARG(3, tokens);
+    ARG(4, gated);
     int32_t code;
-    WITHOUT_GIL(code = zs_cuda_warm(device_number(device), m, k, tokens));
+    WITHOUT_GIL(code = zs_cuda_warm(device_number(device), m, k, tokens, gated != 0));
     if (code != ZS_OK) return zs_py_fail(code);
     Py_RETURN_NONE;
 }
@@ -416,7 +417,7 @@ PyMethodDef zs_cuda_methods[] = {
     FUNCTION(compress_plan, "cuda_compress_plan(device, stream, src, ld, m, k, shape, scratch) -> nbytes, or 0"),
     FUNCTION(compress_write, "cuda_compress_write(device, stream, src, ld, m, k, shape, scratch, blob, room) -> (mode, nbytes, checksum)"),
     FUNCTION(compress_raw, "cuda_compress_raw(device, stream, src, ld, m, k, shape, scratch, checksum, blob) -> None"),
-    FUNCTION(warm, "cuda_warm(device, m, k, tokens) -> None"),
+    FUNCTION(warm, "cuda_warm(device, m, k, tokens, gated) -> None"),
     FUNCTION(load_start, "cuda_load_start(device, after, parts_ptr, count, lanes) -> load; a part: file, offset, bytes, address as uint64"),
     FUNCTION(load_wait, "cuda_load_wait(load, part, after) -> -1 when its copies are queued, before later work of that stream, or the part that failed"),
     FUNCTION(load_finish, "cuda_load_finish(load, stop) -> None: waits; raises what went wrong"),

@@ -140,8 +140,9 @@ ZS_API int32_t zs_cuda_compress_plan(int32_t device, zs_cuda_compress_t *job);
 ZS_API int32_t zs_cuda_compress_write(int32_t device, zs_cuda_compress_t *job, uint64_t blob, uint64_t room);
 ZS_API int32_t zs_cuda_compress_raw(int32_t device, const zs_cuda_compress_t *job, uint64_t blob);
 
-/* Compiles and loads what products with an m x k weight of up to `tokens` tokens need. Waits for the compiler, not for the device. */
-ZS_API int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens);
+/* Compiles and loads what products with an m x k weight of up to `tokens` tokens need; gated: those of zs_cuda_linear_gated, too. Waits for the compiler, not for the
+ * device. */
+ZS_API int32_t zs_cuda_warm(int32_t device, uint64_t m, uint64_t k, uint64_t tokens, int32_t gated);
 
 /* Side stream i of the device, which the library owns, and: later work of `after` waits for the present work of `before`. */
 ZS_API int32_t zs_cuda_side_stream(int32_t device, int32_t i, uint64_t *stream);

@@ -424,17 +424,20 @@ def batch_invariant() -> bool:
     return _invariant
 
 
-def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64) -> None:
-    """Compiles and loads all that products with this weight need, so that no later call waits for the compiler. (Not those that apply gates,
-    :func:`linear_gated`: a first call of such an MLP does.)
+def warm(blob: torch.Tensor, m: int, k: int, tokens: int = 64, gated: bool = False) -> None:
+    """Compiles and loads all that products with this weight need, so that no later call waits for the compiler.
 
     Args:
         blob: the weight on its GPU.
         m: rows of the weight.
         k: columns of the weight.
         tokens: largest number of tokens to prepare for.
+        gated: also products that apply gates (:func:`linear_gated`), those of an MLP whose gate and up are this weight's rows.
+
+    Raises:
+        ValueError: ``m`` or ``k`` is not from 1 to 2^31 - 1, or ``gated`` and ``m`` is no multiple of 128.
     """
-    _zipserv.cuda_warm(blob.get_device(), m, k, tokens)
+    _zipserv.cuda_warm(blob.get_device(), m, k, tokens, gated)
 
 
 def warm_experts(blobs: torch.Tensor, m: int, k: int, gated: bool = False) -> None:

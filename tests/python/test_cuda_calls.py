@@ -260,6 +260,7 @@ assert kernels() == ["_sample", "", "_sample", "", "_sample", ""], log()
 def test_warm_and_report(run) -> None:
     out = run("""
 cuda.warm(on_device(torch.zeros(1)), 256, 192, 8)
+raises(ValueError, ["multiple of 128"], cuda.warm, on_device(torch.zeros(1)), 192, 192, 8, True)
 before = len(log())
 _zipserv.cuda_linear(0, 0, 0x1000, 256, 192, 0x2000, 5, 192, 0, 0x3000, 256, 0, 0)
 assert [line.split()[0] for line in log()[before:]] == ["tensor", "launch"], log()

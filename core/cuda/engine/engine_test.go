@@ -374,7 +374,7 @@ func TestWarmForThousandsOfTokens(t *testing.T) {
 		late++
 		g, e := open(t)
 		d := device(t, e, 0)
-		require.NoError(t, d.Warm(m, 4096, 8192))
+		require.NoError(t, d.Warm(m, 4096, 8192, false))
 		g.Reset()
 		p := engine.Matmul{Stream: 0x77, Blob: 0x1000, M: m, K: 4096, N: first, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: m}
 		needs, err := d.Linear(&p)
@@ -565,7 +565,7 @@ func TestOldGPUsFetchNothingEarly(t *testing.T) {
 func TestWarmLeavesNothingToDo(t *testing.T) {
 	f, e := open(t)
 	d := device(t, e, 0)
-	require.NoError(t, d.Warm(1024, 512, 64))
+	require.NoError(t, d.Warm(1024, 512, 64, false))
 	f.Reset()
 	for _, n := range []uint64{1, 8, 9, 16, 30, 64} {
 		p := job()
@@ -577,15 +577,29 @@ func TestWarmLeavesNothingToDo(t *testing.T) {
 	assert.Zero(t, count(f, "load"))
 	assert.Zero(t, count(f, "alloc"))
 
-	require.NoError(t, d.Warm(28672, 4096, 8192))
+	require.NoError(t, d.Warm(28672, 4096, 8192, true))
 	f.Reset()
 	for n := uint64(1); n <= 8192; n += 1 + n/2 {
 		p := engine.Matmul{Blob: 0x1000, M: 28672, K: 4096, N: n, X: 0x20000, LdX: 4096, Y: 0x3000000, LdY: 28672}
 		_, err := d.Linear(&p)
 		require.NoError(t, err)
+		p.Gated, p.LdY = true, 14336
+		_, err = d.Linear(&p)
+		require.NoError(t, err)
 	}
 	assert.Zero(t, count(f, "load"))
 	assert.Zero(t, count(f, "alloc"))
+}
+
+// Without being asked for, what applies gates is not made ready.
+func TestWarmWithoutGates(t *testing.T) {
+	f, e := open(t)
+	d := device(t, e, 0)
+	require.NoError(t, d.Warm(256, 512, 8, false))
+	loads := count(f, "load")
+	require.NoError(t, d.Warm(256, 512, 8, true))
+	assert.Greater(t, count(f, "load"), loads)
+	assert.ErrorContains(t, d.Warm(192, 512, 8, true), "a multiple of 128, not 192")
 }
 
 func TestACaptureMayBeTheFirstUse(t *testing.T) {

@@ -206,32 +206,47 @@ func (d *Device) prepareLinear(p plan.Linear) (*linearPlan, error) {
 	return l, err
 }
 
-// Warm compiles and loads what products with an M x K weight of up to the given number of tokens need, so that no later call does.
-func (d *Device) Warm(m, k, tokens uint64) error {
+// Warm compiles and loads what products with an M x K weight of up to the given number of tokens need, so that no later call does; gated: those that apply gates, too.
+func (d *Device) Warm(m, k, tokens uint64, gated bool) error {
 	if m-1 >= maxSide || k-1 >= maxSide {
 		return badArgument("M and K must be 1 to 2^31-1, got %d and %d", m, k)
 	}
+	if gated && m%(2*tileRows) != 0 {
+		return badArgument("gates need two halves of whole tiles, M a multiple of %d, not %d", 2*tileRows, m)
+	}
 	// One goroutine a variant: the compiler uses one core for each.
 	var wg sync.WaitGroup
-	errs := make(chan error, 64)
-	try := func(prepare func() error) { wg.Go(func() { errs <- prepare() }) }
-	try(func() error { _, err := d.decompressor(m, k); return err })
-	for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
-		try(func() error { _, err := d.linear(linearKey{m: m, k: k, class: n, invariant: Invariant()}); return err })
+	var mu sync.Mutex
+	var all []error
+	try := func(prepare func() error) {
+		wg.Go(func() {
+			err := prepare()
+			mu.Lock()
+			defer mu.Unlock()
+			all = append(all, err)
+		})
 	}
-	if tokens > warmTokens {
-		// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.
-		for _, l := range plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens}) {
-			try(func() error { _, err := d.prepareLinear(l); return err })
+	try(func() error { _, err := d.decompressor(m, k); return err })
+	kinds := []bool{false}
+	if gated {
+		kinds = append(kinds, true)
+	}
+	for _, gates := range kinds {
+		for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
+			try(func() error {
+				_, err := d.linear(linearKey{m: m, k: k, class: n, invariant: Invariant(), gated: gates})
+				return err
+			})
+		}
+		if tokens > warmTokens {
+			// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.
+			for _, l := range plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens, Gated: gates}) {
+				try(func() error { _, err := d.prepareLinear(l); return err })
+			}
 		}
 	}
 	try(func() error { _, err := d.workspaces.Get(0, smallWorkspace); return err })
 	wg.Wait()
-	close(errs)
-	var all []error
-	for err := range errs {
-		all = append(all, err)
-	}
 	return errors.Join(all...)
 }
 

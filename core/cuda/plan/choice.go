@@ -148,7 +148,7 @@ func Many(d Device, p Problem) (list []Linear) {
 	for _, l := range pairs(d, p) {
 		list = append(list, l.launch(p, l.clusters(d, p)))
 	}
-	if relays(d, p) {
+	if !p.Gated && relays(d, p) { // it has no gates
 		list = append(list, relayLaunch(p, relayClusters(d)))
 	}
 	return list
