@@ -142,10 +142,10 @@ class Variant:
         self.check(self.cuda.cuFuncSetAttribute(self.function, MAX_SMEM, self.smem))
         each = ctypes.c_int()  # blocks of a multiprocessor
         self.check(self.cuda.cuOccupancyMaxActiveBlocksPerMultiprocessor(ctypes.byref(each), self.function, self.threads, ctypes.c_size_t(self.smem)))
-        if self.spec.grid.isdecimal() and int(self.spec.grid) > each.value * self.blocks:
+        blocks = int(self.spec.grid) if self.spec.grid.isdecimal() else self.blocks
+        if blocks > each.value * self.blocks:
             raise SystemExit(f"{self.spec.text}: blocks wait for each other, and {each.value * self.blocks} are on this GPU at once")
         # The kernels' own flag for "no sum here yet" (gemm.cuh).
-        blocks = max(self.blocks, int(self.spec.grid) if self.spec.grid.isdecimal() else 0)
         self.workspace = torch.full((blocks * self.mw * 64 * self.n,), -1, dtype=torch.int32, device="cuda")
 
     @property

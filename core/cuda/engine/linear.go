@@ -227,23 +227,23 @@ func (d *Device) Warm(m, k, tokens uint64, gated bool) error {
 		})
 	}
 	try(func() error { _, err := d.decompressor(m, k); return err })
-	kinds := []bool{false}
-	if gated {
-		kinds = append(kinds, true)
-	}
-	for _, gates := range kinds {
+	products := func(gated bool) {
 		for n, last := uint64(1), min(max(tokens, 1), warmTokens); n <= last; n = plan.Class(n) + 1 {
 			try(func() error {
-				_, err := d.linear(linearKey{m: m, k: k, class: n, invariant: Invariant(), gated: gates})
+				_, err := d.linear(linearKey{m: m, k: k, class: n, invariant: Invariant(), gated: gated})
 				return err
 			})
 		}
 		if tokens > warmTokens {
 			// The layouts for many tokens are few, and none depends on the shape; which of them a larger class takes does.
-			for _, l := range plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens, Gated: gates}) {
+			for _, l := range plan.Many(d.planDevice, plan.Problem{M: m, K: k, N: tokens, Gated: gated}) {
 				try(func() error { _, err := d.prepareLinear(l); return err })
 			}
 		}
+	}
+	products(false)
+	if gated {
+		products(true)
 	}
 	try(func() error { _, err := d.workspaces.Get(0, smallWorkspace); return err })
 	wg.Wait()

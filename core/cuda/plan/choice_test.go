@@ -222,11 +222,11 @@ func runs(groups, steps, grid, lead, anywhere uint64) (starts []uint64) {
 		if at > sharers-longer {
 			start += at - (sharers - longer)
 		}
-		ends := start
-		if !whole && run >= 4*lead && start%steps > 0 && before/steps == start/steps && b > 0 {
-			ends -= anywhere
+		first := start
+		if !whole && run >= 4*lead && start%steps > 0 && before/steps == start/steps {
+			first -= anywhere
 		}
-		starts, before = append(starts, ends), start
+		starts, before = append(starts, first), start
 	}
 	return starts
 }

@@ -130,16 +130,17 @@ func dealingOf(f family, v variant, p Problem, tokens uint64) dealing {
 
 const sameTokens = 32
 
-// inStep says whether the blocks of a launch go through k in step: a gain where activations are many, each block brings them for one strip, and runs begin anywhere in k;
-// where they do not it changes nothing but the order of a token's sums.
-func inStep(f family, v variant, p Problem, tokens uint64) bool {
-	return f.tensor && v == tensorLayout && tokens > 64 && !p.Invariant
-}
-
-// anywhereLead says whether blocks that wait for each other at the end of their runs have runs that differ, where these begin anywhere in k: a gain for that many tokens, and
-// nothing for fewer or more; where strips divide well it changes nothing. (docs/performance.md, "What a narrow product waits for on the H200")
-func anywhereLead(f family, v variant, p Problem, tokens uint64) bool {
-	return f.tensor && v == tensorLayout && tokens > sameTokens && tokens <= 64 && !p.Invariant
+// runDefines is what a launch defines for runs that begin anywhere in k; where strips divide well it changes nothing but, in step, the order of a token's sums. Blocks that wait
+// for each other at the end of their runs have runs that differ: a gain for 33 to 64 tokens, and nothing for fewer or more (docs/performance.md, "What a narrow product waits
+// for on the H200"). Or blocks go through k in step: a gain where activations are many and each block brings them for one strip ("In step").
+func runDefines(f family, v variant, p Problem, tokens uint64) []string {
+	switch {
+	case !f.tensor || v != tensorLayout || p.Invariant || tokens <= sameTokens:
+		return nil
+	case tokens <= 64:
+		return []string{"ZS_ANYWHERE_LEAD=1"}
+	}
+	return []string{"ZS_IN_STEP=1"}
 }
 
 // grid is the number of blocks: all that fit, or fewer if their runs then end with strips, so that fewer partial sums travel, or are equal in whole units.
@@ -188,12 +189,7 @@ func best(d Device, list []variant, m, k, tokens uint64) (variant, error) {
 func (f family) launch(d Device, v variant, p Problem, tokens uint64) Linear {
 	grid := v.grid(d, p.M, p.K, dealingOf(f, v, p, tokens))
 	defines := append([]string{fmt.Sprintf("ZS_N=%d", tokens), fmt.Sprintf("ZS_MW=%d", v.mw), fmt.Sprintf("ZS_KW=%d", v.kw)}, f.defines(v, tokens)...)
-	if inStep(f, v, p, tokens) {
-		defines = append(defines, "ZS_IN_STEP=1")
-	}
-	if anywhereLead(f, v, p, tokens) {
-		defines = append(defines, "ZS_ANYWHERE_LEAD=1")
-	}
+	defines = append(defines, runDefines(f, v, p, tokens)...)
 	l := Linear{
 		Kernel: Kernel{
 			Source: f.source, Entry: f.entry,
